@@ -1,0 +1,112 @@
+#include "api/checks.h"
+
+#include <limits>
+
+#include "core/error.h"
+#include "core/format.h"
+
+namespace flexq::api {
+namespace {
+
+// Sizes of everything derived from a tensor of `rows` x `k` stay below this, so no later product can overflow.
+constexpr int64_t kMaxElements = int64_t{1} << 46;
+// |sum| <= 32 * 127 * k must fit in int32 where all of K is summed before scaling.
+constexpr int64_t kMaxChannelK = std::numeric_limits<int32_t>::max() / (32 * 127);
+
+void check_shape(int64_t rows, const char* rows_name, int64_t k, flexq_scheme scheme, flexq_rotation rotation) {
+  require(rows >= 0, rows_name, " must be 0 or more, got ", rows);
+  require(k >= 1, "k must be 1 or more, got ", k);
+  require(k <= kMaxElements, "k must be at most 2^46, got ", k);
+  require(rows <= kMaxElements / padded_k(k), rows_name, " * k is too large: ", rows, " * ", k,
+          " (at most 2^46 elements)");
+  require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL, "scheme must be 0 (group) or 1 (channel), got ",
+          static_cast<int>(scheme));
+  require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128,
+          "rotation must be 0 (none) or 1 (hadamard128), got ", static_cast<int>(rotation));
+  if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > kMaxChannelK) {
+    fail(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32: k must be at most ", kMaxChannelK / kGroup * kGroup,
+         ", got ", k, "; use scheme group");
+  }
+}
+
+void check_alignment(const void* p, const char* name, size_t alignment) {
+  require(reinterpret_cast<uintptr_t>(p) % alignment == 0, name, " must be aligned to ", alignment, " bytes, got ", p);
+}
+
+}  // namespace
+
+const Backend& backend_of(const flexq_stream* stream) {
+  require(stream != nullptr, "stream must not be null");
+  if (stream->device == FLEXQ_CPU) {
+    require(stream->handle == nullptr, "stream.handle must be null for the CPU");
+    if (const flexq_executor* executor = stream->executor) {
+      require(executor->num_threads >= 1, "executor.num_threads must be 1 or more, got ", executor->num_threads);
+      require(executor->parallel_for != nullptr, "executor.parallel_for must not be null");
+    }
+    cpu_backend().check_available(stream->device_index);
+    return cpu_backend();
+  }
+  require(stream->device == FLEXQ_CUDA, "stream.device must be 0 (cpu) or 1 (cuda), got ",
+          static_cast<int>(stream->device));
+  require(stream->executor == nullptr, "stream.executor must be null for CUDA");
+  const Backend* cuda = cuda_backend();
+  if (cuda == nullptr) fail(FLEXQ_UNAVAILABLE, "this build of libflexq has no CUDA; build it with FLEXQ_CUDA=ON");
+  cuda->check_available(stream->device_index);
+  return *cuda;
+}
+
+void check_cpu_stream(const flexq_stream* stream, const char* function) {
+  backend_of(stream);
+  if (stream->device != FLEXQ_CPU) {
+    fail(FLEXQ_UNSUPPORTED, function, " works on host memory: stream.device must be 0 (cpu), got 1 (cuda)");
+  }
+}
+
+void check_weight_desc(const flexq_weight_desc* desc) {
+  require(desc != nullptr, "desc must not be null");
+  check_shape(desc->n, "n", desc->k, desc->scheme, desc->rotation);
+  if (desc->weight_bits != FLEXQ_WEIGHT_BITS) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got ", desc->weight_bits);
+}
+
+void check_activation_desc(const flexq_activation_desc* desc) {
+  require(desc != nullptr, "activation desc must not be null");
+  check_shape(desc->m, "m", desc->k, desc->scheme, desc->rotation);
+  check_act_bits(desc->act_bits);
+}
+
+void check_act_bits(int32_t act_bits) {
+  if (act_bits != 6 && act_bits != 8) fail(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got ", act_bits);
+}
+
+void check_dtype(flexq_dtype dtype, const char* name) {
+  if (dtype != FLEXQ_F32 && dtype != FLEXQ_F16 && dtype != FLEXQ_BF16) {
+    fail(FLEXQ_UNSUPPORTED, name, " must be 0 (f32), 1 (f16) or 2 (bf16), got ", static_cast<int>(dtype));
+  }
+}
+
+void check_matrix(const void* p, const char* name, int64_t rows, int64_t cols, int64_t ld, const char* ld_name,
+                  size_t element_size) {
+  require(ld >= cols, ld_name, " must be at least the row length ", cols, ", got ", ld);
+  require(rows == 0 || ld <= kMaxElements / rows, ld_name, " is too large: ", rows, " rows of ", ld,
+          " elements (at most 2^46)");
+  if (rows == 0 || cols == 0) return;
+  require(p != nullptr, name, " must not be null");
+  check_alignment(p, name, element_size);
+}
+
+void check_array(const void* p, const char* name, size_t count, size_t element_size) {
+  if (count == 0) return;
+  require(p != nullptr, name, " must not be null");
+  check_alignment(p, name, element_size);
+}
+
+void check_buffer(const void* p, const char* name, size_t given, size_t needed) {
+  require(given >= needed, name, " must have at least ", needed, " bytes, got ", given);
+  if (needed == 0) return;
+  require(p != nullptr, name, " must not be null");
+  check_alignment(p, name, FLEXQ_ALIGNMENT);
+}
+
+void check_result(const void* p, const char* name) { require(p != nullptr, name, " must not be null"); }
+
+}  // namespace flexq::api

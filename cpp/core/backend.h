@@ -1,0 +1,52 @@
+// What a backend offers. The API has checked every argument before any of these is called.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flexq/flexq.h"
+
+namespace flexq {
+
+struct GemmCall {
+  const flexq_weight_desc& desc;
+  const void* prepacked;
+  const flexq_activation_desc& act_desc;
+  const void* quantized;
+  const void* bias;  // or null
+  flexq_dtype bias_dtype;
+  void* y;
+  flexq_dtype y_dtype;
+  int64_t ldy;
+  void* workspace;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // Throws FLEXQ_UNAVAILABLE with the reason.
+  virtual void check_available(int32_t device_index) const = 0;
+  virtual const char* isa(int32_t device_index) const = 0;
+
+  virtual size_t prepack_size(const flexq_weight_desc& desc) const = 0;
+  virtual void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes,
+                       const uint16_t* scales, void* prepacked) const = 0;
+  virtual void unprepack(const flexq_stream& stream, const flexq_weight_desc& desc, const void* prepacked,
+                         uint8_t* planes, uint16_t* scales) const = 0;
+
+  virtual size_t activation_size(const flexq_activation_desc& desc) const = 0;
+  virtual void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc, const void* x,
+                                   flexq_dtype dtype, int64_t ldx, void* quantized) const = 0;
+  virtual void activation_export(const flexq_stream& stream, const flexq_activation_desc& desc, const void* quantized,
+                                 int8_t* codes, float* scales) const = 0;
+
+  virtual size_t gemm_workspace_size(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits,
+                                     int64_t m) const = 0;
+  virtual void gemm(const flexq_stream& stream, const GemmCall& call) const = 0;
+};
+
+const Backend& cpu_backend();
+const Backend* cuda_backend();  // null in a build without CUDA
+
+}  // namespace flexq

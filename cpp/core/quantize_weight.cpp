@@ -1,0 +1,209 @@
+#include "core/quantize_weight.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "core/error.h"
+#include "core/executor.h"
+#include "core/float_types.h"
+#include "core/format.h"
+#include "core/hadamard.h"
+
+namespace flexq {
+namespace {
+
+// Group `g` of a row as floats, zero-padded and rotated if the format says so.
+template <typename T>
+void load_group(const flexq_weight_desc& desc, const T* row, int64_t g, float* out) {
+  const int64_t begin = g * kGroup;
+  const int count = static_cast<int>(std::min<int64_t>(kGroup, desc.k - begin));
+  for (int i = 0; i < count; ++i) out[i] = to_float(row[begin + i]);
+  std::fill(out + count, out + kGroup, 0.0f);
+  if (desc.rotation == FLEXQ_ROTATION_HADAMARD128) {
+    hadamard128(out);
+    for (int i = 0; i < kGroup; ++i) out[i] *= kHadamardNorm;
+  }
+}
+
+// max |x|, or NaN if there is a NaN: without the sign, floats order like their bits, NaN above all.
+float absmax(const float* x) {
+  int32_t largest = 0;
+  for (int i = 0; i < kGroup; ++i) largest = std::max(largest, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
+  return std::bit_cast<float>(largest);
+}
+
+// Where quantization must stop, found by all threads together: the smallest row * G + group.
+class FirstBad {
+ public:
+  void report(int64_t where) {
+    int64_t seen = where_.load(std::memory_order_relaxed);
+    while (where < seen && !where_.compare_exchange_weak(seen, where, std::memory_order_relaxed)) {
+    }
+  }
+  bool any() const { return where_.load() != kNone; }
+  int64_t where() const { return where_.load(); }
+
+ private:
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> where_{kNone};
+};
+
+bool scale_ok(float largest) {
+  if (largest == 0.0f) return true;
+  const float scale = to_float(from_float<Half>(largest / kMaxCode));
+  return std::isfinite(scale) && scale > 0.0f;  // a NaN fails both
+}
+
+template <typename T>
+[[noreturn]] void refuse(const flexq_weight_desc& desc, const T* w, int64_t ldw, int64_t where) {
+  const int64_t groups = num_groups(desc.k);
+  const int64_t row = where / groups;
+  const int64_t group = where % groups;
+  for (int64_t k = 0; k < desc.k; ++k) {
+    const float value = to_float(w[row * ldw + k]);
+    if (!std::isfinite(value)) {
+      fail(FLEXQ_BAD_VALUE, "weight[", row, "][", k, "] is ", value, "; weights must be finite");
+    }
+  }
+  float values[kGroup];
+  float largest = 0.0f;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (desc.scheme == FLEXQ_SCHEME_GROUP && g != group) continue;
+    load_group(desc, w + row * ldw, g, values);
+    largest = std::max(largest, absmax(values));
+  }
+  fail(FLEXQ_BAD_VALUE, "row ", row,
+       desc.scheme == FLEXQ_SCHEME_GROUP ? cat(", group ", group) : std::string(" of the weight"), ": largest value ",
+       largest, " needs a scale of ", largest / kMaxCode,
+       ", which fp16 cannot hold (about 3e-8 to 65504); rescale the layer, set values this small to zero, or leave it "
+       "unquantized");
+}
+
+template <typename T>
+void quantize(const flexq_executor* executor, const flexq_weight_desc& desc, const T* w, int64_t ldw, uint8_t* planes,
+              uint16_t* scales) {
+  const int64_t groups = num_groups(desc.k);
+  const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
+
+  // A refused call writes nothing, so look at everything first.
+  FirstBad bad;
+  const int64_t grain = balanced_grain(executor, desc.n);
+  parallel_ranges(executor, desc.n, grain, [&](int64_t begin, int64_t end) {
+    float values[kGroup];
+    for (int64_t row = begin; row < end && !bad.any(); ++row) {
+      float row_max = 0.0f;
+      for (int64_t g = 0; g < groups; ++g) {
+        load_group(desc, w + row * ldw, g, values);
+        const float largest = absmax(values);
+        if (!std::isfinite(largest) || (per_group && !scale_ok(largest))) bad.report(row * groups + g);
+        row_max = std::max(row_max, largest);
+      }
+      if (!per_group && !scale_ok(row_max)) bad.report(row * groups);
+    }
+  });
+  if (bad.any()) refuse(desc, w, ldw, bad.where());
+
+  parallel_ranges(executor, desc.n, grain, [&](int64_t begin, int64_t end) {
+    float values[kGroup];
+    int8_t codes[kGroup];
+    for (int64_t row = begin; row < end; ++row) {
+      Half scale{0};
+      if (!per_group) {
+        float largest = 0.0f;
+        for (int64_t g = 0; g < groups; ++g) {
+          load_group(desc, w + row * ldw, g, values);
+          largest = std::max(largest, absmax(values));
+        }
+        scale = from_float<Half>(largest / kMaxCode);
+        scales[row] = scale.bits;
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        load_group(desc, w + row * ldw, g, values);
+        if (per_group) {
+          scale = from_float<Half>(absmax(values) / kMaxCode);
+          scales[row * groups + g] = scale.bits;
+        }
+        const float stored = to_float(scale);
+        for (int i = 0; i < kGroup; ++i) {
+          const float code = stored == 0.0f ? 0.0f : std::nearbyint(values[i] / stored);
+          codes[i] = static_cast<int8_t>(
+              std::clamp(code, static_cast<float>(kMinCode), static_cast<float>(kMaxCode)));
+        }
+        pack_group(codes, planes + (row * groups + g) * kGroupBytes);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void quantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
+                     int64_t ldw, uint8_t* planes, uint16_t* scales) {
+  dispatch_dtype(dtype, [&](auto type) {
+    quantize(executor, desc, static_cast<const decltype(type)*>(w), ldw, planes, scales);
+  });
+}
+
+void dequantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes,
+                       const uint16_t* scales, void* w, flexq_dtype dtype, int64_t ldw) {
+  const int64_t groups = num_groups(desc.k);
+  const int64_t row_scales = scales_per_row(desc);
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    auto* out = static_cast<T*>(w);
+    parallel_ranges(executor, desc.n, balanced_grain(executor, desc.n), [&](int64_t begin, int64_t end) {
+      int8_t codes[kGroup];
+      float values[kGroup];
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t g = 0; g < groups; ++g) {
+          unpack_group(planes + (row * groups + g) * kGroupBytes, codes);
+          const float scale = to_float(Half{scales[row * row_scales + (row_scales == 1 ? 0 : g)]});
+          const bool rotated = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
+          for (int i = 0; i < kGroup; ++i) values[i] = static_cast<float>(codes[i]);
+          if (rotated) hadamard128(values);  // integers below 2^13: exact
+          const int count = static_cast<int>(std::min<int64_t>(kGroup, desc.k - g * kGroup));
+          const float factor = rotated ? scale * kHadamardNorm : scale;
+          for (int i = 0; i < count; ++i) out[row * ldw + g * kGroup + i] = from_float<T>(values[i] * factor);
+        }
+      }
+    });
+  });
+}
+
+void pack_codes(const flexq_executor* executor, const flexq_weight_desc& desc, const int8_t* codes, int64_t ldc,
+                uint8_t* planes) {
+  const int64_t groups = num_groups(desc.k);
+  const int64_t kp = padded_k(desc.k);
+  for (int64_t row = 0; row < desc.n; ++row) {
+    for (int64_t k = 0; k < kp; ++k) {
+      const int code = codes[row * ldc + k];
+      if (code < kMinCode || code > kMaxCode) {
+        fail(FLEXQ_BAD_VALUE, "codes[", row, "][", k, "] is ", code, "; 6-bit codes are -32 to 31");
+      }
+    }
+  }
+  parallel_ranges(executor, desc.n, balanced_grain(executor, desc.n), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t g = 0; g < groups; ++g) {
+        pack_group(codes + row * ldc + g * kGroup, planes + (row * groups + g) * kGroupBytes);
+      }
+    }
+  });
+}
+
+void unpack_codes(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes, int8_t* codes,
+                  int64_t ldc) {
+  const int64_t groups = num_groups(desc.k);
+  parallel_ranges(executor, desc.n, balanced_grain(executor, desc.n), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t g = 0; g < groups; ++g) {
+        unpack_group(planes + (row * groups + g) * kGroupBytes, codes + row * ldc + g * kGroup);
+      }
+    }
+  });
+}
+
+}  // namespace flexq

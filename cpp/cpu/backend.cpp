@@ -1,0 +1,124 @@
+#include "core/backend.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+#include "core/executor.h"
+#include "cpu/kernels.h"
+#include "cpu/prepack.h"
+
+namespace flexq {
+namespace cpu {
+namespace {
+
+// Codes, then scales, then offsets, each aligned.
+struct ActivationLayout {
+  explicit ActivationLayout(const flexq_activation_desc& desc) {
+    const auto groups = static_cast<size_t>(num_groups(desc.k));
+    const auto m = static_cast<size_t>(desc.m);
+    scales = groups * m * kGroup;
+    offsets = scales + align_up(static_cast<size_t>(scales_per_token(desc)) * m * sizeof(float));
+    size = offsets + align_up(groups * m * sizeof(int32_t));
+  }
+  Activation at(void* quantized) const {
+    auto* bytes = static_cast<uint8_t*>(quantized);
+    return {reinterpret_cast<int8_t*>(bytes), reinterpret_cast<float*>(bytes + scales),
+            reinterpret_cast<int32_t*>(bytes + offsets)};
+  }
+  size_t scales;
+  size_t offsets;
+  size_t size;
+};
+
+class CpuBackend final : public Backend {
+ public:
+  void check_available(int32_t device_index) const override {
+    if (device_index != 0) {
+      fail(FLEXQ_INVALID_ARGUMENT, "device_index must be 0 for the CPU, got ", device_index);
+    }
+  }
+  const char* isa(int32_t) const override { return kernels().isa; }
+
+  size_t prepack_size(const flexq_weight_desc& desc) const override { return cpu::prepack_size(desc); }
+  void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes,
+               const uint16_t* scales, void* prepacked) const override {
+    cpu::prepack(stream.executor, desc, planes, scales, prepacked);
+  }
+  void unprepack(const flexq_stream& stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
+                 uint16_t* scales) const override {
+    cpu::unprepack(stream.executor, desc, prepacked, planes, scales);
+  }
+
+  size_t activation_size(const flexq_activation_desc& desc) const override { return ActivationLayout(desc).size; }
+
+  void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc, const void* x,
+                           flexq_dtype dtype, int64_t ldx, void* quantized) const override {
+    const QuantizeArgs args{desc, x, dtype, ldx, ActivationLayout(desc).at(quantized)};
+    // Below this many values, waking a thread costs more than it saves.
+    constexpr int64_t kValuesWorthAThread = 16384;
+    const int64_t at_least = ceil_div(kValuesWorthAThread, padded_k(desc.k));
+    parallel_ranges(stream.executor, desc.m, balanced_grain(stream.executor, desc.m, at_least),
+                    [&](int64_t begin, int64_t end) { kernels().quantize(args, begin, end); });
+  }
+
+  void activation_export(const flexq_stream&, const flexq_activation_desc& desc, const void* quantized, int8_t* codes,
+                         float* scales) const override {
+    const Activation act = ActivationLayout(desc).at(const_cast<void*>(quantized));
+    const int64_t groups = num_groups(desc.k);
+    const int64_t token_scales = scales_per_token(desc);
+    for (int64_t t = 0; t < desc.m; ++t) {
+      for (int64_t g = 0; g < groups; ++g) {
+        std::memcpy(codes + (t * groups + g) * kGroup, act.codes + (g * desc.m + t) * kGroup, kGroup);
+      }
+      for (int64_t g = 0; g < token_scales; ++g) scales[t * token_scales + g] = act.scales[g * desc.m + t];
+    }
+  }
+
+  size_t gemm_workspace_size(const flexq_stream&, const flexq_weight_desc&, int32_t, int64_t) const override {
+    return 0;
+  }
+
+  void gemm(const flexq_stream& stream, const GemmCall& call) const override {
+    const GemmArgs args{call.desc,
+                        packed_weight(call.desc, call.prepacked),
+                        call.act_desc.m,
+                        call.act_desc.act_bits,
+                        ActivationLayout(call.act_desc).at(const_cast<void*>(call.quantized)),
+                        call.bias,
+                        call.bias_dtype,
+                        call.y,
+                        call.y_dtype,
+                        call.ldy};
+    const int64_t blocks = ceil_div(call.desc.n, kBlockRows);
+    // A piece is some blocks of rows for some tokens. Rows are split first, tokens only where rows are too few.
+    constexpr int64_t kProductsWorthAThread = 1 << 18;
+    const int64_t block_products = kBlockRows * padded_k(call.desc.k) * std::max<int64_t>(args.m, 1);
+    const int64_t row_grain =
+        balanced_grain(stream.executor, blocks, ceil_div(kProductsWorthAThread, block_products));
+    const int64_t row_pieces = std::max<int64_t>(ceil_div(blocks, row_grain), 1);
+    const int64_t threads = stream.executor == nullptr ? 1 : stream.executor->num_threads;
+    constexpr int64_t kTokenGrain = 64;
+    const int64_t token_pieces =
+        row_pieces >= threads ? 1 : std::min(ceil_div(threads, row_pieces), ceil_div(args.m, kTokenGrain));
+    const int64_t token_grain = ceil_div(ceil_div(args.m, std::max<int64_t>(token_pieces, 1)), kTokenGrain) * kTokenGrain;
+    const int64_t columns = token_grain == 0 ? 0 : ceil_div(args.m, token_grain);
+    parallel_ranges(stream.executor, row_pieces * columns, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        const int64_t row = piece / columns * row_grain;
+        const int64_t token = piece % columns * token_grain;
+        kernels().gemm(args, row, std::min(blocks, row + row_grain), token, std::min(args.m, token + token_grain));
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+
+const Backend& cpu_backend() {
+  static const cpu::CpuBackend backend;
+  return backend;
+}
+
+}  // namespace flexq

@@ -1,0 +1,19 @@
+// Canonical planes and scales <-> the CPU's prepacked layout (cpu/kernels.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "flexq/flexq.h"
+
+namespace flexq::cpu {
+
+size_t prepack_size(const flexq_weight_desc& desc);
+PackedWeight packed_weight(const flexq_weight_desc& desc, const void* prepacked);
+void prepack(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes,
+             const uint16_t* scales, void* prepacked);
+void unprepack(const flexq_executor* executor, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
+               uint16_t* scales);
+
+}  // namespace flexq::cpu

@@ -1,0 +1,104 @@
+// Activation quantization that every instruction set shares, over a policy Q:
+//   Q::load<T>   128 values (zero-padded) as floats, rotated if asked; returns the largest magnitude's bits
+//   Q::encode    codes = rint(values * inverse), clamped; returns their sum
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "core/float_types.h"
+#include "core/hadamard.h"
+#include "cpu/kernels.h"
+
+namespace flexq::cpu {
+
+namespace {  // a copy for each instruction set that includes this
+
+struct PortableQuantizer {
+  template <typename T>
+  static int32_t load(const T* x, int count, bool rotate, float* values) {
+    for (int i = 0; i < count; ++i) values[i] = to_float(x[i]);
+    for (int i = count; i < kGroup; ++i) values[i] = 0.0f;
+    if (rotate) hadamard128(values);
+    int32_t largest = 0;
+    for (int i = 0; i < kGroup; ++i) largest = std::max(largest, std::bit_cast<int32_t>(values[i]) & 0x7fffffff);
+    return largest;
+  }
+
+  static int32_t encode(const float* values, float inverse, int qmax, int8_t* codes) {
+    int32_t sum = 0;
+    for (int i = 0; i < kGroup; ++i) {
+      const int code = static_cast<int>(std::nearbyint(values[i] * inverse));
+      codes[i] = static_cast<int8_t>(std::clamp(code, -qmax, qmax));
+      sum += codes[i];
+    }
+    return sum;
+  }
+};
+
+}  // namespace
+
+template <typename Q>
+struct QuantizeKernel {
+  struct Scale {
+    float scale;
+    float inverse;  // 0 where all codes are 0
+    bool finite;
+  };
+
+  static Scale scale_of(int32_t largest_bits, bool rotate, int qmax) {
+    const float largest = std::bit_cast<float>(largest_bits);
+    if (!std::isfinite(largest)) return {std::numeric_limits<float>::quiet_NaN(), 0.0f, false};
+    const float scale = (rotate ? largest * kHadamardNorm : largest) / static_cast<float>(qmax);
+    if (scale < FLT_MIN) return {0.0f, 0.0f, true};
+    return {scale, static_cast<float>(qmax) / largest, true};
+  }
+
+  template <typename T>
+  static void token(const QuantizeArgs& args, int64_t t) {
+    const auto& desc = args.desc;
+    const int64_t groups = num_groups(desc.k);
+    const bool rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
+    const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
+    const int qmax = act_max_code(desc.act_bits);
+    const T* x = static_cast<const T*>(args.x) + t * args.ldx;
+    const auto count = [&](int64_t g) { return static_cast<int>(std::min<int64_t>(kGroup, desc.k - g * kGroup)); };
+    alignas(64) float values[kGroup];
+    Scale scale{};
+    if (!per_group) {
+      int32_t largest = 0;
+      for (int64_t g = 0; g < groups; ++g) {
+        largest = std::max(largest, Q::load(x + g * kGroup, count(g), rotate, values));
+      }
+      scale = scale_of(largest, rotate, qmax);
+      args.act.scales[t] = scale.scale;
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = g * desc.m + t;
+      const int32_t largest = Q::load(x + g * kGroup, count(g), rotate, values);
+      if (per_group) {
+        scale = scale_of(largest, rotate, qmax);
+        args.act.scales[at] = scale.scale;
+      }
+      int8_t* codes = args.act.codes + at * kGroup;
+      if (scale.finite) {
+        args.act.offsets[at] = -kCodeOffset * Q::encode(values, scale.inverse, qmax, codes);
+      } else {
+        std::memset(codes, 0, kGroup);
+        args.act.offsets[at] = 0;
+      }
+    }
+  }
+
+  static void run(const QuantizeArgs& args, int64_t token_begin, int64_t token_end) {
+    dispatch_dtype(args.dtype, [&](auto type) {
+      for (int64_t t = token_begin; t < token_end; ++t) token<decltype(type)>(args, t);
+    });
+  }
+};
+
+}  // namespace flexq::cpu

@@ -1,0 +1,126 @@
+// Python values -> arguments of the C API. Tensors come as DLPack views, never copied.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "flexq/flexq.h"
+
+namespace nb = nanobind;
+
+namespace flexq::python {
+
+// Raises ValueError, MemoryError or RuntimeError with the library's message.
+inline void check(flexq_status status) {
+  if (status == FLEXQ_OK) return;
+  switch (status) {
+    case FLEXQ_INVALID_ARGUMENT:
+    case FLEXQ_UNSUPPORTED:
+    case FLEXQ_BAD_VALUE:
+      throw nb::value_error(flexq_last_error());
+    case FLEXQ_OUT_OF_MEMORY:
+      throw std::bad_alloc();
+    default:
+      throw std::runtime_error(std::string(flexq_status_name(status)) + ": " + flexq_last_error());
+  }
+}
+
+[[noreturn]] inline void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+inline flexq_dtype dtype_of(const nb::ndarray<>& t, const char* name) {
+  const auto dtype = t.dtype();
+  if (dtype == nb::dtype<float>()) return FLEXQ_F32;
+  if (dtype.bits == 16 && dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float)) return FLEXQ_F16;
+  if (dtype.bits == 16 && dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) return FLEXQ_BF16;
+  refuse(std::string(name) + " must be float32, float16 or bfloat16");
+}
+
+inline flexq_scheme scheme_of(std::string_view name) {
+  if (name == "group") return FLEXQ_SCHEME_GROUP;
+  if (name == "channel") return FLEXQ_SCHEME_CHANNEL;
+  refuse("scheme must be 'group' or 'channel', got '" + std::string(name) + "'");
+}
+
+inline flexq_rotation rotation_of(std::string_view name) {
+  if (name == "none") return FLEXQ_ROTATION_NONE;
+  if (name == "hadamard128") return FLEXQ_ROTATION_HADAMARD128;
+  refuse("rotation must be 'none' or 'hadamard128', got '" + std::string(name) + "'");
+}
+
+// A row-major matrix, possibly a slice of a larger one: rows `ld` elements apart.
+struct Matrix {
+  Matrix(const nb::ndarray<>& t, const char* name) {
+    if (t.ndim() != 2) refuse(std::string(name) + " must have 2 dimensions, got " + std::to_string(t.ndim()));
+    rows = static_cast<int64_t>(t.shape(0));
+    cols = static_cast<int64_t>(t.shape(1));
+    if (cols > 1 && t.stride(1) != 1) refuse(std::string(name) + " must have contiguous rows");
+    ld = rows > 1 ? t.stride(0) : cols;
+    data = t.data();
+    dtype = dtype_of(t, name);
+  }
+  void* data;
+  flexq_dtype dtype;
+  int64_t rows;
+  int64_t cols;
+  int64_t ld;
+};
+
+// A contiguous array of `T`, with at least `count` elements if that is given.
+template <typename T>
+T* array_of(const nb::ndarray<>& t, const char* name, size_t count = 0) {
+  int64_t expected = 1;
+  for (size_t i = t.ndim(); i-- > 0;) {
+    if (t.shape(i) > 1 && t.stride(i) != expected) refuse(std::string(name) + " must be contiguous");
+    expected *= static_cast<int64_t>(t.shape(i));
+  }
+  if (t.dtype().bits != 8 * sizeof(T)) {
+    refuse(std::string(name) + " must have elements of " + std::to_string(8 * sizeof(T)) + " bits");
+  }
+  if (t.size() < count) {
+    refuse(std::string(name) + " must have at least " + std::to_string(count) + " elements, got " +
+           std::to_string(t.size()));
+  }
+  return reinterpret_cast<T*>(t.data());
+}
+
+// Who runs the CPU's loops: OpenMP's threads if the process has them (PyTorch's do), else a pool of the library's.
+class Executor {
+ public:
+  Executor(int32_t num_threads, uintptr_t gomp_parallel);
+  const flexq_executor* get() const { return executor_; }
+
+ private:
+  using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  struct DestroyPool {
+    void operator()(flexq_thread_pool* pool) const { flexq_thread_pool_destroy(pool); }
+  };
+  static void parallel_for(void* context, int64_t count, flexq_task task, void* arg);
+
+  GompParallel gomp_parallel_;
+  flexq_executor own_{};
+  std::unique_ptr<flexq_thread_pool, DestroyPool> pool_;
+  const flexq_executor* executor_;
+};
+
+// A flexq_stream that keeps its executor alive.
+struct Stream {
+  flexq_stream stream;
+  std::shared_ptr<Executor> executor;
+};
+
+void bind_stream(nb::module_& m);
+void bind_weight(nb::module_& m);
+void bind_activation(nb::module_& m);
+void bind_linear(nb::module_& m);
+
+using NoGil = nb::gil_scoped_release;
+
+}  // namespace flexq::python

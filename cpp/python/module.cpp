@@ -1,0 +1,13 @@
+#include "conversions.h"
+
+NB_MODULE(_core, m) {
+  m.doc() = "libflexq through its C API. Private: use the functions and modules of flexq.";
+  m.attr("GROUP_SIZE") = FLEXQ_GROUP_SIZE;
+  m.attr("WEIGHT_BITS") = FLEXQ_WEIGHT_BITS;
+  m.attr("ALIGNMENT") = FLEXQ_ALIGNMENT;
+  m.def("version", &flexq_version);
+  flexq::python::bind_stream(m);
+  flexq::python::bind_weight(m);
+  flexq::python::bind_activation(m);
+  flexq::python::bind_linear(m);
+}

@@ -1,0 +1,230 @@
+/* FlexQ: 6-bit weights with 6- or 8-bit activations (W6A6, W6A8).
+ *
+ * This header is the whole public C API, usable from C99 and C++.
+ *
+ * Words used throughout
+ *   M tokens, N output features, K input features. A linear layer is y[M,N] = x[M,K] * w[N,K]^T + bias[N].
+ *   group   128 consecutive input features. G = ceil(K / 128) groups; the last one is padded with zeros, Kp = 128 * G.
+ *   codes   the integers of a quantized tensor, one int8 each: weights -32..31, activations -31..31 or -127..127.
+ *   planes  the canonical form of weight codes: bit planes, uint8 [N][G][6][16]. Bit (k % 8) of byte (k / 8) of plane
+ *           p is bit p of the two's complement code k of that row and group.
+ *   scales  of a weight: fp16 bit patterns, uint16 [N][G] (scheme group) or [N][1] (scheme channel).
+ *   prepack what a backend's kernels read, made once at load from planes and scales. Its layout is private.
+ *
+ * Conventions
+ *   Every function returns a flexq_status. On anything but FLEXQ_OK nothing was written to any output, and
+ *   flexq_last_error() of the same thread says what was given and what is accepted.
+ *   No function keeps a pointer after it returns (work queued on a CUDA stream aside), allocates in a hot call, or
+ *   touches global mutable state; all functions may be called from several threads at once.
+ *   Matrices are row-major; `ld*` is the distance between rows in elements, at least the row length.
+ *   Pointers are aligned to their element type; prepacked weights, quantized activations and workspaces to
+ *   FLEXQ_ALIGNMENT bytes. Device memory for a CUDA stream, host memory for a CPU stream.
+ */
+#ifndef FLEXQ_FLEXQ_H
+#define FLEXQ_FLEXQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FLEXQ_VERSION_MAJOR 0
+#define FLEXQ_VERSION_MINOR 1
+#define FLEXQ_VERSION_PATCH 0
+
+#define FLEXQ_GROUP_SIZE 128
+#define FLEXQ_WEIGHT_BITS 6
+#define FLEXQ_ALIGNMENT 64
+
+#if defined(FLEXQ_STATIC)
+#define FLEXQ_API
+#elif defined(_WIN32)
+#if defined(FLEXQ_BUILDING)
+#define FLEXQ_API __declspec(dllexport)
+#else
+#define FLEXQ_API __declspec(dllimport)
+#endif
+#else
+#define FLEXQ_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Status and version ------------------------------------------------------------------------------------- */
+
+typedef enum flexq_status {
+  FLEXQ_OK = 0,
+  FLEXQ_INVALID_ARGUMENT = 1, /* a null, negative, misaligned, too small or unknown argument */
+  FLEXQ_UNSUPPORTED = 2,      /* well formed, but not something this version does (weight_bits 4, ...) */
+  FLEXQ_BAD_VALUE = 3,        /* data that cannot be quantized: NaN, Inf, a scale outside fp16's range */
+  FLEXQ_UNAVAILABLE = 4,      /* the device or backend is missing from this build or machine */
+  FLEXQ_OUT_OF_MEMORY = 5,    /* only from functions that create objects */
+  FLEXQ_DEVICE_ERROR = 6,     /* the device's driver reported an error */
+  FLEXQ_INTERNAL = 7,         /* a bug in this library */
+  FLEXQ_STATUS_INT32_ = 0x7fffffff
+} flexq_status;
+
+/* The name of a status, e.g. "invalid argument". Never NULL. */
+FLEXQ_API const char* flexq_status_name(flexq_status status);
+
+/* What went wrong in the last failed call of this thread; "" if none failed yet. Valid until its next failed call. */
+FLEXQ_API const char* flexq_last_error(void);
+
+/* Version of the library that is loaded, e.g. "0.1.0", and as major * 10000 + minor * 100 + patch. */
+FLEXQ_API const char* flexq_version(void);
+FLEXQ_API int32_t flexq_version_number(void);
+
+/* ---- Types -------------------------------------------------------------------------------------------------- */
+
+/* Enumerations are 32 bits wide and any value may be passed: unknown ones are refused. */
+typedef enum flexq_dtype { FLEXQ_F32 = 0, FLEXQ_F16 = 1, FLEXQ_BF16 = 2, FLEXQ_DTYPE_INT32_ = 0x7fffffff } flexq_dtype;
+
+typedef enum flexq_device { FLEXQ_CPU = 0, FLEXQ_CUDA = 1, FLEXQ_DEVICE_INT32_ = 0x7fffffff } flexq_device;
+
+/* Which elements share a scale. group: a row (token) and 128 inputs. channel: a whole row (token). */
+typedef enum flexq_scheme {
+  FLEXQ_SCHEME_GROUP = 0,
+  FLEXQ_SCHEME_CHANNEL = 1,
+  FLEXQ_SCHEME_INT32_ = 0x7fffffff
+} flexq_scheme;
+
+/* What is done to each group before it is quantized. hadamard128: the orthonormal 128-point Hadamard transform
+ * (natural order), applied alike to weights and activations, so that products stay as they were. */
+typedef enum flexq_rotation {
+  FLEXQ_ROTATION_NONE = 0,
+  FLEXQ_ROTATION_HADAMARD128 = 1,
+  FLEXQ_ROTATION_INT32_ = 0x7fffffff
+} flexq_rotation;
+
+/* A quantized weight. */
+typedef struct flexq_weight_desc {
+  int64_t n;               /* output features, >= 0 */
+  int64_t k;               /* input features, >= 1 */
+  int32_t weight_bits;     /* 6 */
+  flexq_scheme scheme;     /* of the weight's scales and of the activations it is multiplied with */
+  flexq_rotation rotation; /* of the weight and of the activations it is multiplied with */
+} flexq_weight_desc;
+
+/* A quantized activation. Its k, scheme and rotation equal those of the weights it meets. */
+typedef struct flexq_activation_desc {
+  int64_t m;               /* tokens, >= 0 */
+  int64_t k;               /* input features, >= 1 */
+  int32_t act_bits;        /* 6 or 8 */
+  flexq_scheme scheme;     /* one scale per token and group, or one per token */
+  flexq_rotation rotation; /* as the weight's */
+} flexq_activation_desc;
+
+/* Runs task(arg, 0) ... task(arg, count - 1), each once, in any order, on up to num_threads threads, and returns when
+ * all are done. Tasks never throw and never wait for one another. */
+typedef void (*flexq_task)(void* arg, int64_t index);
+typedef struct flexq_executor {
+  void* context;
+  int32_t num_threads; /* >= 1 */
+  void (*parallel_for)(void* context, int64_t count, flexq_task task, void* arg);
+} flexq_executor;
+
+/* Where the work happens. */
+typedef struct flexq_stream {
+  flexq_device device;
+  int32_t device_index;           /* CUDA device ordinal; 0 for the CPU */
+  void* handle;                   /* CUDA: the cudaStream_t, NULL being the legacy default stream. CPU: NULL */
+  const flexq_executor* executor; /* CPU: the threads to use, NULL for the calling thread alone. CUDA: NULL */
+} flexq_stream;
+
+/* FLEXQ_OK if `device` can be used in this build on this machine, else FLEXQ_UNAVAILABLE with the reason. */
+FLEXQ_API flexq_status flexq_device_available(flexq_device device, int32_t device_index);
+
+/* The instruction set or architecture that `device` runs on here, e.g. "avx2" or "sm_90". A static string. */
+FLEXQ_API flexq_status flexq_device_isa(flexq_device device, int32_t device_index, const char** isa);
+
+/* ---- Threads (CPU) ------------------------------------------------------------------------------------------ */
+
+/* A pool that implements flexq_executor, for callers without threads of their own. One caller uses the workers at a
+ * time; others that come meanwhile run their tasks themselves. */
+typedef struct flexq_thread_pool flexq_thread_pool;
+
+/* num_threads counts the calling thread: 1..1024. Destroy it only when no call uses it. */
+FLEXQ_API flexq_status flexq_thread_pool_create(int32_t num_threads, flexq_thread_pool** pool);
+FLEXQ_API void flexq_thread_pool_destroy(flexq_thread_pool* pool);
+
+/* The executor to put into a flexq_stream; it lives as long as the pool. NULL for NULL. */
+FLEXQ_API const flexq_executor* flexq_thread_pool_executor(const flexq_thread_pool* pool);
+
+/* ---- Weights ------------------------------------------------------------------------------------------------ */
+
+/* Bytes of the canonical planes, and bytes of the canonical scales. */
+FLEXQ_API flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* planes_bytes, size_t* scales_bytes);
+
+/* Round to nearest: s = fp16(absmax / 31) per row and group (or row), code = clamp(rint(w / s), -32, 31), after the
+ * rotation. All-zero groups get scale 0. FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16 or
+ * vanishes in it. CPU streams.
+ *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written. */
+FLEXQ_API flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
+                                             flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales);
+
+/* w = code * scale with the rotation undone, rounded to `dtype`: [n][k], rows ldw apart. CPU streams. */
+FLEXQ_API flexq_status flexq_dequantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc,
+                                               const uint8_t* planes, const uint16_t* scales, void* w,
+                                               flexq_dtype dtype, int64_t ldw);
+
+/* codes int8 [n][Kp], rows ldc >= Kp apart <-> canonical planes. Codes outside -32..31 are FLEXQ_BAD_VALUE. CPU
+ * streams. */
+FLEXQ_API flexq_status flexq_pack_codes(const flexq_stream* stream, const flexq_weight_desc* desc, const int8_t* codes,
+                                        int64_t ldc, uint8_t* planes);
+FLEXQ_API flexq_status flexq_unpack_codes(const flexq_stream* stream, const flexq_weight_desc* desc,
+                                          const uint8_t* planes, int8_t* codes, int64_t ldc);
+
+/* Bytes of the prepacked weight on `stream`'s device. */
+FLEXQ_API flexq_status flexq_prepack_size(const flexq_stream* stream, const flexq_weight_desc* desc, size_t* bytes);
+
+/* Canonical -> prepacked, and back without loss. `bytes` is the size of `prepacked`, at least flexq_prepack_size. */
+FLEXQ_API flexq_status flexq_prepack(const flexq_stream* stream, const flexq_weight_desc* desc, const uint8_t* planes,
+                                     const uint16_t* scales, void* prepacked, size_t bytes);
+FLEXQ_API flexq_status flexq_unprepack(const flexq_stream* stream, const flexq_weight_desc* desc, const void* prepacked,
+                                       size_t bytes, uint8_t* planes, uint16_t* scales);
+
+/* ---- Activations -------------------------------------------------------------------------------------------- */
+
+/* Bytes of a quantized activation on `stream`'s device. */
+FLEXQ_API flexq_status flexq_activation_size(const flexq_stream* stream, const flexq_activation_desc* desc,
+                                             size_t* bytes);
+
+/* scale = absmax / qmax in fp32 per token and group (or token), code = clamp(rint(x / scale), -qmax, qmax), after the
+ * rotation; qmax is 31 or 127. Where scale would be below the smallest normal float, scale and codes are 0. A NaN or
+ * Inf makes every output of its token NaN.
+ *   x: [m][k] of `dtype`, rows ldx apart.  quantized: private layout, written. */
+FLEXQ_API flexq_status flexq_quantize_activation(const flexq_stream* stream, const flexq_activation_desc* desc,
+                                                 const void* x, flexq_dtype dtype, int64_t ldx, void* quantized,
+                                                 size_t bytes);
+
+/* The private layout in plain form: codes int8 [m][Kp], scales fp32 [m][G] (group) or [m] (channel). */
+FLEXQ_API flexq_status flexq_activation_export(const flexq_stream* stream, const flexq_activation_desc* desc,
+                                               const void* quantized, size_t bytes, int8_t* codes, float* scales);
+
+/* ---- Linear ------------------------------------------------------------------------------------------------- */
+
+/* Bytes of workspace for flexq_gemm and for flexq_linear on m tokens; may be 0. */
+FLEXQ_API flexq_status flexq_gemm_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc,
+                                                 int32_t act_bits, int64_t m, size_t* bytes);
+FLEXQ_API flexq_status flexq_linear_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc,
+                                                   int32_t act_bits, int64_t m, size_t* bytes);
+
+/* y = quantized * weight^T + bias. One quantized activation can serve several weights. Group sums are exact int32;
+ * their scaling, the sum over groups and the bias are fp32, rounded once to `y_dtype`.
+ *   bias: [n] of `bias_dtype`, or NULL.  y: [m][n] of `y_dtype`, rows ldy apart, written. */
+FLEXQ_API flexq_status flexq_gemm(const flexq_stream* stream, const flexq_weight_desc* desc, const void* prepacked,
+                                  size_t prepacked_bytes, const flexq_activation_desc* act_desc, const void* quantized,
+                                  size_t quantized_bytes, const void* bias, flexq_dtype bias_dtype, void* y,
+                                  flexq_dtype y_dtype, int64_t ldy, void* workspace, size_t workspace_bytes);
+
+/* flexq_quantize_activation and flexq_gemm in one call.  x: [m][k] of `x_dtype`, rows ldx apart. */
+FLEXQ_API flexq_status flexq_linear(const flexq_stream* stream, const flexq_weight_desc* desc, const void* prepacked,
+                                    size_t prepacked_bytes, int32_t act_bits, int64_t m, const void* x,
+                                    flexq_dtype x_dtype, int64_t ldx, const void* bias, flexq_dtype bias_dtype, void* y,
+                                    flexq_dtype y_dtype, int64_t ldy, void* workspace, size_t workspace_bytes);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* FLEXQ_FLEXQ_H */

@@ -1,0 +1,180 @@
+// A thin C++17 face of flexq.h: exceptions for statuses, RAII for memory and threads. Header-only.
+//
+//   flexq::ThreadPool pool(8);
+//   const flexq::Stream stream = flexq::Stream::cpu(pool);
+//   const flexq::Weight weight = flexq::Weight::quantize(stream, {n, k}, w.data(), k);
+//   flexq::Linear linear(stream, weight);
+//   linear(stream, x.data(), m, y.data());
+#ifndef FLEXQ_FLEXQ_HPP
+#define FLEXQ_FLEXQ_HPP
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "flexq/flexq.h"
+
+namespace flexq {
+
+// A status other than FLEXQ_OK, with the library's message.
+class Exception : public std::runtime_error {
+ public:
+  Exception(flexq_status status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  flexq_status status() const noexcept { return status_; }
+
+ private:
+  flexq_status status_;
+};
+
+inline void check(flexq_status status) {
+  if (status != FLEXQ_OK) throw Exception(status, flexq_last_error());
+}
+
+// fp16 and bf16 values are passed as their bits in these.
+struct half_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+template <typename T>
+constexpr flexq_dtype dtype_of() {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, half_t> || std::is_same_v<T, bfloat16_t>,
+                "elements are float, flexq::half_t or flexq::bfloat16_t");
+  return std::is_same_v<T, float> ? FLEXQ_F32 : std::is_same_v<T, half_t> ? FLEXQ_F16 : FLEXQ_BF16;
+}
+
+// Host memory aligned as prepacked weights, activations and workspaces must be. Grows, never shrinks.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes) { reserve(bytes); }
+  void reserve(size_t bytes) {
+    if (bytes <= size_) return;
+    data_.reset(static_cast<uint8_t*>(::operator new(bytes, kAlignment)));
+    size_ = bytes;
+  }
+  uint8_t* data() const noexcept { return data_.get(); }
+  size_t size() const noexcept { return size_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{FLEXQ_ALIGNMENT};
+  struct Free {
+    void operator()(uint8_t* p) const noexcept { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<uint8_t, Free> data_;
+  size_t size_ = 0;
+};
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int32_t num_threads) {
+    flexq_thread_pool* pool = nullptr;
+    check(flexq_thread_pool_create(num_threads, &pool));
+    pool_.reset(pool);
+  }
+  const flexq_executor* executor() const noexcept { return flexq_thread_pool_executor(pool_.get()); }
+
+ private:
+  struct Destroy {
+    void operator()(flexq_thread_pool* p) const noexcept { flexq_thread_pool_destroy(p); }
+  };
+  std::unique_ptr<flexq_thread_pool, Destroy> pool_;
+};
+
+// A flexq_stream; does not own what it names.
+struct Stream : flexq_stream {
+  static Stream cpu(const flexq_executor* executor = nullptr) { return Stream{{FLEXQ_CPU, 0, nullptr, executor}}; }
+  static Stream cpu(const ThreadPool& pool) { return cpu(pool.executor()); }
+  static Stream cuda(int32_t device_index, void* cuda_stream) {
+    return Stream{{FLEXQ_CUDA, device_index, cuda_stream, nullptr}};
+  }
+};
+
+struct WeightDesc : flexq_weight_desc {
+  WeightDesc(int64_t n, int64_t k, flexq_scheme scheme = FLEXQ_SCHEME_GROUP,
+             flexq_rotation rotation = FLEXQ_ROTATION_HADAMARD128)
+      : flexq_weight_desc{n, k, FLEXQ_WEIGHT_BITS, scheme, rotation} {}
+};
+
+// A weight in canonical form, in host memory.
+class Weight {
+ public:
+  explicit Weight(const WeightDesc& desc) : desc_(desc) {
+    size_t planes = 0, scales = 0;
+    check(flexq_weight_size(&desc_, &planes, &scales));
+    planes_.resize(planes);
+    scales_.resize(scales / sizeof(uint16_t));
+  }
+
+  // w: [n][k], rows ldw elements apart (0: k).
+  template <typename T>
+  static Weight quantize(const Stream& stream, const WeightDesc& desc, const T* w, int64_t ldw = 0) {
+    Weight weight(desc);
+    check(flexq_quantize_weight(&stream, &weight.desc_, w, dtype_of<T>(), ldw == 0 ? desc.k : ldw,
+                                weight.planes_.data(), weight.scales_.data()));
+    return weight;
+  }
+
+  // w: [n][k], rows ldw elements apart (0: k), written.
+  template <typename T>
+  void dequantize(const Stream& stream, T* w, int64_t ldw = 0) const {
+    check(flexq_dequantize_weight(&stream, &desc_, planes_.data(), scales_.data(), w, dtype_of<T>(),
+                                  ldw == 0 ? desc_.k : ldw));
+  }
+
+  const WeightDesc& desc() const noexcept { return desc_; }
+  std::vector<uint8_t>& planes() noexcept { return planes_; }
+  const std::vector<uint8_t>& planes() const noexcept { return planes_; }
+  std::vector<uint16_t>& scales() noexcept { return scales_; }
+  const std::vector<uint16_t>& scales() const noexcept { return scales_; }
+
+ private:
+  WeightDesc desc_;
+  std::vector<uint8_t> planes_;
+  std::vector<uint16_t> scales_;
+};
+
+// A prepacked weight for the CPU, with the workspace its calls need: one call at a time.
+class Linear {
+ public:
+  Linear(const Stream& stream, const Weight& weight, int32_t act_bits = 8)
+      : desc_(weight.desc()), act_bits_(act_bits) {
+    size_t bytes = 0;
+    check(flexq_prepack_size(&stream, &desc_, &bytes));
+    packed_.reserve(bytes);
+    check(flexq_prepack(&stream, &desc_, weight.planes().data(), weight.scales().data(), packed_.data(), bytes));
+  }
+
+  // y[m][n] = x[m][k] * w^T + bias. ldx and ldy default to k and n.
+  template <typename X, typename Y>
+  void operator()(const Stream& stream, const X* x, int64_t m, Y* y, const Y* bias = nullptr, int64_t ldx = 0,
+                  int64_t ldy = 0) {
+    size_t bytes = 0;
+    check(flexq_linear_workspace_size(&stream, &desc_, act_bits_, m, &bytes));
+    workspace_.reserve(bytes);
+    check(flexq_linear(&stream, &desc_, packed_.data(), packed_.size(), act_bits_, m, x, dtype_of<X>(),
+                       ldx == 0 ? desc_.k : ldx, bias, dtype_of<Y>(), y, dtype_of<Y>(), ldy == 0 ? desc_.n : ldy,
+                       workspace_.data(), workspace_.size()));
+  }
+
+  const WeightDesc& desc() const noexcept { return desc_; }
+  int32_t act_bits() const noexcept { return act_bits_; }
+
+ private:
+  WeightDesc desc_;
+  int32_t act_bits_;
+  Buffer packed_;
+  Buffer workspace_;
+};
+
+}  // namespace flexq
+
+#endif  // FLEXQ_FLEXQ_HPP

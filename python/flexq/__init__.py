@@ -1,0 +1,47 @@
+"""FlexQ: large language models with 6-bit weights and 6- or 8-bit activations."""
+
+import flexq.integrations.transformers  # registers the quantization method "flexq"
+from flexq._core import version as _version
+from flexq.checkpoint import CheckpointError, quantize_checkpoint, save_model
+from flexq.integrations.transformers import FlexQConfig
+from flexq.linear import Linear
+from flexq.models import ModelError, load_model
+from flexq.ops import (
+    activation_codes,
+    dequantize_weight,
+    gemm,
+    linear,
+    pack_codes,
+    prepack,
+    quantize_activation,
+    quantize_weight,
+    unpack_codes,
+    unprepack,
+)
+from flexq.patch import quantize_model
+from flexq.plan import LayerConfig, Plan
+
+__version__ = _version()
+
+__all__ = [
+    "CheckpointError",
+    "FlexQConfig",
+    "LayerConfig",
+    "Linear",
+    "ModelError",
+    "Plan",
+    "activation_codes",
+    "dequantize_weight",
+    "gemm",
+    "linear",
+    "load_model",
+    "pack_codes",
+    "prepack",
+    "quantize_activation",
+    "quantize_checkpoint",
+    "quantize_model",
+    "quantize_weight",
+    "save_model",
+    "unpack_codes",
+    "unprepack",
+]

@@ -1,0 +1,1 @@
+"""FlexQ inside other libraries, one module each."""

@@ -1,0 +1,312 @@
+"""The library's functions as PyTorch operators, `torch.ops.flexq.*`, which `torch.compile` traces.
+
+Shapes: M tokens, N output features, K input features, G = ceil(K / 128) groups. Every operator takes the scale
+`scheme` ("group" or "channel") and the `rotation` ("none" or "hadamard128") of the weight. The wrappers below document
+each one; errors are `ValueError` (what was given, what is accepted) and `RuntimeError` (the device).
+"""
+
+import functools
+
+import torch
+
+from flexq import _core
+from flexq.streams import stream_for
+
+GROUP_SIZE = _core.GROUP_SIZE
+
+_library = torch.library.Library("flexq", "DEF")
+_DEVICES = ("CPU", "CUDA")
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_desc(n: int, k: int, scheme: str, rotation: str) -> _core.WeightDesc:
+    return _core.WeightDesc(n, k, scheme, rotation)
+
+
+def num_groups(k: int) -> int:
+    return -(-k // GROUP_SIZE)
+
+
+def _num_scales(k: int, scheme: str) -> int:
+    return num_groups(k) if scheme == "group" else 1
+
+
+def _bytes(size: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x as a matrix with contiguous rows, copied only if its rows are not."""
+    matrix = x.detach().reshape(-1, x.shape[-1]) if x.dim() != 2 else x.detach()
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def _check_canonical(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str) -> None:
+    _require(
+        planes.dtype == torch.uint8 and planes.dim() == 4 and planes.shape[1:] == (num_groups(k), 6, 16),
+        f"planes must be uint8 [N, {num_groups(k)}, 6, 16] for K = {k}, got {planes.dtype} {list(planes.shape)}",
+    )
+    expected = (planes.shape[0], _num_scales(k, scheme))
+    _require(
+        scales.dtype == torch.float16 and scales.shape == expected,
+        f"scales must be float16 {list(expected)} for scheme {scheme}, got {scales.dtype} {list(scales.shape)}",
+    )
+
+
+def _define(schema: str, fake):
+    """Registers the decorated function for every device, and `fake` for tracing."""
+
+    def register(function):
+        name = _library.define(schema)
+        for device in _DEVICES:
+            _library.impl(name, function, device)
+        torch.library.register_fake(f"flexq::{name}", fake, lib=_library)
+        return function
+
+    return register
+
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def _fake_quantize_weight(weight, scheme, rotation):
+    n, k = weight.shape
+    planes = weight.new_empty((n, num_groups(k), 6, 16), dtype=torch.uint8)
+    return planes, weight.new_empty((n, _num_scales(k, scheme)), dtype=torch.float16)
+
+
+@_define("quantize_weight(Tensor weight, str scheme, str rotation) -> (Tensor, Tensor)", _fake_quantize_weight)
+def _quantize_weight(weight, scheme, rotation):
+    _require(weight.dim() == 2, f"weight must be [N, K], got {list(weight.shape)}")
+    host = _rows(weight).cpu()
+    n, k = host.shape
+    desc = _weight_desc(n, k, scheme, rotation)
+    planes = torch.empty((n, num_groups(k), 6, 16), dtype=torch.uint8)
+    scales = torch.empty((n, _num_scales(k, scheme)), dtype=torch.float16)
+    _core.quantize_weight(stream_for(host.device), desc, host, planes, scales)
+    return planes.to(weight.device), scales.to(weight.device)
+
+
+def _fake_dequantize_weight(planes, scales, k, scheme, rotation, dtype):
+    return planes.new_empty((planes.shape[0], k), dtype=dtype)
+
+
+@_define(
+    "dequantize_weight(Tensor planes, Tensor scales, int k, str scheme, str rotation, ScalarType dtype) -> Tensor",
+    _fake_dequantize_weight,
+)
+def _dequantize_weight(planes, scales, k, scheme, rotation, dtype):
+    _check_canonical(planes, scales, k, scheme)
+    weight = torch.empty((planes.shape[0], k), dtype=dtype)
+    desc = _weight_desc(planes.shape[0], k, scheme, rotation)
+    host = [t.cpu().contiguous() for t in (planes, scales)]
+    _core.dequantize_weight(stream_for(weight.device), desc, *host, weight)
+    return weight.to(planes.device)
+
+
+def _fake_prepack(planes, scales, k, scheme, rotation):
+    desc = _weight_desc(planes.shape[0], k, scheme, rotation)
+    return planes.new_empty(_core.prepack_size(stream_for(planes.device), desc))
+
+
+@_define("prepack(Tensor planes, Tensor scales, int k, str scheme, str rotation) -> Tensor", _fake_prepack)
+def _prepack(planes, scales, k, scheme, rotation):
+    _check_canonical(planes, scales, k, scheme)
+    desc = _weight_desc(planes.shape[0], k, scheme, rotation)
+    stream = stream_for(planes.device)
+    packed = _bytes(_core.prepack_size(stream, desc), planes)
+    _core.prepack(stream, desc, planes.contiguous(), scales.contiguous(), packed)
+    return packed
+
+
+def _fake_unprepack(packed, n, k, scheme, rotation):
+    planes = packed.new_empty((n, num_groups(k), 6, 16))
+    return planes, packed.new_empty((n, _num_scales(k, scheme)), dtype=torch.float16)
+
+
+@_define("unprepack(Tensor packed, int n, int k, str scheme, str rotation) -> (Tensor, Tensor)", _fake_unprepack)
+def _unprepack(packed, n, k, scheme, rotation):
+    planes, scales = _fake_unprepack(packed, n, k, scheme, rotation)
+    _core.unprepack(stream_for(packed.device), _weight_desc(n, k, scheme, rotation), packed, planes, scales)
+    return planes, scales
+
+
+# ---- Activations and linear ------------------------------------------------------------------------------------------
+
+
+def _fake_quantize_activation(x, act_bits, scheme, rotation):
+    desc = _core.ActivationDesc(x.numel() // x.shape[-1], x.shape[-1], act_bits, scheme, rotation)
+    return x.new_empty(_core.activation_size(stream_for(x.device), desc), dtype=torch.uint8)
+
+
+@_define("quantize_activation(Tensor x, int act_bits, str scheme, str rotation) -> Tensor", _fake_quantize_activation)
+def _quantize_activation(x, act_bits, scheme, rotation):
+    matrix = _rows(x)
+    desc = _core.ActivationDesc(*matrix.shape, act_bits, scheme, rotation)
+    stream = stream_for(x.device)
+    quantized = _bytes(_core.activation_size(stream, desc), x)
+    _core.quantize_activation(stream, desc, matrix, quantized)
+    return quantized
+
+
+def _fake_activation_codes(quantized, m, k, act_bits, scheme, rotation):
+    codes = quantized.new_empty((m, num_groups(k) * GROUP_SIZE), dtype=torch.int8)
+    return codes, quantized.new_empty((m, _num_scales(k, scheme)), dtype=torch.float32)
+
+
+@_define(
+    "activation_codes(Tensor quantized, int m, int k, int act_bits, str scheme, str rotation) -> (Tensor, Tensor)",
+    _fake_activation_codes,
+)
+def _activation_codes(quantized, m, k, act_bits, scheme, rotation):
+    codes, scales = _fake_activation_codes(quantized, m, k, act_bits, scheme, rotation)
+    desc = _core.ActivationDesc(m, k, act_bits, scheme, rotation)
+    _core.activation_export(stream_for(quantized.device), desc, quantized, codes, scales)
+    return codes, scales
+
+
+def _fake_gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):
+    return packed.new_empty((m, n), dtype=dtype)
+
+
+@_define(
+    "gemm(Tensor quantized, Tensor packed, Tensor? bias, int m, int n, int k, int act_bits, str scheme, str rotation,"
+    " ScalarType dtype) -> Tensor",
+    _fake_gemm,
+)
+def _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):
+    desc = _weight_desc(n, k, scheme, rotation)
+    stream = stream_for(packed.device)
+    y = torch.empty((m, n), dtype=dtype, device=packed.device)
+    workspace = _bytes(_core.gemm_workspace_size(stream, desc, act_bits, m), packed)
+    act_desc = _core.ActivationDesc(m, k, act_bits, scheme, rotation)
+    _core.gemm(stream, desc, packed, act_desc, quantized, None if bias is None else bias.detach(), y, workspace)
+    return y
+
+
+def _fake_linear(x, packed, bias, n, act_bits, scheme, rotation):
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@_define(
+    "linear(Tensor x, Tensor packed, Tensor? bias, int n, int act_bits, str scheme, str rotation) -> Tensor",
+    _fake_linear,
+)
+def _linear(x, packed, bias, n, act_bits, scheme, rotation):
+    _require(x.device == packed.device, f"x is on {x.device}, the weight on {packed.device}")
+    matrix = _rows(x)
+    m, k = matrix.shape
+    desc = _weight_desc(n, k, scheme, rotation)
+    stream = stream_for(x.device)
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    workspace = _bytes(_core.linear_workspace_size(stream, desc, act_bits, m), x)
+    _core.linear(stream, desc, packed, act_bits, matrix, None if bias is None else bias.detach(), y, workspace)
+    return y.view(*x.shape[:-1], n)
+
+
+# ---- What Python callers use -----------------------------------------------------------------------------------------
+
+
+def quantize_weight(
+    weight: torch.Tensor, scheme: str = "group", rotation: str = "hadamard128"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight [N, K] (float32, float16, bfloat16) to canonical planes uint8 [N, G, 6, 16] and scales float16.
+
+    Scales are [N, G] for scheme "group", [N, 1] for "channel". Raises ValueError for NaN, Inf and scales that float16
+    cannot hold.
+    """
+    return torch.ops.flexq.quantize_weight(weight, scheme, rotation)
+
+
+def dequantize_weight(
+    planes: torch.Tensor,
+    scales: torch.Tensor,
+    k: int,
+    scheme: str = "group",
+    rotation: str = "hadamard128",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The weight [N, K] that canonical planes and scales stand for, its rotation undone."""
+    return torch.ops.flexq.dequantize_weight(planes, scales, k, scheme, rotation, dtype)
+
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Weight codes int8 [N, K], -32..31, K a multiple of 128 -> planes uint8 [N, G, 6, 16]. CPU tensors."""
+    _require(
+        codes.dtype == torch.int8 and codes.dim() == 2 and codes.shape[1] % GROUP_SIZE == 0 and codes.shape[1] > 0,
+        f"codes must be int8 [N, K] with K a multiple of {GROUP_SIZE}, got {codes.dtype} {list(codes.shape)}",
+    )
+    n, k = codes.shape
+    planes = torch.empty((n, k // GROUP_SIZE, 6, 16), dtype=torch.uint8)
+    _core.pack_codes(stream_for(codes.device), _weight_desc(n, k, "group", "none"), codes.contiguous(), planes)
+    return planes
+
+
+def unpack_codes(planes: torch.Tensor) -> torch.Tensor:
+    """Planes uint8 [N, G, 6, 16] -> codes int8 [N, 128 * G]. CPU tensors."""
+    _require(
+        planes.dtype == torch.uint8 and planes.dim() == 4 and planes.shape[2:] == (6, 16) and planes.shape[1] > 0,
+        f"planes must be uint8 [N, G, 6, 16], got {planes.dtype} {list(planes.shape)}",
+    )
+    n, k = planes.shape[0], planes.shape[1] * GROUP_SIZE
+    codes = torch.empty((n, k), dtype=torch.int8)
+    _core.unpack_codes(stream_for(planes.device), _weight_desc(n, k, "group", "none"), planes.contiguous(), codes)
+    return codes
+
+
+def prepack(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str, rotation: str) -> torch.Tensor:
+    """Canonical planes and scales -> the bytes that the kernels of their device read."""
+    return torch.ops.flexq.prepack(planes, scales, k, scheme, rotation)
+
+
+def unprepack(packed: torch.Tensor, n: int, k: int, scheme: str, rotation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `prepack`, exact."""
+    return torch.ops.flexq.unprepack(packed, n, k, scheme, rotation)
+
+
+def quantize_activation(
+    x: torch.Tensor, act_bits: int = 8, scheme: str = "group", rotation: str = "hadamard128"
+) -> torch.Tensor:
+    """Quantize x [..., K] to the private form (uint8 bytes) that `gemm` takes; several weights can share it."""
+    return torch.ops.flexq.quantize_activation(x, act_bits, scheme, rotation)
+
+
+def activation_codes(
+    quantized: torch.Tensor, m: int, k: int, act_bits: int, scheme: str, rotation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `quantize_activation` made, in plain form: codes int8 [M, 128 * G], scales float32 [M, G] or [M, 1]."""
+    return torch.ops.flexq.activation_codes(quantized, m, k, act_bits, scheme, rotation)
+
+
+def gemm(
+    quantized: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    m: int,
+    n: int,
+    k: int,
+    act_bits: int,
+    scheme: str,
+    rotation: str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """quantized [M, K] x packed [N, K]^T + bias [N] -> [M, N] of `dtype`."""
+    return torch.ops.flexq.gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    act_bits: int = 8,
+    scheme: str = "group",
+    rotation: str = "hadamard128",
+) -> torch.Tensor:
+    """x [..., K] (float32, float16, bfloat16) -> [..., N] of x's dtype, through a prepacked weight [N, K]."""
+    return torch.ops.flexq.linear(x, packed, bias, n, act_bits, scheme, rotation)
