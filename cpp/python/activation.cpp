@@ -26,15 +26,14 @@ void bind_activation(nb::module_& m) {
       nb::arg("stream"), nb::arg("desc"));
   m.def(
       "quantize_activation",
-      [](const Stream& s, const flexq_activation_desc& desc, nb::ndarray<> x, nb::ndarray<> quantized) {
-        const Matrix matrix(x, "x");
-        if (matrix.rows != desc.m || matrix.cols != desc.k) refuse("x must be [m, k]");
-        uint8_t* out = array_of<uint8_t>(quantized, "quantized");
-        const size_t bytes = quantized.size();
+      [](const Stream& s, const flexq_activation_desc& desc, uintptr_t x, int32_t dtype, int64_t ldx,
+         uintptr_t quantized, size_t bytes) {
         const NoGil released;
-        check(flexq_quantize_activation(&s.stream, &desc, matrix.data, matrix.dtype, matrix.ld, out, bytes));
+        check(flexq_quantize_activation(&s.stream, &desc, at(x), static_cast<flexq_dtype>(dtype), ldx, at(quantized),
+                                        bytes));
       },
-      nb::arg("stream"), nb::arg("desc"), nb::arg("x"), nb::arg("quantized"));
+      nb::arg("stream"), nb::arg("desc"), nb::arg("x"), nb::arg("dtype"), nb::arg("ldx"), nb::arg("quantized"),
+      nb::arg("bytes"));
   m.def(
       "activation_export",
       [](const Stream& s, const flexq_activation_desc& desc, nb::ndarray<> quantized, nb::ndarray<> codes,

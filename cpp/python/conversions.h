@@ -3,11 +3,9 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
 
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -34,6 +32,9 @@ inline void check(flexq_status status) {
 }
 
 [[noreturn]] inline void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+// A tensor's `data_ptr()`.
+inline void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 inline flexq_dtype dtype_of(const nb::ndarray<>& t, const char* name) {
   const auto dtype = t.dtype();

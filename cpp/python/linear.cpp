@@ -2,22 +2,6 @@
 #include "conversions.h"
 
 namespace flexq::python {
-namespace {
-
-struct Bias {
-  Bias(const std::optional<nb::ndarray<>>& t, int64_t n) {
-    if (!t) return;
-    if (t->ndim() != 1 || static_cast<int64_t>(t->shape(0)) != n) refuse("bias must be [n]");
-    if (n > 1 && t->stride(0) != 1) refuse("bias must be contiguous");
-    data = t->data();
-    dtype = dtype_of(*t, "bias");
-  }
-  const void* data = nullptr;
-  flexq_dtype dtype = FLEXQ_F32;
-};
-
-}  // namespace
-
 void bind_linear(nb::module_& m) {
   m.def(
       "gemm_workspace_size",
@@ -35,41 +19,34 @@ void bind_linear(nb::module_& m) {
         return bytes;
       },
       nb::arg("stream"), nb::arg("desc"), nb::arg("act_bits"), nb::arg("m"));
+  // Called for every layer of every token: addresses instead of DLPack views, which take longer than a small layer.
+  // The callers in flexq.ops check the tensors.
   m.def(
       "gemm",
-      [](const Stream& s, const flexq_weight_desc& desc, nb::ndarray<> packed, const flexq_activation_desc& act_desc,
-         nb::ndarray<> quantized, std::optional<nb::ndarray<>> bias, nb::ndarray<> y, nb::ndarray<> workspace) {
-        const Matrix out(y, "y");
-        if (out.rows != act_desc.m || out.cols != desc.n) refuse("y must be [m, n]");
-        const Bias b(bias, desc.n);
-        const uint8_t* weight = array_of<uint8_t>(packed, "packed");
-        const uint8_t* activation = array_of<uint8_t>(quantized, "quantized");
-        uint8_t* scratch = array_of<uint8_t>(workspace, "workspace");
-        const size_t sizes[] = {packed.size(), quantized.size(), workspace.size()};
+      [](const Stream& s, const flexq_weight_desc& desc, uintptr_t packed, size_t packed_bytes,
+         const flexq_activation_desc& act_desc, uintptr_t quantized, size_t quantized_bytes, uintptr_t bias,
+         int32_t bias_dtype, uintptr_t y, int32_t y_dtype, int64_t ldy, uintptr_t workspace, size_t workspace_bytes) {
         const NoGil released;
-        check(flexq_gemm(&s.stream, &desc, weight, sizes[0], &act_desc, activation, sizes[1], b.data, b.dtype, out.data,
-                         out.dtype, out.ld, scratch, sizes[2]));
+        check(flexq_gemm(&s.stream, &desc, at(packed), packed_bytes, &act_desc, at(quantized), quantized_bytes,
+                         at(bias), static_cast<flexq_dtype>(bias_dtype), at(y), static_cast<flexq_dtype>(y_dtype), ldy,
+                         at(workspace), workspace_bytes));
       },
-      nb::arg("stream"), nb::arg("desc"), nb::arg("packed"), nb::arg("act_desc"), nb::arg("quantized"),
-      nb::arg("bias").none(), nb::arg("y"), nb::arg("workspace"));
+      nb::arg("stream"), nb::arg("desc"), nb::arg("packed"), nb::arg("packed_bytes"), nb::arg("act_desc"),
+      nb::arg("quantized"), nb::arg("quantized_bytes"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("y"),
+      nb::arg("y_dtype"), nb::arg("ldy"), nb::arg("workspace"), nb::arg("workspace_bytes"));
   m.def(
       "linear",
-      [](const Stream& s, const flexq_weight_desc& desc, nb::ndarray<> packed, int32_t act_bits, nb::ndarray<> x,
-         std::optional<nb::ndarray<>> bias, nb::ndarray<> y, nb::ndarray<> workspace) {
-        const Matrix in(x, "x");
-        const Matrix out(y, "y");
-        if (in.cols != desc.k) refuse("x must be [m, k]");
-        if (out.rows != in.rows || out.cols != desc.n) refuse("y must be [m, n]");
-        const Bias b(bias, desc.n);
-        const uint8_t* weight = array_of<uint8_t>(packed, "packed");
-        uint8_t* scratch = array_of<uint8_t>(workspace, "workspace");
-        const size_t sizes[] = {packed.size(), workspace.size()};
+      [](const Stream& s, const flexq_weight_desc& desc, uintptr_t packed, size_t packed_bytes, int32_t act_bits,
+         int64_t rows, uintptr_t x, int32_t x_dtype, int64_t ldx, uintptr_t bias, int32_t bias_dtype, uintptr_t y,
+         int32_t y_dtype, int64_t ldy, uintptr_t workspace, size_t workspace_bytes) {
         const NoGil released;
-        check(flexq_linear(&s.stream, &desc, weight, sizes[0], act_bits, in.rows, in.data, in.dtype, in.ld, b.data,
-                           b.dtype, out.data, out.dtype, out.ld, scratch, sizes[1]));
+        check(flexq_linear(&s.stream, &desc, at(packed), packed_bytes, act_bits, rows, at(x),
+                           static_cast<flexq_dtype>(x_dtype), ldx, at(bias), static_cast<flexq_dtype>(bias_dtype),
+                           at(y), static_cast<flexq_dtype>(y_dtype), ldy, at(workspace), workspace_bytes));
       },
-      nb::arg("stream"), nb::arg("desc"), nb::arg("packed"), nb::arg("act_bits"), nb::arg("x"),
-      nb::arg("bias").none(), nb::arg("y"), nb::arg("workspace"));
+      nb::arg("stream"), nb::arg("desc"), nb::arg("packed"), nb::arg("packed_bytes"), nb::arg("act_bits"), nb::arg("m"),
+      nb::arg("x"), nb::arg("x_dtype"), nb::arg("ldx"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("y"),
+      nb::arg("y_dtype"), nb::arg("ldy"), nb::arg("workspace"), nb::arg("workspace_bytes"));
 }
 
 }  // namespace flexq::python

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from flexq import ops
 from flexq.linear import Linear
 from flexq.models import ModelError, ModelSource, find_model, is_quantized, load_config, load_model, load_tokenizer
-from flexq.patch import Progress, quantize_model, record_plan, resolve_plan
+from flexq.patch import Progress, linear_layers, quantize_model, record_plan, resolve_plan, shared_copy
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 
 INDEX = "model.safetensors.index.json"
@@ -196,6 +196,7 @@ def quantize_checkpoint(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    loaded=None,
 ) -> Plan:
     """Quantize a model from disk to disk. Safetensors folders go tensor by tensor, in memory of about one shard.
 
@@ -206,6 +207,7 @@ def quantize_checkpoint(
         shard_bytes: largest size of a file.
         overwrite: replace a folder that exists.
         progress: wraps the loop over tensors or layers, e.g. `tqdm.tqdm`.
+        loaded: the source's model if it is in memory already; left as it is.
 
     Returns:
         The plan as it was carried out.
@@ -216,8 +218,9 @@ def quantize_checkpoint(
     source = source if isinstance(source, ModelSource) else find_model(source)
     if is_quantized(source):
         raise ModelError(f"{source.name} is quantized already")
-    if source.folder is None:
-        model = quantize_model(load_model(source), plan, include, skip, progress)
+    if source.folder is None or loaded is not None:
+        model = load_model(source) if loaded is None else shared_copy(loaded)
+        quantize_model(model, plan, include, skip, progress)
         model.flexq_plan.produced_by["source"] = source.name
         save_model(model, folder, load_tokenizer(source), shard_bytes, overwrite)
         return model.flexq_plan
@@ -227,8 +230,6 @@ def quantize_checkpoint(
     resolved = resolve_plan(skeleton, plan, include, skip)
     shards = _source_shards(source.folder)
     every: dict[str, LayerConfig | None] = dict(resolved)
-    from flexq.patch import linear_layers
-
     for name in linear_layers(skeleton):
         every.setdefault(name, None)
     given = Plan.of(plan)

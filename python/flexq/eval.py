@@ -1,6 +1,5 @@
 """Perplexity and KL divergence to the unquantized model, on any text."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +11,12 @@ import torch
 from torch import nn
 
 from flexq.baselines import quantize_model_int8
-from flexq.linear import Linear
-from flexq.patch import Progress, linear_bytes, quantize_model
+from flexq.patch import Progress, linear_bytes, quantize_model, shared_copy
 from flexq.plan import RECIPES
 
 DEFAULT_WINDOW = 2048
-# Logits of a window are turned to probabilities this many tokens at a time, which bounds the memory it takes.
-_CHUNK = 256
+# Logits are turned to probabilities this many tokens at a time, so that what lies between stays in the cache.
+_CHUNK = 32
 
 COMPARED_RECIPES = ("w8a8", "paper", "w6a6", "w6a8")
 LABELS = {
@@ -91,16 +89,23 @@ class _Sums:
         self.nll = self.kl = 0.0
         self.tokens = 0
 
-    def add(self, logits: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None) -> None:
+    def add(self, log_p: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None) -> None:
         for begin in range(0, targets.numel(), _CHUNK):
             part = slice(begin, begin + _CHUNK)
-            log_p = logits[part].float().log_softmax(-1)
-            self.nll -= log_p.gather(1, targets[part, None]).sum(dtype=torch.float64).item()
+            self.nll -= log_p[part].gather(1, targets[part, None]).sum(dtype=torch.float64).item()
             if reference is not None:
-                log_q = reference[part].float().log_softmax(-1)
-                kl = nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-                self.kl += kl.sum(dtype=torch.float64).item()
+                kl = nn.functional.kl_div(log_p[part], reference[part], reduction="sum", log_target=True)
+                self.kl += kl.item()
         self.tokens += targets.numel()
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """In place where logits are float32 already."""
+    logits = logits.float()
+    for begin in range(0, logits.shape[0], _CHUNK):
+        part = logits[begin : begin + _CHUNK]
+        part.copy_(part.log_softmax(-1))
+    return logits
 
 
 def evaluate(
@@ -122,19 +127,19 @@ def evaluate(
     everyone = ({"unquantized": reference} if reference is not None else {}) | models
     sums = {name: _Sums() for name in everyone}
     steps = [(window, name) for window in windows for name in everyone]
-    reference_logits = None
+    reference_log_p = None
     with torch.inference_mode():
         for window, name in progress(steps) if progress else steps:
             model = everyone[name]
             device = next(model.parameters()).device
-            logits = model(window.to(device), use_cache=False).logits[0, :-1]
+            log_p = _log_probabilities(model(window.to(device), use_cache=False).logits[0, :-1])
             targets = window[0, 1:].to(device)
             if model is reference:
-                reference_logits = logits
-                sums[name].add(logits, targets, None)
+                reference_log_p = log_p
+                sums[name].add(log_p, targets, None)
             else:
-                sums[name].add(logits, targets, reference_logits)
-            del logits
+                sums[name].add(log_p, targets, reference_log_p)
+            del log_p
     results = []
     for name, model in everyone.items():
         s = sums[name]
@@ -145,13 +150,6 @@ def evaluate(
         kl = s.kl / s.tokens if has_kl else None
         results.append(Evaluation(name, perplexity, kl, s.tokens, stored, resident, change))
     return results
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer: patching it leaves `model` as it is."""
-    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    memo |= {id(m): m for m in model.modules() if isinstance(m, Linear)}
-    return copy.deepcopy(model, memo)
 
 
 def with_recipe(model: nn.Module, recipe: str, progress: Progress | None = None) -> nn.Module:

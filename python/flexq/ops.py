@@ -23,6 +23,11 @@ def _weight_desc(n: int, k: int, scheme: str, rotation: str) -> _core.WeightDesc
     return _core.WeightDesc(n, k, scheme, rotation)
 
 
+@functools.lru_cache(maxsize=4096)
+def _activation_desc(m: int, k: int, act_bits: int, scheme: str, rotation: str) -> _core.ActivationDesc:
+    return _core.ActivationDesc(m, k, act_bits, scheme, rotation)
+
+
 def num_groups(k: int) -> int:
     return -(-k // GROUP_SIZE)
 
@@ -44,6 +49,44 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     """x as a matrix with contiguous rows, copied only if its rows are not."""
     matrix = x.detach().reshape(-1, x.shape[-1]) if x.dim() != 2 else x.detach()
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def _dtype(name: str, dtype: torch.dtype) -> int:
+    try:
+        return _DTYPES[dtype]
+    except KeyError:
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {dtype}") from None
+
+
+def _buffer(name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    """Address and bytes of a uint8 tensor."""
+    if tensor.dtype != torch.uint8 or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous uint8, got {tensor.dtype} with strides {list(tensor.stride())}")
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _matrix(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """x [..., K] as a tensor with contiguous rows (copied only if it has none), its number of rows and their stride."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be [..., K] with K at least 1, got {list(x.shape)}")
+    k = x.shape[-1]
+    if x.is_contiguous():
+        return x, x.numel() // k, k
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= k:
+        return x, x.shape[0], x.stride(0)
+    return x.contiguous(), x.numel() // k, k
+
+
+def _bias(bias: torch.Tensor | None, n: int, device: torch.device) -> tuple[int, int]:
+    """Address and dtype."""
+    if bias is None:
+        return 0, 0
+    if bias.shape != (n,) or not bias.is_contiguous() or bias.device != device:
+        raise ValueError(f"bias must be contiguous [{n}] on {device}, got {list(bias.shape)} on {bias.device}")
+    return bias.data_ptr(), _dtype("bias", bias.dtype)
 
 
 def _check_canonical(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str) -> None:
@@ -140,17 +183,17 @@ def _unprepack(packed, n, k, scheme, rotation):
 
 
 def _fake_quantize_activation(x, act_bits, scheme, rotation):
-    desc = _core.ActivationDesc(x.numel() // x.shape[-1], x.shape[-1], act_bits, scheme, rotation)
+    desc = _activation_desc(x.numel() // x.shape[-1], x.shape[-1], act_bits, scheme, rotation)
     return x.new_empty(_core.activation_size(stream_for(x.device), desc), dtype=torch.uint8)
 
 
 @_define("quantize_activation(Tensor x, int act_bits, str scheme, str rotation) -> Tensor", _fake_quantize_activation)
 def _quantize_activation(x, act_bits, scheme, rotation):
-    matrix = _rows(x)
-    desc = _core.ActivationDesc(*matrix.shape, act_bits, scheme, rotation)
+    x, m, ldx = _matrix(x)
+    desc = _activation_desc(m, x.shape[-1], act_bits, scheme, rotation)
     stream = stream_for(x.device)
     quantized = _bytes(_core.activation_size(stream, desc), x)
-    _core.quantize_activation(stream, desc, matrix, quantized)
+    _core.quantize_activation(stream, desc, x.data_ptr(), _dtype("x", x.dtype), ldx, *_buffer("quantized", quantized))
     return quantized
 
 
@@ -165,7 +208,7 @@ def _fake_activation_codes(quantized, m, k, act_bits, scheme, rotation):
 )
 def _activation_codes(quantized, m, k, act_bits, scheme, rotation):
     codes, scales = _fake_activation_codes(quantized, m, k, act_bits, scheme, rotation)
-    desc = _core.ActivationDesc(m, k, act_bits, scheme, rotation)
+    desc = _activation_desc(m, k, act_bits, scheme, rotation)
     _core.activation_export(stream_for(quantized.device), desc, quantized, codes, scales)
     return codes, scales
 
@@ -180,12 +223,16 @@ def _fake_gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dty
     _fake_gemm,
 )
 def _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):
+    device = packed.device
+    _require(quantized.device == device, f"the activation is on {quantized.device}, the weight on {device}")
     desc = _weight_desc(n, k, scheme, rotation)
-    stream = stream_for(packed.device)
-    y = torch.empty((m, n), dtype=dtype, device=packed.device)
+    act_desc = _activation_desc(m, k, act_bits, scheme, rotation)
+    stream = stream_for(device)
+    y = torch.empty((m, n), dtype=dtype, device=device)
     workspace = _bytes(_core.gemm_workspace_size(stream, desc, act_bits, m), packed)
-    act_desc = _core.ActivationDesc(m, k, act_bits, scheme, rotation)
-    _core.gemm(stream, desc, packed, act_desc, quantized, None if bias is None else bias.detach(), y, workspace)
+    out = y.data_ptr(), _dtype("dtype", dtype), n
+    buffers = _buffer("packed", packed), _buffer("quantized", quantized)
+    _core.gemm(stream, desc, *buffers[0], act_desc, *buffers[1], *_bias(bias, n, device), *out, *_buffer("workspace", workspace))
     return y
 
 
@@ -198,15 +245,20 @@ def _fake_linear(x, packed, bias, n, act_bits, scheme, rotation):
     _fake_linear,
 )
 def _linear(x, packed, bias, n, act_bits, scheme, rotation):
-    _require(x.device == packed.device, f"x is on {x.device}, the weight on {packed.device}")
-    matrix = _rows(x)
-    m, k = matrix.shape
-    desc = _weight_desc(n, k, scheme, rotation)
-    stream = stream_for(x.device)
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    device = x.device
+    _require(packed.device == device, f"x is on {device}, the weight on {packed.device}")
+    shape = x.shape
+    x, m, ldx = _matrix(x)
+    desc = _weight_desc(n, shape[-1], scheme, rotation)
+    stream = stream_for(device)
+    dtype = _dtype("x", x.dtype)
+    y = x.new_empty((*shape[:-1], n))
     workspace = _bytes(_core.linear_workspace_size(stream, desc, act_bits, m), x)
-    _core.linear(stream, desc, packed, act_bits, matrix, None if bias is None else bias.detach(), y, workspace)
-    return y.view(*x.shape[:-1], n)
+    _core.linear(
+        stream, desc, *_buffer("packed", packed), act_bits, m, x.data_ptr(), dtype, ldx, *_bias(bias, n, device),
+        y.data_ptr(), dtype, n, workspace.data_ptr(), workspace.numel(),
+    )  # fmt: skip
+    return y
 
 
 # ---- What Python callers use -----------------------------------------------------------------------------------------

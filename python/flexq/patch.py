@@ -1,5 +1,6 @@
 """`quantize_model`: replaces the linear layers of a model in place."""
 
+import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -133,6 +134,13 @@ def quantize_model(
         raise
     model.flexq_plan = record_plan(model, Plan.of(plan))
     return model
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer: patching it leaves `model` as it is."""
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    memo |= {id(m): m for m in model.modules() if isinstance(m, Linear)}
+    return copy.deepcopy(model, memo)
 
 
 def record_plan(model: nn.Module, plan: Plan) -> Plan:
