@@ -19,8 +19,8 @@ void check_shape(int64_t rows, const char* rows_name, int64_t k, flexq_scheme sc
   require(k <= kMaxElements, "k must be at most 2^46, got ", k);
   require(rows <= kMaxElements / padded_k(k), rows_name, " * k is too large: ", rows, " * ", k,
           " (at most 2^46 elements)");
-  require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL, "scheme must be 0 (group) or 1 (channel), got ",
-          static_cast<int>(scheme));
+  require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL,
+          "scheme must be 0 (group) or 1 (channel), got ", static_cast<int>(scheme));
   require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128,
           "rotation must be 0 (none) or 1 (hadamard128), got ", static_cast<int>(rotation));
   if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > kMaxChannelK) {

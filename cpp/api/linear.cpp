@@ -111,8 +111,7 @@ flexq_status flexq_gemm(const flexq_stream* stream, const flexq_weight_desc* des
     check_output(*desc, act_desc->m, bias, bias_dtype, y, y_dtype, ldy);
     check_buffer(workspace, "workspace", workspace_bytes,
                  backend.gemm_workspace_size(*stream, *desc, act_desc->act_bits, act_desc->m));
-    run_gemm(backend, *stream,
-             {*desc, prepacked, *act_desc, quantized, bias, bias_dtype, y, y_dtype, ldy, workspace});
+    run_gemm(backend, *stream, {*desc, prepacked, *act_desc, quantized, bias, bias_dtype, y, y_dtype, ldy, workspace});
   });
 }
 

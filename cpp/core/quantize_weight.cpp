@@ -129,8 +129,7 @@ void quantize(const flexq_executor* executor, const flexq_weight_desc& desc, con
         const float stored = to_float(scale);
         for (int i = 0; i < kGroup; ++i) {
           const float code = stored == 0.0f ? 0.0f : std::nearbyint(values[i] / stored);
-          codes[i] = static_cast<int8_t>(
-              std::clamp(code, static_cast<float>(kMinCode), static_cast<float>(kMaxCode)));
+          codes[i] = static_cast<int8_t>(std::clamp(code, static_cast<float>(kMinCode), static_cast<float>(kMaxCode)));
         }
         pack_group(codes, planes + (row * groups + g) * kGroupBytes);
       }
@@ -142,9 +141,8 @@ void quantize(const flexq_executor* executor, const flexq_weight_desc& desc, con
 
 void quantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
                      int64_t ldw, uint8_t* planes, uint16_t* scales) {
-  dispatch_dtype(dtype, [&](auto type) {
-    quantize(executor, desc, static_cast<const decltype(type)*>(w), ldw, planes, scales);
-  });
+  dispatch_dtype(
+      dtype, [&](auto type) { quantize(executor, desc, static_cast<const decltype(type)*>(w), ldw, planes, scales); });
 }
 
 void dequantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes,

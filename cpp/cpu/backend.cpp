@@ -41,8 +41,8 @@ class CpuBackend final : public Backend {
   const char* isa(int32_t) const override { return kernels().isa; }
 
   size_t prepack_size(const flexq_weight_desc& desc) const override { return cpu::prepack_size(desc); }
-  void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes,
-               const uint16_t* scales, void* prepacked) const override {
+  void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales,
+               void* prepacked) const override {
     cpu::prepack(stream.executor, desc, planes, scales, prepacked);
   }
   void unprepack(const flexq_stream& stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
@@ -94,14 +94,14 @@ class CpuBackend final : public Backend {
     // A piece is some blocks of rows for some tokens. Rows are split first, tokens only where rows are too few.
     constexpr int64_t kProductsWorthAThread = 1 << 18;
     const int64_t block_products = kBlockRows * padded_k(call.desc.k) * std::max<int64_t>(args.m, 1);
-    const int64_t row_grain =
-        balanced_grain(stream.executor, blocks, ceil_div(kProductsWorthAThread, block_products));
+    const int64_t row_grain = balanced_grain(stream.executor, blocks, ceil_div(kProductsWorthAThread, block_products));
     const int64_t row_pieces = std::max<int64_t>(ceil_div(blocks, row_grain), 1);
     const int64_t threads = stream.executor == nullptr ? 1 : stream.executor->num_threads;
     constexpr int64_t kTokenGrain = 64;
     const int64_t token_pieces =
         row_pieces >= threads ? 1 : std::min(ceil_div(threads, row_pieces), ceil_div(args.m, kTokenGrain));
-    const int64_t token_grain = ceil_div(ceil_div(args.m, std::max<int64_t>(token_pieces, 1)), kTokenGrain) * kTokenGrain;
+    const int64_t token_grain =
+        ceil_div(ceil_div(args.m, std::max<int64_t>(token_pieces, 1)), kTokenGrain) * kTokenGrain;
     const int64_t columns = token_grain == 0 ? 0 : ceil_div(args.m, token_grain);
     parallel_ranges(stream.executor, row_pieces * columns, 1, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {

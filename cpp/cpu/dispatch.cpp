@@ -26,9 +26,10 @@ const Kernels& choose() {
 #else
   const bool avx_vnni = false;  // clang learned the name late; its AVX2 path is right everywhere
 #endif
-  const Candidate candidates[] = {
-      {avx512_vnni_kernels(), avx512}, {avx_vnni_kernels(), avx_vnni}, {avx2_kernels(), avx2},
-      {portable_kernels(), true}};
+  const Candidate candidates[] = {{avx512_vnni_kernels(), avx512},
+                                  {avx_vnni_kernels(), avx_vnni},
+                                  {avx2_kernels(), avx2},
+                                  {portable_kernels(), true}};
 #elif defined(__aarch64__)
 #if defined(__linux__)
   const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;

@@ -25,7 +25,7 @@ struct GemmKernel {
 
   struct Scratch {
     alignas(64) uint8_t weights[kUnpackedBytes];
-    alignas(64) float sums[kTokenBlock * kBlockRows];        // scheme group, then the result of both
+    alignas(64) float sums[kTokenBlock * kBlockRows];      // scheme group, then the result of both
     alignas(64) int32_t totals[kTokenBlock * kBlockRows];  // scheme channel
   };
 

@@ -99,9 +99,9 @@ struct Stream : flexq_stream {
 };
 
 struct WeightDesc : flexq_weight_desc {
-  WeightDesc(int64_t n, int64_t k, flexq_scheme scheme = FLEXQ_SCHEME_GROUP,
-             flexq_rotation rotation = FLEXQ_ROTATION_HADAMARD128)
-      : flexq_weight_desc{n, k, FLEXQ_WEIGHT_BITS, scheme, rotation} {}
+  WeightDesc(int64_t out_features, int64_t in_features, flexq_scheme scales = FLEXQ_SCHEME_GROUP,
+             flexq_rotation rotated = FLEXQ_ROTATION_HADAMARD128)
+      : flexq_weight_desc{out_features, in_features, FLEXQ_WEIGHT_BITS, scales, rotated} {}
 };
 
 // A weight in canonical form, in host memory.
@@ -145,8 +145,7 @@ class Weight {
 // A prepacked weight for the CPU, with the workspace its calls need: one call at a time.
 class Linear {
  public:
-  Linear(const Stream& stream, const Weight& weight, int32_t act_bits = 8)
-      : desc_(weight.desc()), act_bits_(act_bits) {
+  Linear(const Stream& stream, const Weight& weight, int32_t act_bits = 8) : desc_(weight.desc()), act_bits_(act_bits) {
     size_t bytes = 0;
     check(flexq_prepack_size(&stream, &desc_, &bytes));
     packed_.reserve(bytes);

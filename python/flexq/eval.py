@@ -182,7 +182,12 @@ def plot(results: Iterable[Evaluation], path: str | Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(compared) + 1.6), sharey=True, layout="constrained")
     names = [r.name for r in compared]
     panels = (
-        (axes[0], [100 * (r.perplexity_change or 0.0) for r in compared], "perplexity above unquantized (%)", "{:+.2f}%"),
+        (
+            axes[0],
+            [100 * (r.perplexity_change or 0.0) for r in compared],
+            "perplexity above unquantized (%)",
+            "{:+.2f}%",
+        ),
         (axes[1], [r.kl for r in compared], "KL divergence to unquantized (nats)", "{:.4f}"),
     )
     for axis, values, title, text in panels:

@@ -232,7 +232,16 @@ def _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):
     workspace = _bytes(_core.gemm_workspace_size(stream, desc, act_bits, m), packed)
     out = y.data_ptr(), _dtype("dtype", dtype), n
     buffers = _buffer("packed", packed), _buffer("quantized", quantized)
-    _core.gemm(stream, desc, *buffers[0], act_desc, *buffers[1], *_bias(bias, n, device), *out, *_buffer("workspace", workspace))
+    _core.gemm(
+        stream,
+        desc,
+        *buffers[0],
+        act_desc,
+        *buffers[1],
+        *_bias(bias, n, device),
+        *out,
+        *_buffer("workspace", workspace),
+    )
     return y
 
 

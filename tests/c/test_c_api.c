@@ -1,0 +1,76 @@
+/* flexq.h from C99: a linear layer end to end, and errors as statuses. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "flexq/flexq.h"
+
+#define CHECK(condition)                                                                      \
+  do {                                                                                        \
+    if (!(condition)) {                                                                       \
+      fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #condition, flexq_last_error()); \
+      exit(1);                                                                                \
+    }                                                                                         \
+  } while (0)
+
+static void* allocate(size_t bytes, void** block) {
+  *block = malloc(bytes + FLEXQ_ALIGNMENT);
+  CHECK(*block != NULL);
+  return (char*)*block + (FLEXQ_ALIGNMENT - (uintptr_t)*block % FLEXQ_ALIGNMENT) % FLEXQ_ALIGNMENT;
+}
+
+int main(void) {
+  enum { N = 5, K = 200, M = 3 };
+  const flexq_stream cpu = {FLEXQ_CPU, 0, NULL, NULL};
+  flexq_weight_desc desc = {N, K, FLEXQ_WEIGHT_BITS, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128};
+  float w[N * K], back[N * K], x[M * K], y[M * N];
+  size_t planes_bytes = 0, scales_bytes = 0, packed_bytes = 0, workspace_bytes = 0;
+  void *blocks[2], *packed, *workspace;
+  uint8_t* planes;
+  uint16_t* scales;
+  const char* isa = NULL;
+  int i, j, k;
+
+  CHECK(flexq_version_number() == FLEXQ_VERSION_MAJOR * 10000 + FLEXQ_VERSION_MINOR * 100 + FLEXQ_VERSION_PATCH);
+  CHECK(strlen(flexq_version()) >= 5);
+  CHECK(flexq_device_isa(FLEXQ_CPU, 0, &isa) == FLEXQ_OK && isa != NULL);
+
+  for (i = 0; i < N * K; ++i) w[i] = (float)sin(i * 0.7) * 0.1f;
+  for (i = 0; i < M * K; ++i) x[i] = (float)cos(i * 0.3);
+
+  CHECK(flexq_weight_size(&desc, &planes_bytes, &scales_bytes) == FLEXQ_OK);
+  CHECK(planes_bytes == N * 2 * 96 && scales_bytes == N * 2 * 2);
+  planes = (uint8_t*)malloc(planes_bytes);
+  scales = (uint16_t*)malloc(scales_bytes);
+  CHECK(flexq_quantize_weight(&cpu, &desc, w, FLEXQ_F32, K, planes, scales) == FLEXQ_OK);
+  CHECK(flexq_dequantize_weight(&cpu, &desc, planes, scales, back, FLEXQ_F32, K) == FLEXQ_OK);
+
+  CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_OK);
+  packed = allocate(packed_bytes, &blocks[0]);
+  CHECK(flexq_prepack(&cpu, &desc, planes, scales, packed, packed_bytes) == FLEXQ_OK);
+  CHECK(flexq_linear_workspace_size(&cpu, &desc, 8, M, &workspace_bytes) == FLEXQ_OK);
+  workspace = allocate(workspace_bytes, &blocks[1]);
+  CHECK(flexq_linear(&cpu, &desc, packed, packed_bytes, 8, M, x, FLEXQ_F32, K, NULL, FLEXQ_F32, y, FLEXQ_F32, N,
+                     workspace, workspace_bytes) == FLEXQ_OK);
+  for (i = 0; i < M; ++i) {
+    for (j = 0; j < N; ++j) {
+      double expected = 0;
+      for (k = 0; k < K; ++k) expected += (double)x[i * K + k] * back[j * K + k];
+      CHECK(fabs(y[i * N + j] - expected) < 0.05); /* the activations' 8 bits */
+    }
+  }
+
+  desc.weight_bits = 4;
+  CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_UNSUPPORTED);
+  CHECK(strstr(flexq_last_error(), "weight_bits must be 6, got 4") != NULL);
+  CHECK(flexq_weight_size(NULL, &planes_bytes, &scales_bytes) == FLEXQ_INVALID_ARGUMENT);
+  CHECK(strcmp(flexq_status_name(FLEXQ_BAD_VALUE), "bad value") == 0);
+  flexq_thread_pool_destroy(NULL);
+
+  free(planes);
+  free(scales);
+  free(blocks[0]);
+  free(blocks[1]);
+  return 0;
+}

@@ -1,0 +1,164 @@
+// Bad arguments: refused with a message that says what was given, and nothing written.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+#include "check.h"
+
+namespace {
+
+struct Setup {
+  Setup() : weight(desc), w(static_cast<size_t>(desc.n * desc.k), 0.5f), x(2 * 200, 1.0f), y(2 * 5, 7.0f) {
+    weight = flexq::Weight::quantize(stream, desc, w.data());
+    flexq::check(flexq_prepack_size(&stream, &desc, &packed_bytes));
+    packed.reserve(packed_bytes);
+    flexq::check(
+        flexq_prepack(&stream, &desc, weight.planes().data(), weight.scales().data(), packed.data(), packed_bytes));
+    flexq::check(flexq_linear_workspace_size(&stream, &desc, 8, 2, &workspace_bytes));
+    workspace.reserve(workspace_bytes + 1);
+    std::memset(workspace.data(), 0x5a, workspace.size());
+  }
+
+  flexq_status linear() {
+    return flexq_linear(&stream, &desc, packed_pointer(), packed_bytes, act_bits, m, x_pointer, x_dtype, ldx, bias,
+                        bias_dtype, y_pointer, y_dtype, ldy, workspace_pointer(), workspace_bytes);
+  }
+  void* packed_pointer() const { return packed_null ? nullptr : packed.data() + packed_offset; }
+  void* workspace_pointer() const { return workspace_null ? nullptr : workspace.data() + workspace_offset; }
+
+  flexq::WeightDesc desc{5, 200};
+  flexq::Stream stream = flexq::Stream::cpu();
+  flexq::Weight weight;
+  std::vector<float> w, x, y;
+  flexq::Buffer packed, workspace;
+  size_t packed_bytes = 0, workspace_bytes = 0, packed_offset = 0, workspace_offset = 0;
+  bool packed_null = false, workspace_null = false;
+  int32_t act_bits = 8;
+  int64_t m = 2, ldx = 200, ldy = 5;
+  const void* x_pointer = x.data();
+  const void* bias = nullptr;
+  void* y_pointer = y.data();
+  flexq_dtype x_dtype = FLEXQ_F32, y_dtype = FLEXQ_F32, bias_dtype = FLEXQ_F32;
+};
+
+void refuses(flexq_status expected, const char* message, const std::function<void(Setup&)>& spoil) {
+  Setup s;
+  spoil(s);
+  const flexq_status status = s.linear();
+  if (status != expected || std::strstr(flexq_last_error(), message) == nullptr) {
+    std::fprintf(stderr, "expected status %d with '%s', got %d with '%s'\n", expected, message, status,
+                 flexq_last_error());
+    std::exit(1);
+  }
+  for (const float v : s.y) CHECK(v == 7.0f);
+  for (size_t i = 0; i < s.workspace.size(); ++i) CHECK(s.workspace.data()[i] == 0x5a);
+}
+
+void test_linear() {
+  Setup fine;
+  CHECK(fine.linear() == FLEXQ_OK);
+  constexpr auto kInvalid = FLEXQ_INVALID_ARGUMENT;
+  refuses(kInvalid, "x must not be null", [](Setup& s) { s.x_pointer = nullptr; });
+  refuses(kInvalid, "y must not be null", [](Setup& s) { s.y_pointer = nullptr; });
+  refuses(kInvalid, "prepacked must not be null", [](Setup& s) { s.packed_null = true; });
+  refuses(kInvalid, "workspace must not be null", [](Setup& s) { s.workspace_null = true; });
+  refuses(kInvalid, "prepacked must be aligned to 64 bytes", [](Setup& s) { s.packed_offset = 16; });
+  refuses(kInvalid, "workspace must be aligned to 64 bytes", [](Setup& s) { s.workspace_offset = 1; });
+  refuses(kInvalid, "workspace must have at least", [](Setup& s) { s.workspace_bytes -= 1; });
+  refuses(kInvalid, "prepacked must have at least", [](Setup& s) { s.packed_bytes -= 1; });
+  refuses(kInvalid, "x must be aligned to 4 bytes",
+          [](Setup& s) { s.x_pointer = static_cast<const char*>(s.x_pointer) + 2; });
+  refuses(kInvalid, "ldx must be at least the row length 200, got 199", [](Setup& s) { s.ldx = 199; });
+  refuses(kInvalid, "ldy must be at least the row length 5, got 4", [](Setup& s) { s.ldy = 4; });
+  refuses(kInvalid, "ldx is too large", [](Setup& s) { s.ldx = INT64_MAX; });
+  refuses(kInvalid, "m must be 0 or more, got -1", [](Setup& s) { s.m = -1; });
+  refuses(kInvalid, "m * k is too large", [](Setup& s) { s.m = INT64_MAX; });
+  refuses(kInvalid, "n must be 0 or more, got -3", [](Setup& s) { s.desc.n = -3; });
+  refuses(kInvalid, "k must be 1 or more, got 0", [](Setup& s) { s.desc.k = 0; });
+  refuses(kInvalid, "n * k is too large", [](Setup& s) { s.desc.n = INT64_MAX / 2; });
+  refuses(kInvalid, "k must be at most 2^46", [](Setup& s) { s.desc.k = INT64_MAX; });
+  refuses(kInvalid, "scheme must be 0 (group) or 1 (channel), got 9",
+          [](Setup& s) { s.desc.scheme = static_cast<flexq_scheme>(9); });
+  refuses(kInvalid, "rotation must be 0 (none) or 1 (hadamard128), got 5",
+          [](Setup& s) { s.desc.rotation = static_cast<flexq_rotation>(5); });
+  refuses(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got 7", [](Setup& s) { s.act_bits = 7; });
+  refuses(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got 8", [](Setup& s) { s.desc.weight_bits = 8; });
+  refuses(FLEXQ_UNSUPPORTED, "x_dtype must be 0 (f32), 1 (f16) or 2 (bf16), got 3",
+          [](Setup& s) { s.x_dtype = static_cast<flexq_dtype>(3); });
+  refuses(FLEXQ_UNSUPPORTED, "y_dtype must be", [](Setup& s) { s.y_dtype = static_cast<flexq_dtype>(77); });
+  refuses(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32", [](Setup& s) {
+    s.desc.scheme = FLEXQ_SCHEME_CHANNEL;
+    s.desc.k = s.ldx = 600000;
+  });
+  refuses(kInvalid, "stream.device must be", [](Setup& s) { s.stream.device = static_cast<flexq_device>(4); });
+  refuses(kInvalid, "device_index must be 0", [](Setup& s) { s.stream.device_index = 1; });
+  refuses(kInvalid, "stream.handle must be null", [](Setup& s) { s.stream.handle = &s; });
+  refuses(kInvalid, "executor.num_threads must be 1 or more, got 0", [](Setup& s) {
+    static const flexq_executor none{nullptr, 0, nullptr};
+    s.stream.executor = &none;
+  });
+}
+
+void test_cuda_request() {
+  flexq_stream cuda{FLEXQ_CUDA, 12345, nullptr, nullptr};
+  const flexq::WeightDesc desc(5, 200);
+  size_t bytes = 77;
+  CHECK(flexq_prepack_size(&cuda, &desc, &bytes) == FLEXQ_UNAVAILABLE);
+  CHECK(bytes == 77 && std::strlen(flexq_last_error()) > 10);
+  CHECK(flexq_device_available(FLEXQ_CUDA, 12345) == FLEXQ_UNAVAILABLE);
+}
+
+void test_quantize_refuses() {
+  const flexq::Stream stream = flexq::Stream::cpu();
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    const flexq::WeightDesc desc(4, 256, scheme);
+    const struct {
+      float value;
+      const char* message;
+    } cases[] = {{std::nanf(""), "weight[2][130] is nan"},
+                 {INFINITY, "weight[2][130] is inf"},
+                 {1e9f, "which fp16 cannot hold"},
+                 {1e-9f, "which fp16 cannot hold"}};
+    for (const auto& c : cases) {
+      std::vector<float> w(4 * 256, 0.0f);
+      w[2 * 256 + 130] = c.value;
+      flexq::Weight weight(desc);
+      std::fill(weight.planes().begin(), weight.planes().end(), uint8_t{0x5a});
+      CHECK(flexq_quantize_weight(&stream, &desc, w.data(), FLEXQ_F32, 256, weight.planes().data(),
+                                  weight.scales().data()) == FLEXQ_BAD_VALUE);
+      CHECK(std::strstr(flexq_last_error(), c.message) != nullptr);
+      for (const uint8_t b : weight.planes()) CHECK(b == 0x5a);
+      for (const uint16_t s : weight.scales()) CHECK(s == 0);
+    }
+  }
+  const flexq::WeightDesc desc(1, 128);
+  std::vector<int8_t> codes(128, 32);
+  std::vector<uint8_t> planes(96);
+  CHECK(flexq_pack_codes(&stream, &desc, codes.data(), 128, planes.data()) == FLEXQ_BAD_VALUE);
+}
+
+void test_mismatch() {
+  Setup s;
+  flexq_activation_desc act{2, 128, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128};
+  const auto gemm = [&] {
+    return flexq_gemm(&s.stream, &s.desc, s.packed.data(), s.packed_bytes, &act, s.workspace.data(), s.workspace.size(),
+                      nullptr, FLEXQ_F32, s.y.data(), FLEXQ_F32, 5, nullptr, 0);
+  };
+  CHECK(gemm() == FLEXQ_INVALID_ARGUMENT && std::strstr(flexq_last_error(), "same k, got 128 and 200"));
+  act.k = 200;
+  act.rotation = FLEXQ_ROTATION_NONE;
+  CHECK(gemm() == FLEXQ_INVALID_ARGUMENT && std::strstr(flexq_last_error(), "same rotation"));
+  act.rotation = FLEXQ_ROTATION_HADAMARD128;
+  act.scheme = FLEXQ_SCHEME_CHANNEL;
+  CHECK(gemm() == FLEXQ_INVALID_ARGUMENT && std::strstr(flexq_last_error(), "same scheme"));
+}
+
+}  // namespace
+
+int main() {
+  test_linear();
+  test_cuda_request();
+  test_quantize_refuses();
+  test_mismatch();
+  return 0;
+}

@@ -1,0 +1,33 @@
+"""Shared fixtures: small random models, so that no test needs a download."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def tiny_config(**overrides) -> LlamaConfig:
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 96,
+        "intermediate_size": 200,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    }
+    return LlamaConfig(**(settings | overrides))
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture
+def tiny_folder(tiny_llama, tmp_path):
+    """The same model saved by transformers, in several shards."""
+    folder = tmp_path / "float"
+    tiny_llama.save_pretrained(folder, max_shard_size="100KB")
+    return folder

@@ -1,0 +1,167 @@
+"""Checkpoints: bit-exact round trips, damage named, nothing half-written."""
+
+import json
+import shutil
+
+import flexq
+import pytest
+import torch
+from flexq import checkpoint
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+IDS = torch.arange(20).view(1, -1)
+
+
+@pytest.fixture
+def saved(tiny_llama, tmp_path):
+    model = flexq.quantize_model(tiny_llama, "w6a6")
+    return model, flexq.save_model(model, tmp_path / "saved")
+
+
+def tensors_of(folder) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return tensors
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def test_round_trip_is_bit_exact(saved):
+    model, folder = saved
+    loaded = flexq.load_model(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.flexq_plan.layers == model.flexq_plan.layers
+    assert all(m.is_prepacked for m in loaded.modules() if isinstance(m, flexq.Linear))
+    again = flexq.save_model(loaded, folder.parent / "again")
+    first, second = tensors_of(folder), tensors_of(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_transformers_loads_it(saved):
+    model, folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_no_float_copy_is_stored(saved):
+    names = set(tensors_of(saved[1]))
+    assert "model.layers.0.mlp.up_proj.qweight" in names
+    assert not any(n.endswith("proj.weight") for n in names)
+    assert "lm_head.weight" not in names  # tied
+
+
+def test_shards(tiny_llama, tmp_path):
+    model = flexq.quantize_model(tiny_llama)
+    folder = flexq.save_model(model, tmp_path / "shards", shard_bytes=40_000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2 and (folder / checkpoint.INDEX).is_file()
+    assert torch.equal(logits(flexq.load_model(folder)), logits(model))
+
+
+@pytest.mark.parametrize("shard_bytes", (30_000, 1 << 30))
+def test_disk_to_disk_equals_in_memory(tiny_llama, tiny_folder, tmp_path, shard_bytes):
+    plan = flexq.quantize_checkpoint(tiny_folder, tmp_path / "out", "w6a8", shard_bytes=shard_bytes)
+    assert sum(c is not None for c in plan.layers.values()) == 14
+    model = flexq.quantize_model(tiny_llama, "w6a8")
+    assert torch.equal(logits(flexq.load_model(tmp_path / "out")), logits(model))
+
+
+def test_disk_to_disk_never_holds_the_model(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the whole model was loaded"))
+    flexq.quantize_checkpoint(tiny_folder, tmp_path / "out")
+
+
+def test_refusals_leave_nothing(tiny_folder, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        flexq.quantize_checkpoint(tiny_folder, tmp_path / "out", include=["x"])
+    shard = sorted(tiny_folder.glob("*.safetensors"))[-1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(flexq.CheckpointError, match=shard.name):
+        flexq.quantize_checkpoint(tiny_folder, tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(flexq.ModelError, match="is missing"):
+        flexq.quantize_checkpoint(tiny_folder, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_folder_is_kept(saved):
+    model, folder = saved
+    with pytest.raises(FileExistsError, match="exists"):
+        flexq.save_model(model, folder)
+    flexq.save_model(model, folder, overwrite=True)
+    assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def edit(folder, change) -> None:
+    """Rewrite the single shard with other tensors under the old metadata."""
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    tensors = {name: t.clone() for name, t in tensors_of(folder).items()}
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)
+
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def flip(tensors):
+    tensors[f"{LAYER}.qweight"][0, 0, 0, 0] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip, rf"tensor {LAYER}\.qweight has changed"),
+        (lambda t: t.pop(f"{LAYER}.scales"), rf"tensor {LAYER}\.scales is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "tensor extra does not belong there"),
+    ],
+)
+def test_edited_files_are_refused(saved, change, message):
+    edit(saved[1], change)
+    with pytest.raises(flexq.CheckpointError, match=message):
+        flexq.load_model(saved[1])
+
+
+def test_truncated_and_foreign_files_are_refused(saved):
+    folder = saved[1]
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    with pytest.raises(flexq.CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+        flexq.load_model(folder)
+    file.write_bytes(b"PK\x03\x04 not safetensors")
+    with pytest.raises(flexq.CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
+        flexq.load_model(folder)
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(flexq.CheckpointError, match="was not written by FlexQ"):
+        flexq.load_model(folder)
+
+
+def test_configs_from_elsewhere_are_refused(saved):
+    folder = saved[1]
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"format_version": 2}, "FlexQ format version 2; this FlexQ reads 1"),
+        ({"plan": {"format": "other"}}, "not a plan"),
+    ):
+        broken = folder.parent / "broken"
+        shutil.copytree(folder, broken)
+        settings = config | {"quantization_config": config["quantization_config"] | change}
+        (broken / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(flexq.CheckpointError, match=message):
+            flexq.load_model(broken)
+        shutil.rmtree(broken)
+
+
+def test_unquantized_models_are_not_saved(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="no quantized layer"):
+        flexq.save_model(tiny_llama, tmp_path / "x")

@@ -1,0 +1,127 @@
+"""The command line, run as a user runs it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from flexq.cli import main
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def model(tiny_folder):
+    """A folder with a tokenizer of single characters."""
+    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "\n": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tiny_folder)
+    return tiny_folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return str(path)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "flexq.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_quantize_eval_generate_info(model, text, tmp_path):
+    out, plot = tmp_path / "out", tmp_path / "plot.png"
+    evaluation = ["--text", text, "--window-length", "32", "--windows", "3"]
+    code, stdout, stderr = run(
+        "quantize", model, "-o", out, "--compare", *evaluation, "--generate", "the", "--max-new-tokens", 4, "--json"
+    )
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert result["layers"] == 14 and result["peak_memory_bytes"] > 0
+    assert [r["kl"] is None for r in result["comparison"]] == [True, False, False, False, False]
+    assert result["generation"]["new_tokens"] == 4
+
+    code, stdout, stderr = run("eval", out, "--reference", model, *evaluation, "--plot", plot)
+    assert code == 0, stderr
+    assert "perplexity" in stdout and "unquantized" in stdout and plot.stat().st_size > 1000
+
+    code, stdout, stderr = run("generate", out, "the quick", "--max-new-tokens", 5, "--temperature", "0.8", "--seed", 1)
+    assert code == 0 and "the quick" in stdout and "tokens/s" in stdout, stderr
+
+    code, stdout, stderr = run("info", out, "--layers")
+    assert code == 0 and "W6A8, scheme group, rotation hadamard128" in stdout and "checksums" in stdout, stderr
+
+
+def test_eval_of_recipes(model, text, capsys):
+    arguments = ["eval", str(model), "--recipes", "w8a8", "w6a8", "--text", text, "--window-length", "32", "--json"]
+    assert main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [r["name"].partition(",")[0] for r in results] == ["unquantized", "W8A8", "W6A8"]
+    sizes = [r["memory_bytes"] for r in results]
+    assert sizes[0] > sizes[1] > 0 and all(r["perplexity"] > 1 for r in results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["quantize", "no/such/model/here"], 1, "is not a folder, a .gguf file, a hub id"),
+        (["quantize", "MODEL", "--plan", "w4a4"], 1, "neither a file nor one of"),
+        (["quantize", "MODEL", "--plan", "w6a6", "--act-bits", "8"], 2, "--act-bits and --plan exclude each other"),
+        (["quantize", "MODEL", "--act-bits", "7"], 2, "invalid choice: 7"),
+        (["eval", "MODEL", "--window-length", "100000"], 1, "fewer than one window of 100000"),
+        (["eval", "MODEL", "--recipes", "w5a5", "--window-length", "64"], 1, "unknown recipe 'w5a5'"),
+        (["generate", "MODEL", "hi", "--chat"], 1, "no chat template"),
+        (["generate", "MODEL", "hi", "--max-new-tokens", "0"], 2, "must be 1 or more, got 0"),
+        (["bench", "linear", "--shape", "12"], 2, "a shape is NxK"),
+        (["bogus"], 2, "invalid choice: 'bogus'"),
+    ],
+)
+def test_errors_have_exit_codes(model, tmp_path, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    try:
+        got = main([str(model) if a == "MODEL" else a for a in arguments])
+    except SystemExit as error:
+        got = error.code
+    assert got == code and message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bench_linear(tmp_path, capsys):
+    arguments = ["bench", "linear", "--shape", "64x256", "--tokens", "1", "3", "--plot", str(tmp_path / "b.png")]
+    assert main([*arguments, "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert {p["m"] for p in points} == {1, 3} and any(p["kernel"].startswith("torch") for p in points)
+    assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_interrupt_leaves_nothing(model, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import sys, time, flexq.ops as ops, flexq.cli as cli\n"
+        "quantize = ops.quantize_weight\n"
+        "def slow(*a): print('working', flush=True); time.sleep(60); return quantize(*a)\n"
+        "ops.quantize_weight = slow\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "quantize", str(model), "-o", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "working\n"
+    time.sleep(0.2)
+    assert list(tmp_path.glob(".out.*"))  # written aside
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in stderr
+    assert not out.exists() and not list(tmp_path.glob(".out.*"))
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("flexq ")
+    assert main([]) == 2

@@ -1,0 +1,117 @@
+"""flexq.Linear as a module."""
+
+import copy
+import io
+import pickle
+
+import flexq
+import pytest
+import torch
+from torch import nn
+
+
+def layer(config=None, bias=True, n=24, k=200) -> tuple[nn.Linear, flexq.Linear]:
+    torch.manual_seed(0)
+    linear = nn.Linear(k, n, bias=bias)
+    return linear, flexq.Linear.from_float(linear, config)
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+@pytest.mark.parametrize("bits", (6, 8))
+def test_close_to_float(bits, scheme, bias):
+    linear, quantized = layer(flexq.LayerConfig(act_bits=bits, scheme=scheme), bias)
+    x = torch.randn(2, 5, 200)
+    y = quantized(x)
+    assert y.shape == (2, 5, 24) and y.dtype == x.dtype
+    error = (y - linear(x)).norm() / linear(x).norm()
+    assert error < (0.06 if bits == 6 else 0.04)
+
+
+def test_one_copy_is_resident():
+    _, quantized = layer()
+    assert quantized.is_prepacked and quantized.qweight is None and quantized.scales is None
+    assert quantized.weight_bytes <= 32 * 2 * 98 + 64  # rows padded to 16, two groups of 96 + 2 bytes
+
+
+def test_repr_shows_shapes_and_bits():
+    assert "in_features=200, out_features=24, bias=True, W6A8, scheme=group" in repr(layer()[1])
+
+
+def test_state_dict_is_canonical_and_loads():
+    _, quantized = layer()
+    state = quantized.state_dict()
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in state.items()} == {
+        "bias": (torch.float32, (24,)),
+        "qweight": (torch.uint8, (24, 2, 6, 16)),
+        "scales": (torch.float16, (24, 2)),
+    }
+    x = torch.randn(3, 200)
+    for fresh in (flexq.Linear(200, 24), layer()[1]):
+        fresh.load_state_dict(state)
+        assert torch.equal(fresh(x), quantized(x))
+
+
+def test_load_state_dict_refuses():
+    _, quantized = layer()
+    state = quantized.state_dict()
+    with pytest.raises(RuntimeError, match=r"scales must be torch.float16, got torch.float32"):
+        flexq.Linear(200, 24).load_state_dict(state | {"scales": state["scales"].float()})
+    with pytest.raises(RuntimeError, match="size mismatch for qweight"):
+        flexq.Linear(100, 24).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        quantized.load_state_dict({"bias": state["bias"]})
+
+
+@pytest.mark.parametrize("copier", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
+def test_copies_are_equal(copier):
+    _, quantized = layer()
+    x = torch.randn(3, 200)
+    twin = copier(quantized)
+    assert torch.equal(twin(x), quantized(x)) and quantized.is_prepacked
+
+
+def test_torch_save_round_trip():
+    _, quantized = layer()
+    file = io.BytesIO()
+    torch.save(quantized.state_dict(), file)
+    file.seek(0)
+    fresh = flexq.Linear(200, 24)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(fresh.canonical()[0], quantized.canonical()[0])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_changing_dtype_keeps_the_scales(dtype):
+    _, quantized = layer()
+    before = quantized.canonical()
+    quantized.to(dtype)
+    assert quantized.bias.dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(quantized.canonical(), before, strict=True))
+    assert quantized(torch.randn(2, 200, dtype=dtype)).dtype == dtype
+
+
+def test_canonical_layers_change_dtype_too():
+    empty = flexq.Linear(200, 24)
+    assert empty.to(torch.bfloat16).scales.dtype == torch.float16
+
+
+def test_shares_a_quantized_activation():
+    _, quantized = layer(bias=False)
+    x = torch.randn(4, 200)
+    activation = flexq.quantize_activation(x)
+    y = flexq.gemm(activation, quantized._packed, None, 4, 24, 200, 8, "group", "hadamard128")
+    assert torch.equal(y, quantized(x))
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match=r"x must end in 200 features, got shape \[2, 100\]"):
+        layer()[1](torch.randn(2, 100))
+
+
+def test_compiles_without_graph_breaks():
+    _, quantized = layer()
+    compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 200)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), quantized(x))
