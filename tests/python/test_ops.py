@@ -90,7 +90,10 @@ def test_quantize_activation_matches_reference(bits, scheme, rotation):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_of_every_dtype_are_read_alike(dtype):
     x = values(4, 256).to(dtype)
-    assert torch.equal(flexq.quantize_activation(x), flexq.quantize_activation(x.float()))
+    arguments = (4, 256, 8, "group", "hadamard128")
+    codes, scales = flexq.activation_codes(flexq.quantize_activation(x), *arguments)
+    codes32, scales32 = flexq.activation_codes(flexq.quantize_activation(x.float()), *arguments)
+    assert torch.equal(codes, codes32) and torch.equal(scales, scales32)
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
@@ -98,7 +101,7 @@ def test_dequantize_undoes_the_rotation(rotation):
     weight = values(7, 200)
     planes, scales = flexq.quantize_weight(weight, "group", rotation)
     back = flexq.dequantize_weight(planes, scales, 200, "group", rotation)
-    assert ((back - weight).norm() / weight.norm()) < 0.06
+    assert ((back - weight).norm() / weight.norm()) < (0.1 if rotation == "none" else 0.04)
     again = flexq.dequantize_weight(planes, scales, 200, "group", rotation, torch.bfloat16)
     assert torch.equal(again, back.bfloat16())
 

@@ -51,8 +51,8 @@ class FlexQHfQuantizer(HfQuantizer):
     def validate_environment(self, *args, **kwargs):
         if not self.pre_quantized:
             raise ValueError(
-                "from_pretrained loads models that FlexQ has quantized; quantize one with flexq.quantize_model(model) or"
-                " `flexq quantize`"
+                "from_pretrained loads models that FlexQ has quantized; quantize one with "
+                "flexq.quantize_model(model) or `flexq quantize`"
             )
 
     def _process_model_before_weight_loading(self, model, **kwargs):
