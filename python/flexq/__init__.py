@@ -1,9 +1,8 @@
 """FlexQ: large language models with 6-bit weights and 6- or 8-bit activations."""
 
-import flexq.integrations.transformers  # registers the quantization method "flexq"
 from flexq._core import version as _version
 from flexq.checkpoint import CheckpointError, quantize_checkpoint, save_model
-from flexq.integrations.transformers import FlexQConfig
+from flexq.integrations.transformers import FlexQConfig  # registers the quantization method "flexq"
 from flexq.linear import Linear
 from flexq.models import ModelError, load_model
 from flexq.ops import (
