@@ -1,2 +1,26 @@
 # Decides whether the CUDA backend is built: FLEXQ_HAS_CUDA.
 set(FLEXQ_HAS_CUDA OFF)
+set(FLEXQ_CUDA_PC_LIBS "")
+if(FLEXQ_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(FLEXQ_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "FLEXQ_CUDA=ON, but no nvcc was found; set CUDACXX or CMAKE_CUDA_COMPILER")
+  endif()
+  message(STATUS "FlexQ: no nvcc found, building without CUDA")
+  return()
+endif()
+
+# Machine code for each generation that differs, and PTX for those to come.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 90-virtual)
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit 12.0 REQUIRED)
+set(FLEXQ_HAS_CUDA ON)
+set(FLEXQ_CUDA_PC_LIBS " -lcudart_static -ldl -lrt")
+message(STATUS "FlexQ: CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")

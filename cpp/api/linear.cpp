@@ -33,10 +33,6 @@ void check_output(const flexq_weight_desc& desc, int64_t m, const void* bias, fl
   check_array(bias, "bias", static_cast<size_t>(desc.n), dtype_size(bias_dtype));
 }
 
-void run_gemm(const Backend& backend, const flexq_stream& stream, const GemmCall& call) {
-  if (call.act_desc.m > 0 && call.desc.n > 0) backend.gemm(stream, call);
-}
-
 }  // namespace
 
 extern "C" {
@@ -111,7 +107,8 @@ flexq_status flexq_gemm(const flexq_stream* stream, const flexq_weight_desc* des
     check_output(*desc, act_desc->m, bias, bias_dtype, y, y_dtype, ldy);
     check_buffer(workspace, "workspace", workspace_bytes,
                  backend.gemm_workspace_size(*stream, *desc, act_desc->act_bits, act_desc->m));
-    run_gemm(backend, *stream, {*desc, prepacked, *act_desc, quantized, bias, bias_dtype, y, y_dtype, ldy, workspace});
+    if (act_desc->m == 0 || desc->n == 0) return;
+    backend.gemm(*stream, {*desc, prepacked, *act_desc, quantized, bias, bias_dtype, y, y_dtype, ldy, workspace});
   });
 }
 
@@ -131,10 +128,9 @@ flexq_status flexq_linear(const flexq_stream* stream, const flexq_weight_desc* d
     check_buffer(workspace, "workspace", workspace_bytes,
                  act_bytes + backend.gemm_workspace_size(*stream, *desc, act_bits, m));
     if (m == 0 || desc->n == 0) return;
-    backend.quantize_activation(*stream, act, x, x_dtype, ldx, workspace);
-    run_gemm(backend, *stream,
-             {*desc, prepacked, act, workspace, bias, bias_dtype, y, y_dtype, ldy,
-              static_cast<uint8_t*>(workspace) + act_bytes});
+    const GemmCall call{*desc,      prepacked, act,     workspace, bias,
+                        bias_dtype, y,         y_dtype, ldy,       static_cast<uint8_t*>(workspace) + act_bytes};
+    backend.linear(*stream, {x, x_dtype, ldx}, call);
   });
 }
 

@@ -21,6 +21,13 @@ struct GemmCall {
   void* workspace;
 };
 
+// What a GEMM's activation is quantized from.
+struct LinearInput {
+  const void* x;
+  flexq_dtype dtype;
+  int64_t ldx;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -44,6 +51,12 @@ class Backend {
   virtual size_t gemm_workspace_size(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits,
                                      int64_t m) const = 0;
   virtual void gemm(const flexq_stream& stream, const GemmCall& call) const = 0;
+
+  // Quantizes `input` into `call.quantized`, then multiplies.
+  virtual void linear(const flexq_stream& stream, const LinearInput& input, const GemmCall& call) const {
+    quantize_activation(stream, call.act_desc, input.x, input.dtype, input.ldx, const_cast<void*>(call.quantized));
+    gemm(stream, call);
+  }
 };
 
 const Backend& cpu_backend();

@@ -1,0 +1,58 @@
+// Memory layouts of the CUDA backend, for host and device code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/format.h"
+#include "flexq/flexq.h"
+
+namespace flexq::cuda {
+
+// Prepacked weights are records of 16 rows x 128 k. Three vectors of 16 bytes for each of 32 lanes, vector-major, so
+// that a warp reads whole lines. Word s (0..3) of vector j (0..2) of lane (g = lane / 4, t = lane % 4) is Bj of k step
+// s, and the four words of an m16n8k32 A fragment are
+//   a0 = B0 & 0xfcfcfcfc, a1 = B1 & 0xfcfcfcfc, a2 = B2 & 0xfcfcfcfc,
+//   a3 = bits 7-6 of its bytes from B0's low two bits, 5-4 from B1's, 3-2 from B2's.
+// Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
+// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/performance.md).
+// In scheme group the record's 16 scales follow as fp16; in scheme channel all scales follow the last record.
+inline constexpr int kRecordRows = 16;
+inline constexpr int kRecordCodeBytes = kRecordRows * kGroupBytes;
+inline constexpr int kRecordScaleBytes = kRecordRows * 2;
+inline constexpr int kCodeFactor = 4;  // bytes are code * 4, because a code sits in a byte's top six bits
+
+constexpr int record_bytes(bool per_group) { return kRecordCodeBytes + (per_group ? kRecordScaleBytes : 0); }
+
+inline int64_t num_row_blocks(const flexq_weight_desc& desc) { return ceil_div(desc.n, kRecordRows); }
+
+struct WeightLayout {
+  explicit WeightLayout(const flexq_weight_desc& desc) {
+    const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
+    scales =
+        static_cast<size_t>(num_row_blocks(desc) * num_groups(desc.k)) * static_cast<size_t>(record_bytes(per_group));
+    size = align_up(scales + (per_group ? 0 : static_cast<size_t>(num_row_blocks(desc)) * kRecordScaleBytes));
+  }
+  size_t scales;  // offset of scheme channel's
+  size_t size;
+};
+
+// Quantized activations in tiles of 8 tokens, in the order of the m16n8k32 B fragment: [M / 8][G][2][32 lanes][16], so
+// that word 2 * s + h of lane (g, t)'s two vectors is codes k = 32 * s + 16 * h + 4 * t + i of token g. The tokens that
+// fill up the last tile are not written. Scales fp32: [M / 8][G][8] (group) or [M] (channel).
+inline constexpr int kTokenTile = 8;
+inline constexpr int kTileGroupBytes = kTokenTile * kGroup;
+
+struct ActivationLayout {
+  explicit ActivationLayout(const flexq_activation_desc& desc) {
+    const auto tiles = static_cast<size_t>(ceil_div(desc.m, kTokenTile));
+    const auto groups = static_cast<size_t>(num_groups(desc.k));
+    scales = tiles * groups * kTileGroupBytes;
+    const size_t count = desc.scheme == FLEXQ_SCHEME_GROUP ? tiles * groups * kTokenTile : static_cast<size_t>(desc.m);
+    size = scales + align_up(count * sizeof(float));
+  }
+  size_t scales;
+  size_t size;
+};
+
+}  // namespace flexq::cuda

@@ -1,0 +1,255 @@
+// The CUDA backend against the CPU's codes and a float64 reference. Exits with 77 (skipped) where there is no GPU.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "../cpp/check.h"
+
+namespace {
+
+using test::half_to_float;
+
+constexpr int kGroup = FLEXQ_GROUP_SIZE;
+
+void cuda_check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t count) : count_(count) {
+    cuda_check(cudaMalloc(&data_, std::max<size_t>(count, 1) * sizeof(T)));
+    cuda_check(cudaMemset(data_, 0x5a, std::max<size_t>(count, 1) * sizeof(T)));
+    cuda_check(cudaDeviceSynchronize());  // the test's stream does not wait for the default one
+  }
+  explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) {
+    cuda_check(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+    cuda_check(cudaDeviceSynchronize());
+  }
+  ~DeviceArray() { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+  T* data() const { return data_; }
+  size_t size() const { return count_; }
+  std::vector<T> host() const {
+    std::vector<T> out(count_);
+    cuda_check(cudaDeviceSynchronize());
+    cuda_check(cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return out;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t count_;
+};
+
+struct Case {
+  int64_t m, n, k;
+  int32_t act_bits;
+  flexq_scheme scheme;
+  flexq_rotation rotation;
+  bool bias;
+  flexq_dtype dtype;  // of x and y
+  int64_t pad;        // of rows of x and y
+};
+
+uint16_t to_16(float x, flexq_dtype dtype) {
+  if (dtype == FLEXQ_F16) {
+    const _Float16 h = static_cast<_Float16>(x);
+    return std::bit_cast<uint16_t>(h);
+  }
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float from_16(uint16_t bits, flexq_dtype dtype) {
+  if (dtype == FLEXQ_F16) return half_to_float(bits);
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+
+std::vector<uint8_t> as_bytes(const std::vector<float>& values, flexq_dtype dtype) {
+  std::vector<uint8_t> bytes(values.size() * (dtype == FLEXQ_F32 ? 4 : 2));
+  if (dtype == FLEXQ_F32) {
+    std::memcpy(bytes.data(), values.data(), bytes.size());
+  } else {
+    for (size_t i = 0; i < values.size(); ++i) {
+      const uint16_t v = to_16(values[i], dtype);
+      std::memcpy(bytes.data() + 2 * i, &v, 2);
+    }
+  }
+  return bytes;
+}
+float value_at(const std::vector<uint8_t>& bytes, size_t i, flexq_dtype dtype) {
+  if (dtype == FLEXQ_F32) {
+    float v;
+    std::memcpy(&v, bytes.data() + 4 * i, 4);
+    return v;
+  }
+  uint16_t v;
+  std::memcpy(&v, bytes.data() + 2 * i, 2);
+  return from_16(v, dtype);
+}
+
+class Gpu {
+ public:
+  explicit Gpu(cudaStream_t handle) : cuda(flexq::Stream::cuda(0, handle)), pool_(8), cpu(flexq::Stream::cpu(pool_)) {}
+  flexq::Stream cuda;
+
+ private:
+  flexq::ThreadPool pool_;
+
+ public:
+  flexq::Stream cpu;
+};
+
+void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng) {
+  const flexq::WeightDesc desc(c.n, c.k, c.scheme, c.rotation);
+  const flexq::Weight weight =
+      flexq::Weight::quantize(gpu.cpu, desc, test::random_values(static_cast<size_t>(c.n * c.k), rng).data());
+  const DeviceArray<uint8_t> planes(weight.planes());
+  const DeviceArray<uint16_t> scales(weight.scales());
+  size_t bytes = 0;
+  flexq::check(flexq_prepack_size(&gpu.cuda, &desc, &bytes));
+  const DeviceArray<uint8_t> packed(bytes);
+  flexq::check(flexq_prepack(&gpu.cuda, &desc, planes.data(), scales.data(), packed.data(), bytes));
+  const DeviceArray<uint8_t> planes_back(planes.size());
+  const DeviceArray<uint16_t> scales_back(scales.size());
+  flexq::check(flexq_unprepack(&gpu.cuda, &desc, packed.data(), bytes, planes_back.data(), scales_back.data()));
+  CHECK(planes_back.host() == weight.planes() && scales_back.host() == weight.scales());
+
+  // Codes and scales of the activations: the CPU's bits.
+  const flexq_activation_desc act{c.m, c.k, c.act_bits, c.scheme, c.rotation};
+  const int64_t ldx = c.k + c.pad, ldy = c.n + c.pad;
+  const std::vector<uint8_t> x =
+      as_bytes(test::random_values(static_cast<size_t>(std::max<int64_t>(c.m, 1) * ldx), rng), c.dtype);
+  const int64_t groups = (c.k + kGroup - 1) / kGroup, kp = groups * kGroup;
+  const bool grouped = c.scheme == FLEXQ_SCHEME_GROUP;
+  std::vector<int8_t> codes(static_cast<size_t>(c.m * kp));
+  std::vector<float> act_scales(static_cast<size_t>(c.m * (grouped ? groups : 1)));
+  flexq::check(flexq_activation_size(&gpu.cpu, &act, &bytes));
+  const flexq::Buffer host_act(bytes);
+  flexq::check(flexq_quantize_activation(&gpu.cpu, &act, x.data(), c.dtype, ldx, host_act.data(), bytes));
+  flexq::check(flexq_activation_export(&gpu.cpu, &act, host_act.data(), bytes, codes.data(), act_scales.data()));
+  const DeviceArray<uint8_t> device_x(x);
+  flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
+  const DeviceArray<uint8_t> device_act(bytes);
+  flexq::check(flexq_quantize_activation(&gpu.cuda, &act, device_x.data(), c.dtype, ldx, device_act.data(), bytes));
+  const DeviceArray<int8_t> device_codes(codes.size());
+  const DeviceArray<float> device_scales(act_scales.size());
+  flexq::check(
+      flexq_activation_export(&gpu.cuda, &act, device_act.data(), bytes, device_codes.data(), device_scales.data()));
+  CHECK(device_codes.host() == codes);
+  CHECK(device_scales.host() == act_scales);
+
+  // The product, in one call and in two, twice: the same bits each time.
+  const std::vector<float> bias = test::random_values(static_cast<size_t>(c.n), rng);
+  const DeviceArray<float> device_bias(bias);
+  const float* b = c.bias ? device_bias.data() : nullptr;
+  flexq::check(flexq_linear_workspace_size(&gpu.cuda, &desc, c.act_bits, c.m, &bytes));
+  const DeviceArray<uint8_t> workspace(bytes);
+  const size_t y_bytes = static_cast<size_t>(c.m * ldy) * (c.dtype == FLEXQ_F32 ? 4 : 2);
+  const DeviceArray<uint8_t> y(y_bytes), again(y_bytes), separate(y_bytes);
+  for (const auto* out : {&y, &again}) {
+    flexq::check(flexq_linear(&gpu.cuda, &desc, packed.data(), packed.size(), c.act_bits, c.m, device_x.data(), c.dtype,
+                              ldx, b, FLEXQ_F32, out->data(), c.dtype, ldy, workspace.data(), bytes));
+  }
+  flexq::check(flexq_gemm_workspace_size(&gpu.cuda, &desc, c.act_bits, c.m, &bytes));
+  flexq::check(flexq_gemm(&gpu.cuda, &desc, packed.data(), packed.size(), &act, device_act.data(), device_act.size(), b,
+                          FLEXQ_F32, separate.data(), c.dtype, ldy, workspace.data(), bytes));
+  const std::vector<uint8_t> got = y.host();
+  CHECK(again.host() == got && separate.host() == got);
+
+  std::vector<int8_t> w(static_cast<size_t>(c.n * kp));
+  flexq::check(flexq_unpack_codes(&gpu.cpu, &desc, weight.planes().data(), w.data(), kp));
+  for (int64_t i = 0; i < c.m; ++i) {
+    for (int64_t j = 0; j < c.n; ++j) {
+      double sum = c.bias ? bias[static_cast<size_t>(j)] : 0.0, size = std::abs(sum);
+      for (int64_t g = 0; g < groups; ++g) {
+        int dot = 0;
+        for (int64_t k = g * kGroup; k < (g + 1) * kGroup; ++k) {
+          dot += codes[static_cast<size_t>(i * kp + k)] * w[static_cast<size_t>(j * kp + k)];
+        }
+        const double term = dot * static_cast<double>(act_scales[static_cast<size_t>(grouped ? i * groups + g : i)]) *
+                            half_to_float(weight.scales()[static_cast<size_t>(grouped ? j * groups + g : j)]);
+        sum += term;
+        size += std::abs(term);
+      }
+      const float value = value_at(got, static_cast<size_t>(i * ldy + j), c.dtype);
+      const double ulp = c.dtype == FLEXQ_F32 ? 0 : c.dtype == FLEXQ_F16 ? std::abs(sum) / 1024 : std::abs(sum) / 128;
+      CHECK(std::abs(value - sum) <= 1e-5 * size + ulp);
+    }
+    // Nothing is written between rows.
+    const size_t element = c.dtype == FLEXQ_F32 ? 4 : 2;
+    for (size_t byte = static_cast<size_t>(i * ldy + c.n) * element;
+         byte < static_cast<size_t>((i + 1) * ldy) * element; ++byte) {
+      CHECK(got[byte] == 0x5a);
+    }
+  }
+}
+
+void test_shapes(const Gpu& gpu) {
+  std::mt19937 rng(11);
+  for (const int64_t k : {1, 64, 100, 576, 4097}) {
+    for (const int64_t n : {1, 17, 200}) {
+      for (const int64_t m : {0, 1, 7, 8, 9, 16, 17, 24, 25, 32, 33, 129}) {
+        for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+          const auto dtype = static_cast<flexq_dtype>(rng() % 3);
+          const auto rotation = static_cast<flexq_rotation>(rng() % 2);
+          check_case(gpu, {m, n, k, rng() % 2 ? 8 : 6, scheme, rotation, rng() % 2 == 0, dtype, rng() % 2 ? 0 : 3},
+                     rng);
+        }
+      }
+    }
+  }
+  for (const int64_t m : {1, 8, 33}) {
+    check_case(gpu, {m, 17, 28672, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, true, FLEXQ_F32, 0}, rng);
+    check_case(gpu, {m, 9000, 512, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, true, FLEXQ_BF16, 0}, rng);
+    check_case(gpu, {m, 5000, 1536, 6, FLEXQ_SCHEME_CHANNEL, FLEXQ_ROTATION_NONE, true, FLEXQ_F16, 0}, rng);
+  }
+}
+
+// A NaN or Inf poisons its token's outputs, and no other's.
+void test_not_finite(const Gpu& gpu) {
+  std::mt19937 rng(12);
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    const flexq::WeightDesc desc(40, 300, scheme);
+    const flexq::Weight weight = flexq::Weight::quantize(gpu.cpu, desc, test::random_values(40 * 300, rng).data());
+    const DeviceArray<uint8_t> planes(weight.planes());
+    const DeviceArray<uint16_t> scales(weight.scales());
+    size_t bytes = 0;
+    flexq::check(flexq_prepack_size(&gpu.cuda, &desc, &bytes));
+    const DeviceArray<uint8_t> packed(bytes);
+    flexq::check(flexq_prepack(&gpu.cuda, &desc, planes.data(), scales.data(), packed.data(), bytes));
+    std::vector<float> x = test::random_values(10 * 300, rng);
+    x[2 * 300 + 299] = INFINITY;
+    x[9 * 300] = std::nanf("");
+    const DeviceArray<float> device_x(x), y(10 * 40);
+    flexq::check(flexq_linear_workspace_size(&gpu.cuda, &desc, 8, 10, &bytes));
+    const DeviceArray<uint8_t> workspace(bytes);
+    flexq::check(flexq_linear(&gpu.cuda, &desc, packed.data(), packed.size(), 8, 10, device_x.data(), FLEXQ_F32, 300,
+                              nullptr, FLEXQ_F32, y.data(), FLEXQ_F32, 40, workspace.data(), bytes));
+    const std::vector<float> got = y.host();
+    for (size_t i = 0; i < got.size(); ++i) CHECK(std::isnan(got[i]) == (i / 40 == 2 || i / 40 == 9));
+  }
+}
+
+}  // namespace
+
+int main() {
+  if (flexq_device_available(FLEXQ_CUDA, 0) != FLEXQ_OK) {
+    std::printf("skipped: %s\n", flexq_last_error());
+    return 77;
+  }
+  cudaStream_t stream;
+  cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const Gpu gpu(stream);
+  test_not_finite(gpu);
+  test_shapes(gpu);
+  cuda_check(cudaStreamDestroy(stream));
+  std::printf("ok\n");
+  return 0;
+}
