@@ -45,6 +45,11 @@ class DeviceScope {
   bool changed_ = false;
 };
 
+Device device_of(const flexq_stream& stream) {
+  return {attribute(cudaDevAttrMultiProcessorCount, stream.device_index),
+          attribute(cudaDevAttrComputeCapabilityMajor, stream.device_index) >= 9};
+}
+
 cudaStream_t handle(const flexq_stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
 
 class CudaBackend final : public Backend {
@@ -99,7 +104,7 @@ class CudaBackend final : public Backend {
   void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc, const void* x,
                            flexq_dtype dtype, int64_t ldx, void* quantized) const override {
     const DeviceScope scope(stream.device_index);
-    cuda::quantize_activation(handle(stream), desc, x, dtype, ldx, quantized, nullptr, 0);
+    cuda::quantize_activation(handle(stream), device_of(stream), desc, x, dtype, ldx, quantized);
   }
   void activation_export(const flexq_stream& stream, const flexq_activation_desc& desc, const void* quantized,
                          int8_t* codes, float* scales) const override {
@@ -115,18 +120,14 @@ class CudaBackend final : public Backend {
 
   void gemm(const flexq_stream& stream, const GemmCall& call) const override {
     const DeviceScope scope(stream.device_index);
-    const GemmPlan p = plan(stream, call.desc, call.act_desc.m);
-    if (p.split) check(cudaMemsetAsync(call.workspace, 0, p.counters_bytes, handle(stream)), "clear counters");
-    run(stream, call, p, false);
+    run(stream, call, false);
   }
 
   void linear(const flexq_stream& stream, const LinearInput& input, const GemmCall& call) const override {
     const DeviceScope scope(stream.device_index);
-    const GemmPlan p = plan(stream, call.desc, call.act_desc.m);
-    cuda::quantize_activation(handle(stream), call.act_desc, input.x, input.dtype, input.ldx,
-                              const_cast<void*>(call.quantized), static_cast<int32_t*>(call.workspace),
-                              p.split ? p.tiles : 0);
-    run(stream, call, p, true);
+    cuda::quantize_activation(handle(stream), device_of(stream), call.act_desc, input.x, input.dtype, input.ldx,
+                              const_cast<void*>(call.quantized));
+    run(stream, call, true);
   }
 
  private:
@@ -139,15 +140,16 @@ class CudaBackend final : public Backend {
 
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int64_t m) {
     check_desc(desc);
-    return plan_gemm_s8(desc, m, attribute(cudaDevAttrMultiProcessorCount, stream.device_index));
+    return plan_gemm_s8(device_of(stream), desc, m);
   }
 
-  static void run(const flexq_stream& stream, const GemmCall& call, const GemmPlan& p, bool overlapped) {
+  static void run(const flexq_stream& stream, const GemmCall& call, bool overlapped) {
+    const GemmPlan p = plan(stream, call.desc, call.act_desc.m);
     const GemmArgs args{call.desc,       call.prepacked, call.act_desc, call.quantized, call.bias,
                         call.bias_dtype, call.y,         call.y_dtype,  call.ldy,       call.workspace};
     for (int64_t token = 0; token < call.act_desc.m; token += kMaxTokensPerPass) {
       const int64_t tokens = std::min<int64_t>(kMaxTokensPerPass, call.act_desc.m - token);
-      gemm_s8(handle(stream), args, p, token, tokens, overlapped || token > 0);
+      gemm_s8(handle(stream), device_of(stream), args, p, token, tokens, overlapped || token > 0);
     }
   }
 };

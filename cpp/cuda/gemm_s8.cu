@@ -1,20 +1,23 @@
 // y = x * w^T for up to 32 tokens by int8 tensor cores (mma.sync, sm_80 and later).
 //
 // At this size the time is that of reading the weights, so everything serves the memory: each warp keeps its own ring
-// of cp.async copies in shared memory, with no barrier between warps, and reads back only what it copied itself. Codes
-// become int8 fragments with nine instructions for 16 of them, activations come through L1 in fragment order, and all
-// of K x N is cut into equal shares, one for each resident thread block ("stream-K"), so that no wave is half empty.
-// Where a tile of rows is shared between thread blocks, each leaves its partial sums in the workspace and the last one
-// to finish adds them in a fixed order: the same bits on every run.
+// of cp.async copies in shared memory and reads back only what it copied itself, and codes become int8 fragments with
+// nine instructions for 16 of them. A thread block has a tile of rows and all of K or, where N alone does not fill the
+// GPU, a part of it; the parts are added up by a second kernel in a fixed order, so that every run gives the same bits.
+// Up to 8 tokens, activations are few and each warp loads its own; beyond, they would be more than the weights, and the
+// thread block copies them to shared memory once for all of its warps.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <type_traits>
+#include <utility>
 
 #include "core/error.h"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/layout.h"
 #include "cuda/ptx.cuh"
 
@@ -28,29 +31,46 @@ struct Config {
   int blocks;       // of 16 rows a warp works on, sharing its activations
   int stages;       // of the ring of copies
   int ctas_per_sm;
+  bool shared_act;  // activations go through shared memory too, read once for all warps side by side
 
   constexpr int threads() const { return 32 * warps_n * warps_k; }
   constexpr int tokens() const { return kTokenTile * token_tiles; }
   constexpr int warp_rows() const { return kRecordRows * blocks; }
   constexpr int rows() const { return warp_rows() * warps_n; }
-  constexpr int stage_bytes(bool per_group) const { return blocks * record_bytes(per_group); }
+  constexpr int stage_bytes(bool per_group) const {
+    return blocks * (kRecordBytes + (per_group ? kRecordScaleBytes : 0));
+  }
   constexpr int ring_bytes(bool per_group) const { return warps_n * warps_k * stages * stage_bytes(per_group); }
+  constexpr int act_step_bytes(bool per_group) const {
+    return warps_k * token_tiles * (kTileGroupBytes + (per_group ? kTokenTile * 4 : 0));
+  }
+  constexpr int act_ring_bytes(bool per_group) const { return shared_act ? stages * act_step_bytes(per_group) : 0; }
   constexpr int sums() const { return rows() * tokens(); }
-  constexpr int shared_bytes(bool per_group) const { return ring_bytes(per_group) + warps_k * sums() * 4; }
+  constexpr int shared_bytes(bool per_group) const {
+    const int rings = ring_bytes(per_group) + act_ring_bytes(per_group);
+    return std::max(rings, warps_k * sums() * 4);  // the sums go where the rings were
+  }
 };
 
-// One row a tile size in tokens; the launch picks the first that holds M.
+// By tokens, then by rows. A launch takes the first row that holds M and whose tiles all fit on the GPU at once, or the
+// last that holds M (pick_config). Measured on an H200; see docs/performance.md.
 constexpr Config kConfigs[] = {
-    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 4, .ctas_per_sm = 2},
-    {.token_tiles = 2, .warps_n = 2, .warps_k = 4, .blocks = 2, .stages = 4, .ctas_per_sm = 2},
-    {.token_tiles = 3, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2},
-    {.token_tiles = 4, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2},
+    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 1, .stages = 3, .ctas_per_sm = 4, .shared_act = false},
+    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 3, .shared_act = false},
+    {.token_tiles = 2, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 2, .warps_n = 2, .warps_k = 4, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 2, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 2, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 3, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 3, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 4, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 4, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
 };
 
 struct Params {
   const uint8_t* records;
-  const uint16_t* channel_scales;
-  const uint8_t* codes;  // of the pass's first token tile
+  const uint16_t* scales;  // of the records, fp16
+  const uint8_t* codes;    // of the pass's first token tile
   const float* act_scales;
   const void* bias;
   flexq_dtype bias_dtype;
@@ -58,20 +78,13 @@ struct Params {
   flexq_dtype y_dtype;
   int64_t ldy;
   int64_t n;
-  int64_t groups;
   int64_t row_blocks;
-  int64_t steps;  // of a tile: ceil(groups / warps_k)
-  int64_t units;  // tiles * steps
+  int groups;
+  int steps;  // of a tile: ceil(groups / warps_k)
   int tokens;
-  int32_t* counters;
-  void* partials;  // [thread block][2][sums]
+  void* partials;  // [splits][tiles][sums], where K is split
   bool overlapped;
 };
-
-// Thread block c's share of the units. 64-bit products: units * thread blocks stays far below 2^63.
-__host__ __device__ inline int64_t share_begin(int64_t units, int64_t c, int64_t ctas) { return units * c / ctas; }
-// The thread block whose share holds unit u.
-__device__ inline int64_t share_of(int64_t units, int64_t u, int64_t ctas) { return ((u + 1) * ctas - 1) / units; }
 
 __device__ inline float load_float(const void* p, flexq_dtype dtype, int64_t i) {
   if (dtype == FLEXQ_F32) return static_cast<const float*>(p)[i];
@@ -97,12 +110,21 @@ __device__ inline void unpack(uint32_t b0, uint32_t b1, uint32_t b2, uint32_t (&
   a[3] = (b0 << 6 & 0xc0c0c0c0u) | (b1 << 4 & 0x30303030u) | (b2 << 2 & 0x0c0c0c0cu);
 }
 
+// Scales a sum, adds the bias, rounds and stores it.
+template <bool kPerGroup, typename Sum>
+__device__ void write(const Params& p, int64_t row, int token, Sum sum) {
+  if (row >= p.n) return;
+  float value = static_cast<float>(sum) * (1.0f / kCodeFactor);
+  if constexpr (!kPerGroup) value *= __half2float(reinterpret_cast<const __half*>(p.scales)[row]) * p.act_scales[token];
+  if (p.bias != nullptr) value += load_float(p.bias, p.bias_dtype, row);
+  store_float(p.y, p.y_dtype, token * p.ldy + row, value);
+}
+
 template <int kConfig, bool kPerGroup>
 class Kernel {
  public:
   static constexpr Config kC = kConfigs[kConfig];
   static constexpr int kStageBytes = kC.stage_bytes(kPerGroup);
-  static constexpr int kRecord = record_bytes(kPerGroup);
   // Sums of a tile: fp32 of scaled groups, or int32 over all of K.
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
 
@@ -112,95 +134,156 @@ class Kernel {
         warp_n_(threadIdx.x / 32 / kC.warps_k),
         warp_k_(threadIdx.x / 32 % kC.warps_k) {
     ring_ = shared + static_cast<int>(threadIdx.x / 32) * kC.stages * kStageBytes;
-    sums_ = reinterpret_cast<Sum*>(shared + kC.ring_bytes(kPerGroup));
-    unit_end_ = share_begin(p_.units, blockIdx.x + 1, gridDim.x);
-    fetch_unit_ = share_begin(p_.units, blockIdx.x, gridDim.x);
-    fetch_tile_ = fetch_unit_ / p_.steps;
-    fetch_step_ = fetch_unit_ % p_.steps;
+    act_ring_ = shared + kC.ring_bytes(kPerGroup);
+    sums_ = reinterpret_cast<Sum*>(shared);
   }
 
   __device__ void run() {
-    const int64_t begin = fetch_unit_;
-    const int64_t first_tile = fetch_tile_;
-    int64_t tile = first_tile;
-    int64_t step = fetch_step_;
-    for (int i = 0; i < kC.stages - 1; ++i) fetch(i);
-    // Weights do not depend on the kernel before this one; activations and counters do.
+    const int begin = part_begin(blockIdx.y);
+    const int end = part_begin(blockIdx.y + 1);
+    start(begin);
+    fetches_left_ = end - begin;
+    act_fetches_left_ = end - begin;
+    // Weights do not depend on the kernel before this one; activations do.
+    for (int i = 0; i < kC.stages - 1; ++i) {
+      fetch_weights(i);
+      if (!kC.shared_act) ptx::cp_async_commit();
+    }
     if (p_.overlapped) ptx::wait_for_previous_kernel();
     ptx::launch_dependents();
-    clear();
-    int stage = 0;
-    bool whole = step == 0;
-    for (int64_t unit = begin; unit < unit_end_; ++unit) {
-      accumulate(tile, step, stage);
-      fetch(stage == 0 ? kC.stages - 1 : stage - 1);
-      stage = stage + 1 == kC.stages ? 0 : stage + 1;
-      if (++step == p_.steps || unit + 1 == unit_end_) {
-        whole = whole && step == p_.steps;
-        finish(tile, whole, tile == first_tile);
-        clear();
-        step = 0;
-        whole = true;
-        ++tile;
+    if (kC.shared_act) {
+      for (int i = 0; i < kC.stages - 1; ++i) {
+        fetch_activations(i);
+        ptx::cp_async_commit();
       }
     }
+    int stage = 0;
+    for (int step = begin; step < end; ++step) {
+      accumulate(stage);
+      const int free = stage == 0 ? kC.stages - 1 : stage - 1;
+      fetch_weights(free);
+      if (kC.shared_act) fetch_activations(free);
+      ptx::cp_async_commit();  // an empty group too, so that counts stay right
+      stage = stage + 1 == kC.stages ? 0 : stage + 1;
+    }
+    finish();
   }
 
  private:
-  // Starts the copy of the next unit's records, if there is one; always a group of copies, so that counts stay right.
-  __device__ void fetch(int stage) {
-    if (fetch_unit_ < unit_end_) {
-      const int64_t group = fetch_step_ * kC.warps_k + warp_k_;
-      const int64_t block = (fetch_tile_ * kC.warps_n + warp_n_) * kC.blocks;
-      if (group < p_.groups) {
-#pragma unroll
-        for (int b = 0; b < kC.blocks; ++b) {
-          if (block + b >= p_.row_blocks) break;
-          const uint8_t* record = p_.records + ((block + b) * p_.groups + group) * kRecord;
-          const uint32_t to = ptx::shared_address(ring_ + stage * kStageBytes + b * kRecord);
-#pragma unroll
-          for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + (j * 32 + lane_) * 16, record + (j * 32 + lane_) * 16);
-          if (kPerGroup && lane_ < kRecordScaleBytes / 16) {
-            ptx::cp_async_16(to + kRecordCodeBytes + lane_ * 16, record + kRecordCodeBytes + lane_ * 16);
-          }
-        }
-      }
-      ++fetch_unit_;
-      if (++fetch_step_ == p_.steps) {
-        fetch_step_ = 0;
-        ++fetch_tile_;
-      }
-    }
-    ptx::cp_async_commit();
+  // The steps of part i of K.
+  __device__ int part_begin(int i) const {
+    return static_cast<int>(static_cast<int64_t>(p_.steps) * i / static_cast<int>(gridDim.y));
   }
 
-  __device__ void accumulate(int64_t tile, int64_t step, int stage) {
-    const int64_t group = step * kC.warps_k + warp_k_;
-    const int64_t block = (tile * kC.warps_n + warp_n_) * kC.blocks;
-    const bool active = group < p_.groups && block < p_.row_blocks;
-    uint4 act[kC.token_tiles][2] = {};
-    float2 act_scale[kC.token_tiles] = {};
-    if (active) {
-#pragma unroll
-      for (int t = 0; t < kC.token_tiles; ++t) {
-        const int64_t at = t * p_.groups + group;
-        // Lanes of tokens that are not there keep zeros: what they would read was never written.
-        if (t * kTokenTile + lane_ / 4 < p_.tokens) {
-          const auto* vectors = reinterpret_cast<const uint4*>(p_.codes + at * kTileGroupBytes) + lane_;
-          act[t][0] = vectors[0];
-          act[t][1] = vectors[32];
-        }
-        if (kPerGroup) act_scale[t] = reinterpret_cast<const float2*>(p_.act_scales + at * kTokenTile)[lane_ % 4];
-      }
-    }
-    ptx::cp_async_wait<kC.stages - 2>();
-    __syncwarp();
-    if (!active) return;
+  __device__ void start(int step) {
+    const int64_t block = (static_cast<int64_t>(blockIdx.x) * kC.warps_n + warp_n_) * kC.blocks;
+    blocks_ = static_cast<int>(min(static_cast<int64_t>(kC.blocks), max(p_.row_blocks - block, int64_t{0})));
+    group_ = fetch_group_ = step * kC.warps_k + warp_k_;
+    act_fetch_group_ = step * kC.warps_k;
+    fetch_records_ = p_.records + (block * p_.groups + group_) * kRecordBytes + lane_ * 16;
+    // Two lanes a block: its 32 bytes of scales.
+    fetch_scales_ = reinterpret_cast<const uint8_t*>(p_.scales) +
+                    ((block + lane_ / 2) * p_.groups + group_) * kRecordScaleBytes + lane_ % 2 * 16;
+    codes_ = p_.codes + static_cast<int64_t>(group_) * kTileGroupBytes + lane_ * 16;
+    act_scales_ = p_.act_scales + static_cast<int64_t>(group_) * kTokenTile + lane_ % 4 * 2;
 #pragma unroll
     for (int b = 0; b < kC.blocks; ++b) {
-      if (block + b >= p_.row_blocks) break;
-      const uint8_t* record = ring_ + stage * kStageBytes + b * kRecord;
-      const auto* vectors = reinterpret_cast<const uint4*>(record) + lane_;
+#pragma unroll
+      for (int t = 0; t < kC.token_tiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc_[b][t][i] = 0;
+      }
+    }
+  }
+
+  // ---- Copies, running stages - 1 steps ahead of the work ----
+
+  // This warp's records of a step.
+  __device__ void fetch_weights(int stage) {
+    if (fetches_left_-- <= 0) return;
+    if (fetch_group_ < p_.groups) {
+      const uint32_t to = ptx::shared_address(ring_ + stage * kStageBytes) + lane_ * 16;
+#pragma unroll
+      for (int b = 0; b < kC.blocks; ++b) {
+        if (b < blocks_) {
+          const uint8_t* record = fetch_records_ + static_cast<int64_t>(b) * p_.groups * kRecordBytes;
+#pragma unroll
+          for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + b * kRecordBytes + j * 512, record + j * 512);
+        }
+      }
+      if (kPerGroup && lane_ < 2 * blocks_) ptx::cp_async_16(to + kC.blocks * kRecordBytes, fetch_scales_);
+    }
+    fetch_group_ += kC.warps_k;
+    fetch_records_ += kC.warps_k * kRecordBytes;
+    fetch_scales_ += kC.warps_k * kRecordScaleBytes;
+  }
+
+  // All threads together: the codes and scales of a step's groups, [warps_k][token tiles].
+  __device__ void fetch_activations(int stage) {
+    if (act_fetches_left_-- <= 0) return;
+    constexpr int kTileVectors = kTileGroupBytes / 16;
+    constexpr int kVectors = kC.warps_k * kC.token_tiles * kTileVectors;
+    const uint32_t to = ptx::shared_address(act_ring_ + stage * kC.act_step_bytes(kPerGroup));
+#pragma unroll
+    for (int i = 0; i < (kVectors + kC.threads() - 1) / kC.threads(); ++i) {
+      const int vector = i * kC.threads() + static_cast<int>(threadIdx.x);
+      const int tile = vector / kTileVectors % kC.token_tiles;
+      const int group = act_fetch_group_ + vector / (kTileVectors * kC.token_tiles);
+      if (vector < kVectors && group < p_.groups && tile * kTokenTile < p_.tokens) {
+        const uint8_t* from = p_.codes + (static_cast<int64_t>(tile) * p_.groups + group) * kTileGroupBytes;
+        ptx::cp_async_16(to + vector * 16, from + vector % kTileVectors * 16);
+      }
+    }
+    if constexpr (kPerGroup) {
+      constexpr int kScaleVectors = kC.warps_k * kC.token_tiles * 2;
+      static_assert(kScaleVectors <= kC.threads(), "one vector of scales a thread");
+      const int vector = static_cast<int>(threadIdx.x);
+      const int tile = vector / 2 % kC.token_tiles;
+      const int group = act_fetch_group_ + vector / (2 * kC.token_tiles);
+      if (vector < kScaleVectors && group < p_.groups && tile * kTokenTile < p_.tokens) {
+        const float* from = p_.act_scales + (static_cast<int64_t>(tile) * p_.groups + group) * kTokenTile;
+        ptx::cp_async_16(to + (kVectors + vector) * 16, from + vector % 2 * 4);
+      }
+    }
+    act_fetch_group_ += kC.warps_k;
+  }
+
+  // ---- Work ----
+
+  __device__ void accumulate(int stage) {
+    const bool active = group_ < p_.groups && blocks_ > 0;
+    uint4 act[kC.token_tiles][2] = {};
+    float2 act_scale[kC.token_tiles] = {};
+    if constexpr (!kC.shared_act) {
+      if (active) load_activations(act, act_scale);
+    }
+    group_ += kC.warps_k;
+    codes_ += kC.warps_k * kTileGroupBytes;
+    act_scales_ += kC.warps_k * kTokenTile;
+    ptx::cp_async_wait<kC.stages - 2>();
+    if constexpr (kC.shared_act) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+    if (!active) return;
+    if constexpr (kC.shared_act) {
+      const uint8_t* step = act_ring_ + stage * kC.act_step_bytes(kPerGroup);
+      const uint8_t* tiles = step + warp_k_ * kC.token_tiles * kTileGroupBytes;
+      const auto* scales = reinterpret_cast<const float*>(step + kC.warps_k * kC.token_tiles * kTileGroupBytes) +
+                           warp_k_ * kC.token_tiles * kTokenTile;
+#pragma unroll
+      for (int t = 0; t < kC.token_tiles; ++t) {
+        act[t][0] = reinterpret_cast<const uint4*>(tiles + t * kTileGroupBytes)[lane_];
+        act[t][1] = reinterpret_cast<const uint4*>(tiles + t * kTileGroupBytes)[lane_ + 32];
+        if (kPerGroup) act_scale[t] = reinterpret_cast<const float2*>(scales + t * kTokenTile)[lane_ % 4];
+      }
+    }
+    const uint8_t* records = ring_ + stage * kStageBytes;
+#pragma unroll
+    for (int b = 0; b < kC.blocks; ++b) {
+      if (b >= blocks_) break;
+      const auto* vectors = reinterpret_cast<const uint4*>(records + b * kRecordBytes) + lane_;
       const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
       int32_t dots[kC.token_tiles][4];
 #pragma unroll
@@ -219,7 +302,8 @@ class Kernel {
         }
       }
       if constexpr (kPerGroup) {
-        const auto* scales = reinterpret_cast<const __half*>(record + kRecordCodeBytes);
+        const auto* scales =
+            reinterpret_cast<const __half*>(records + kC.blocks * kRecordBytes + b * kRecordScaleBytes);
         const float low = __half2float(scales[lane_ / 4]);
         const float high = __half2float(scales[lane_ / 4 + 8]);
 #pragma unroll
@@ -239,9 +323,25 @@ class Kernel {
     }
   }
 
-  // Adds up the warps along K, and writes the tile's rows or leaves its partial sums to whoever comes last.
-  __device__ void finish(int64_t tile, bool whole, bool first_of_share) {
-    __syncthreads();  // the sums of the tile before have been read
+  __device__ void load_activations(uint4 (&act)[kC.token_tiles][2], float2 (&act_scale)[kC.token_tiles]) const {
+#pragma unroll
+    for (int t = 0; t < kC.token_tiles; ++t) {
+      // Lanes of tokens that are not there keep zeros: what they would read was never written.
+      if (t * kTokenTile + lane_ / 4 < p_.tokens) {
+        const uint8_t* tile = codes_ + static_cast<int64_t>(t) * p_.groups * kTileGroupBytes;
+        act[t][0] = *reinterpret_cast<const uint4*>(tile);
+        act[t][1] = *reinterpret_cast<const uint4*>(tile + 512);
+      }
+      if (kPerGroup) {
+        act_scale[t] = *reinterpret_cast<const float2*>(act_scales_ + static_cast<int64_t>(t) * p_.groups * kTokenTile);
+      }
+    }
+  }
+
+  // Adds up the warps along K, and writes the tile or, where K is split, this part's sums.
+  __device__ void finish() {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // nobody needs the rings any more
     Sum* mine = sums_ + warp_k_ * kC.sums();
 #pragma unroll
     for (int b = 0; b < kC.blocks; ++b) {
@@ -256,61 +356,16 @@ class Kernel {
       }
     }
     __syncthreads();
-    if (whole) {
-      for (int i = threadIdx.x; i < kC.sums(); i += kC.threads()) write(tile, i, sum_of_warps(i));
-      return;
-    }
-    Sum* slots = static_cast<Sum*>(p_.partials);
-    Sum* slot = slots + (blockIdx.x * 2 + (first_of_share ? 0 : 1)) * kC.sums();
-    for (int i = threadIdx.x; i < kC.sums(); i += kC.threads()) slot[i] = sum_of_warps(i);
-    __threadfence();
-    __syncthreads();
-    const int64_t first = share_of(p_.units, tile * p_.steps, gridDim.x);
-    const int64_t last = share_of(p_.units, (tile + 1) * p_.steps - 1, gridDim.x);
-    __shared__ bool is_last;
-    if (threadIdx.x == 0) is_last = atomicAdd(p_.counters + tile, 1) == static_cast<int>(last - first);
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-    if (threadIdx.x == 0) p_.counters[tile] = 0;  // for the next pass
-    for (int i = threadIdx.x; i < kC.sums(); i += kC.threads()) {
-      Sum sum = 0;
-      for (int64_t c = first; c <= last; ++c) {
-        // A share's first tile is in slot 0, and any other that it does not finish in slot 1.
-        const bool in_first = share_begin(p_.units, c, gridDim.x) / p_.steps == tile;
-        sum += __ldcg(slots + (c * 2 + (in_first ? 0 : 1)) * kC.sums() + i);
-      }
-      write(tile, i, sum);
-    }
-  }
-
-  __device__ Sum sum_of_warps(int i) const {
-    Sum sum = sums_[i];
+    Sum* partials =
+        static_cast<Sum*>(p_.partials) + (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kC.sums();
+    for (int i = static_cast<int>(threadIdx.x); i < p_.tokens * kC.rows(); i += kC.threads()) {
+      Sum sum = sums_[i];
 #pragma unroll
-    for (int k = 1; k < kC.warps_k; ++k) sum += sums_[k * kC.sums() + i];
-    return sum;
-  }
-
-  __device__ void write(int64_t tile, int i, Sum sum) const {
-    const int64_t row = tile * kC.rows() + i % kC.rows();
-    const int token = i / kC.rows();
-    if (row >= p_.n || token >= p_.tokens) return;
-    constexpr float kUnit = 1.0f / kCodeFactor;
-    float value = static_cast<float>(sum) * kUnit;
-    if constexpr (!kPerGroup) {
-      value *= __half2float(reinterpret_cast<const __half*>(p_.channel_scales)[row]) * p_.act_scales[token];
-    }
-    if (p_.bias != nullptr) value += load_float(p_.bias, p_.bias_dtype, row);
-    store_float(p_.y, p_.y_dtype, token * p_.ldy + row, value);
-  }
-
-  __device__ void clear() {
-#pragma unroll
-    for (int b = 0; b < kC.blocks; ++b) {
-#pragma unroll
-      for (int t = 0; t < kC.token_tiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc_[b][t][i] = 0;
+      for (int k = 1; k < kC.warps_k; ++k) sum += sums_[k * kC.sums() + i];
+      if (gridDim.y > 1) {
+        partials[i] = sum;
+      } else {
+        write<kPerGroup>(p_, static_cast<int64_t>(blockIdx.x) * kC.rows() + i % kC.rows(), i / kC.rows(), sum);
       }
     }
   }
@@ -320,8 +375,16 @@ class Kernel {
   const Params& p_;
   int lane_, warp_n_, warp_k_;
   uint8_t* ring_;
+  uint8_t* act_ring_;
   Sum* sums_;
-  int64_t unit_end_, fetch_unit_, fetch_tile_, fetch_step_;
+  int blocks_;  // of 16 rows that there are
+  // Where the copies and the work are.
+  const uint8_t* fetch_records_;
+  const uint8_t* fetch_scales_;
+  int fetch_group_, fetches_left_, act_fetch_group_, act_fetches_left_;
+  const uint8_t* codes_;
+  const float* act_scales_;
+  int group_;
   Sum acc_[kC.blocks][kC.token_tiles][4];
 };
 
@@ -332,55 +395,93 @@ __global__ void __launch_bounds__(kConfigs[kConfig].threads(), kConfigs[kConfig]
   Kernel<kConfig, kPerGroup>(params, shared).run();
 }
 
+constexpr int kReduceThreads = 128;
+
+// Adds up the parts of K, first to last.
+template <bool kPerGroup>
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(const __grid_constant__ Params p, int tile_rows, int sums, int64_t tiles, int splits) {
+  using Sum = std::conditional_t<kPerGroup, float, int32_t>;
+  ptx::wait_for_previous_kernel();
+  ptx::launch_dependents();
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
+  const int per_tile = tile_rows * p.tokens;
+  const int64_t tile = index / per_tile;
+  const int i = static_cast<int>(index % per_tile);
+  if (tile >= tiles) return;
+  const Sum* partials = static_cast<const Sum*>(p.partials) + tile * sums + i;
+  Sum sum = 0;
+#pragma unroll 8
+  for (int split = 0; split < splits; ++split) sum += __ldcg(partials + split * tiles * sums);
+  write<kPerGroup>(p, tile * tile_rows + i % tile_rows, i / tile_rows, sum);
+}
+
 using KernelFunction = void (*)(Params);
+
+template <bool kPerGroup, size_t... kConfig>
+std::array<KernelFunction, sizeof...(kConfig)> kernels_of(std::index_sequence<kConfig...>) {
+  return {gemm_s8_kernel<static_cast<int>(kConfig), kPerGroup>...};
+}
 
 template <bool kPerGroup>
 KernelFunction kernel_of(int config) {
-  static_assert(std::size(kConfigs) == 4);
-  constexpr KernelFunction kKernels[] = {gemm_s8_kernel<0, kPerGroup>, gemm_s8_kernel<1, kPerGroup>,
-                                         gemm_s8_kernel<2, kPerGroup>, gemm_s8_kernel<3, kPerGroup>};
-  return kKernels[config];
+  return kernels_of<kPerGroup>(std::make_index_sequence<std::size(kConfigs)>{})[static_cast<size_t>(config)];
 }
 
-int config_for(int64_t tokens) {
-  int config = 0;
-  while (kConfigs[config].tokens() < tokens) ++config;
-  return config;
+int64_t tiles_of(const Config& c, const flexq_weight_desc& desc) {
+  return ceil_div(num_row_blocks(desc), c.warps_n * c.blocks);
+}
+
+// How full the GPU is over the waves that the tiles take; one wave counts as full, since its thread blocks share the
+// memory's bandwidth however many they are.
+double fullness(const Config& c, const flexq_weight_desc& desc, int num_sms) {
+  const int64_t slots = static_cast<int64_t>(num_sms) * c.ctas_per_sm;
+  const int64_t tiles = tiles_of(c, desc);
+  const int64_t waves = ceil_div(tiles, slots);
+  return waves <= 1 ? 1.0 : static_cast<double>(tiles) / static_cast<double>(waves * slots);
+}
+
+int pick_config(const flexq_weight_desc& desc, int64_t tokens, int num_sms) {
+  constexpr double kFullEnough = 0.8;
+  int best = -1;
+  for (int i = 0; i < static_cast<int>(std::size(kConfigs)); ++i) {
+    const Config& c = kConfigs[i];
+    if (c.tokens() < tokens || (best >= 0 && c.token_tiles > kConfigs[best].token_tiles)) continue;
+    best = i;
+    // Activations of more than 8 tokens are worth sharing among as many rows as a single wave allows.
+    const double enough = c.token_tiles == 1 ? kFullEnough : 1.0;
+    if (fullness(c, desc, num_sms) >= enough) break;
+  }
+  return best;
 }
 
 }  // namespace
 
-GemmPlan plan_gemm_s8(const flexq_weight_desc& desc, int64_t m, int num_sms) {
-  const int config = config_for(std::min<int64_t>(m, kMaxTokensPerPass));
+GemmPlan plan_gemm_s8(const Device& device, const flexq_weight_desc& desc, int64_t m) {
+  const int config = pick_config(desc, std::min<int64_t>(m, kMaxTokensPerPass), device.num_sms);
   const Config& c = kConfigs[config];
-  const int64_t tiles = ceil_div(num_row_blocks(desc), c.warps_n * c.blocks);
-  const int64_t units = tiles * ceil_div(num_groups(desc.k), c.warps_k);
-  const int64_t slots = static_cast<int64_t>(num_sms) * c.ctas_per_sm;
-  // Whole tiles to each thread block if that keeps nearly all of them busy, else equal shares across tiles.
-  constexpr double kBusyEnough = 0.94;
-  const int64_t waves = ceil_div(tiles, slots);
-  const bool whole = static_cast<double>(tiles) >= kBusyEnough * static_cast<double>(waves * slots);
-  const int64_t ctas = whole ? ceil_div(tiles, waves) : std::min(slots, units);
-  const bool split = tiles % ctas != 0;
-  const size_t counters = split ? align_up(static_cast<size_t>(tiles) * sizeof(int32_t)) : 0;
-  const size_t partials = split ? static_cast<size_t>(ctas * 2 * c.sums()) * 4 : 0;
-  return {config, static_cast<int>(ctas), tiles, split, counters, counters + align_up(partials)};
+  const int64_t tiles = tiles_of(c, desc);
+  const int64_t steps = ceil_div(num_groups(desc.k), c.warps_k);
+  // Splitting K costs a second kernel: only where tiles leave a good part of the GPU idle.
+  const bool idle = 4 * tiles < 3 * device.num_sms;
+  const int64_t slots = static_cast<int64_t>(device.num_sms) * c.ctas_per_sm;
+  const int64_t splits = idle ? std::max<int64_t>(1, std::min(steps, slots / tiles)) : 1;
+  const int64_t partials = splits > 1 ? splits * tiles * c.sums() * 4 : 0;
+  return {config, tiles, static_cast<int>(splits), align_up(static_cast<size_t>(partials))};
 }
 
-void gemm_s8(cudaStream_t stream, const GemmArgs& args, const GemmPlan& plan, int64_t token_begin, int64_t tokens,
-             bool overlapped) {
+void gemm_s8(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, int64_t token_begin,
+             int64_t tokens, bool overlapped) {
   const Config& c = kConfigs[plan.config];
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
   const int64_t groups = num_groups(args.desc.k);
-  const int64_t steps = ceil_div(groups, c.warps_k);
   const int64_t token_tile = token_begin / kTokenTile;
   const auto* records = static_cast<const uint8_t*>(args.prepacked);
   const auto* codes = static_cast<const uint8_t*>(args.quantized);
   const auto* act_scales = reinterpret_cast<const float*>(codes + ActivationLayout(args.act).scales);
-  auto* workspace = static_cast<uint8_t*>(args.workspace);
-  Params params{
+  const Params params{
       .records = records,
-      .channel_scales = reinterpret_cast<const uint16_t*>(records + WeightLayout(args.desc).scales),
+      .scales = reinterpret_cast<const uint16_t*>(records + WeightLayout(args.desc).scales),
       .codes = codes + token_tile * groups * kTileGroupBytes,
       .act_scales = act_scales + (per_group ? token_tile * groups * kTokenTile : token_begin),
       .bias = args.bias,
@@ -389,29 +490,28 @@ void gemm_s8(cudaStream_t stream, const GemmArgs& args, const GemmPlan& plan, in
       .y_dtype = args.y_dtype,
       .ldy = args.ldy,
       .n = args.desc.n,
-      .groups = groups,
       .row_blocks = num_row_blocks(args.desc),
-      .steps = steps,
-      .units = plan.tiles * steps,
+      .groups = static_cast<int>(groups),
+      .steps = static_cast<int>(ceil_div(groups, c.warps_k)),
       .tokens = static_cast<int>(tokens),
-      .counters = reinterpret_cast<int32_t*>(workspace),
-      .partials = workspace + plan.counters_bytes,
+      .partials = args.workspace,
       .overlapped = overlapped,
   };
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   const int shared = c.shared_bytes(per_group);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "gemm_s8 shared memory");
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(plan.ctas));
-  launch.blockDim = dim3(static_cast<unsigned>(c.threads()));
-  launch.dynamicSmemBytes = static_cast<size_t>(shared);
-  launch.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  launch.attrs = &attribute;
-  launch.numAttrs = overlapped ? 1 : 0;
-  check(cudaLaunchKernelEx(&launch, kernel, params), "gemm_s8");
+  launch(stream, "gemm_s8", kernel,
+         {.grid = dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)),
+          .block = dim3(static_cast<unsigned>(c.threads())),
+          .shared_bytes = static_cast<size_t>(shared),
+          .overlapped = overlapped && device.has_sm90},
+         params);
+  if (plan.splits == 1) return;
+  launch(stream, "gemm_s8 reduction", per_group ? reduce_kernel<true> : reduce_kernel<false>,
+         {.grid = dim3(static_cast<unsigned>(ceil_div(plan.tiles * c.rows() * tokens, kReduceThreads))),
+          .block = dim3(kReduceThreads),
+          .overlapped = device.has_sm90},
+         params, c.rows(), c.sums(), plan.tiles, plan.splits);
 }
 
 }  // namespace flexq::cuda

@@ -16,24 +16,21 @@ namespace flexq::cuda {
 //   a3 = bits 7-6 of its bytes from B0's low two bits, 5-4 from B1's, 3-2 from B2's.
 // Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
 // (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/performance.md).
-// In scheme group the record's 16 scales follow as fp16; in scheme channel all scales follow the last record.
+// Scales follow the last record, fp16: [N / 16][G or 1][16]. Records alone are whole lines of 128 bytes.
 inline constexpr int kRecordRows = 16;
-inline constexpr int kRecordCodeBytes = kRecordRows * kGroupBytes;
+inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;
 inline constexpr int kCodeFactor = 4;  // bytes are code * 4, because a code sits in a byte's top six bits
-
-constexpr int record_bytes(bool per_group) { return kRecordCodeBytes + (per_group ? kRecordScaleBytes : 0); }
 
 inline int64_t num_row_blocks(const flexq_weight_desc& desc) { return ceil_div(desc.n, kRecordRows); }
 
 struct WeightLayout {
   explicit WeightLayout(const flexq_weight_desc& desc) {
-    const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
-    scales =
-        static_cast<size_t>(num_row_blocks(desc) * num_groups(desc.k)) * static_cast<size_t>(record_bytes(per_group));
-    size = align_up(scales + (per_group ? 0 : static_cast<size_t>(num_row_blocks(desc)) * kRecordScaleBytes));
+    const auto row_blocks = static_cast<size_t>(num_row_blocks(desc));
+    scales = row_blocks * static_cast<size_t>(num_groups(desc.k)) * kRecordBytes;
+    size = align_up(scales + row_blocks * static_cast<size_t>(scales_per_row(desc)) * kRecordScaleBytes);
   }
-  size_t scales;  // offset of scheme channel's
+  size_t scales;  // offset
   size_t size;
 };
 

@@ -16,7 +16,7 @@ struct Args {
   uint8_t* planes;
   uint16_t* scales;
   uint8_t* records;
-  uint16_t* channel_scales;
+  uint16_t* record_scales;
 };
 
 // Byte and bit of code k in a plane of 16 bytes; rows past the last one are zeros.
@@ -43,7 +43,7 @@ __global__ void prepack_kernel(Args a) {
   const int64_t row_block = record / a.groups;
   const int64_t group = record % a.groups;
   const int64_t row = row_block * kRecordRows + lane / 4;
-  uint8_t* out = a.records + record * record_bytes(a.per_group);
+  uint8_t* out = a.records + record * kRecordBytes;
   for (int s = 0; s < 4; ++s) {
     const int k = 32 * s + 4 * (lane % 4);
     const uint32_t a0 = load_codes(a, row, group, k);
@@ -57,11 +57,7 @@ __global__ void prepack_kernel(Args a) {
   if (lane >= kRecordRows || (!a.per_group && group != 0)) return;
   const int64_t scale_row = row_block * kRecordRows + lane;
   const uint16_t scale = scale_row < a.n ? a.scales[scale_row * a.row_scales + (a.per_group ? group : 0)] : uint16_t{0};
-  if (a.per_group) {
-    reinterpret_cast<uint16_t*>(out + kRecordCodeBytes)[lane] = scale;
-  } else {
-    a.channel_scales[scale_row] = scale;
-  }
+  a.record_scales[(row_block * a.row_scales + (a.per_group ? group : 0)) * kRecordRows + lane] = scale;
 }
 
 // One thread builds a byte of each plane: 8 codes of a row.
@@ -72,7 +68,7 @@ __global__ void unprepack_kernel(Args a) {
   const int64_t group = index / kPlaneBytes % a.groups;
   const int64_t row = index / kPlaneBytes / a.groups;
   const int row_in_block = static_cast<int>(row % kRecordRows);
-  const uint8_t* record = a.records + (row / kRecordRows * a.groups + group) * record_bytes(a.per_group);
+  const uint8_t* record = a.records + (row / kRecordRows * a.groups + group) * kRecordBytes;
   const auto* words = reinterpret_cast<const uint32_t*>(record);
   unsigned planes[kPlanes] = {};
   for (int quad = 0; quad < 2; ++quad) {
@@ -92,8 +88,9 @@ __global__ void unprepack_kernel(Args a) {
     a.planes[((row * a.groups + group) * kPlanes + p) * kPlaneBytes + byte] = static_cast<uint8_t>(planes[p]);
   }
   if (byte != 0 || (!a.per_group && group != 0)) return;
-  a.scales[row * a.row_scales + (a.per_group ? group : 0)] =
-      a.per_group ? reinterpret_cast<const uint16_t*>(record + kRecordCodeBytes)[row_in_block] : a.channel_scales[row];
+  const int64_t at = a.per_group ? group : 0;
+  a.scales[row * a.row_scales + at] =
+      a.record_scales[(row / kRecordRows * a.row_scales + at) * kRecordRows + row_in_block];
 }
 
 Args args_of(const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales, const void* prepacked) {

@@ -1,12 +1,15 @@
 // Activations -> int8 codes in fragment order and fp32 scales, rotated if the weight is (docs/numerics.md). A warp
 // holds a group of 128 in registers, four neighbours a lane.
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cfloat>
 
 #include "core/error.h"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/layout.h"
 #include "cuda/ptx.cuh"
 
@@ -14,7 +17,7 @@ namespace flexq::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kChannelWarps = 32;
+constexpr int kMaxCluster = 8;
 
 struct Args {
   const void* x;
@@ -27,8 +30,6 @@ struct Args {
   bool vectors;  // rows are aligned for four elements at a time
   uint8_t* codes;
   float* scales;
-  int32_t* counters;
-  int64_t num_counters;
 };
 
 __device__ float to_float(float x) { return x; }
@@ -112,17 +113,12 @@ __device__ void store(const Args& a, int64_t token, int64_t group, int lane, con
   reinterpret_cast<uint32_t*>(tile)[(vector * 32 + fragment_lane) * 4 + fragment_word] = word;
 }
 
-__device__ void clear_counters(const Args& a) {
-  const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * gridDim.y * blockDim.x;
-  for (int64_t i = block * blockDim.x + threadIdx.x; i < a.num_counters; i += threads) a.counters[i] = 0;
-}
-
 // Scheme group: a warp a token and group.
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32) quantize_groups(Args a) {
+  ptx::wait_for_previous_kernel();
+  // Only now: the GEMM reads weights before it waits for this kernel, and whoever wrote them has finished.
   ptx::launch_dependents();
-  clear_counters(a);
   const int lane = threadIdx.x % 32;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (group >= a.groups) return;
@@ -135,24 +131,43 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_groups(Args a) {
   }
 }
 
-// Scheme channel: a thread block a token. Groups beyond those kept in registers are read again.
+// The largest over the thread blocks of a cluster, each of which brings its own.
+__device__ int max_of_cluster(int largest) {
+#if __CUDA_ARCH__ >= 900
+  namespace cg = cooperative_groups;
+  __shared__ int shared_largest;
+  const cg::cluster_group cluster = cg::this_cluster();
+  if (cluster.num_blocks() == 1) return largest;
+  if (threadIdx.x == 0) shared_largest = largest;
+  cluster.sync();
+  for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) {
+    largest = max(largest, *cluster.map_shared_rank(&shared_largest, rank));
+  }
+  cluster.sync();  // nobody leaves, or writes for the next token, while others read
+#endif
+  return largest;
+}
+
+// Scheme channel: a cluster of gridDim.x thread blocks a token. Groups beyond those kept in registers are read again.
 template <typename T>
-__global__ void __launch_bounds__(kChannelWarps * 32) quantize_tokens(Args a) {
+__global__ void __launch_bounds__(kWarps * 32) quantize_tokens(Args a) {
+  ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  clear_counters(a);
   constexpr int kKept = 8;
-  __shared__ int largest_of_warp[kChannelWarps];
+  __shared__ int largest_of_warp[kWarps];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  for (int64_t token = blockIdx.x; token < a.m; token += gridDim.x) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t token = blockIdx.y; token < a.m; token += gridDim.y) {
     float kept[kKept][4];
     int largest = 0;
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      const int64_t group = warp + static_cast<int64_t>(i) * kChannelWarps;
-      if (group < a.groups) largest = max(largest, load_rotated<T>(a, token, group, lane, kept[i]));
+      if (first + i * stride < a.groups)
+        largest = max(largest, load_rotated<T>(a, token, first + i * stride, lane, kept[i]));
     }
-    for (int64_t group = warp + static_cast<int64_t>(kKept) * kChannelWarps; group < a.groups; group += kChannelWarps) {
+    for (int64_t group = first + kKept * stride; group < a.groups; group += stride) {
       float v[4];
       largest = max(largest, load_rotated<T>(a, token, group, lane, v));
     }
@@ -160,18 +175,19 @@ __global__ void __launch_bounds__(kChannelWarps * 32) quantize_tokens(Args a) {
     __syncthreads();  // the token before may still be reading
     if (lane == 0) largest_of_warp[warp] = largest;
     __syncthreads();
-    const Scale scale = scale_of(__reduce_max_sync(~0u, largest_of_warp[lane]), a.rotate, a.qmax);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) largest = max(largest, largest_of_warp[w]);
+    const Scale scale = scale_of(max_of_cluster(largest), a.rotate, a.qmax);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      const int64_t group = warp + static_cast<int64_t>(i) * kChannelWarps;
-      if (group < a.groups) store(a, token, group, lane, kept[i], scale.inverse);
+      if (first + i * stride < a.groups) store(a, token, first + i * stride, lane, kept[i], scale.inverse);
     }
-    for (int64_t group = warp + static_cast<int64_t>(kKept) * kChannelWarps; group < a.groups; group += kChannelWarps) {
+    for (int64_t group = first + kKept * stride; group < a.groups; group += stride) {
       float v[4];
       load_rotated<T>(a, token, group, lane, v);
       store(a, token, group, lane, v, scale.inverse);
     }
-    if (threadIdx.x == 0) a.scales[token] = scale.scale;
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.scales[token] = scale.scale;
   }
 }
 
@@ -196,23 +212,24 @@ __global__ void export_kernel(int64_t m, int64_t groups, bool per_group, const u
 }
 
 template <typename T>
-void launch(cudaStream_t stream, const Args& args, bool per_group) {
+void launch_for(cudaStream_t stream, const Device& device, const Args& args, bool per_group) {
   constexpr int64_t kMaxGridY = 65535;
+  const auto tokens = static_cast<unsigned>(std::min(args.m, kMaxGridY));
+  const auto blocks = static_cast<unsigned>(ceil_div(args.groups, kWarps));
+  Launch how{.grid = dim3(blocks, tokens), .block = dim3(kWarps * 32), .overlapped = device.has_sm90};
   if (per_group) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(args.groups, kWarps)),
-                    static_cast<unsigned>(args.m < kMaxGridY ? args.m : kMaxGridY));
-    quantize_groups<T><<<grid, kWarps * 32, 0, stream>>>(args);
+    launch(stream, "quantize_activation", quantize_groups<T>, how, args);
   } else {
-    const auto grid = static_cast<unsigned>(args.m < kMaxGridY ? args.m : kMaxGridY);
-    quantize_tokens<T><<<grid, kChannelWarps * 32, 0, stream>>>(args);
+    how.cluster = device.has_sm90 ? std::min<unsigned>(blocks, kMaxCluster) : 1;
+    how.grid.x = how.cluster;
+    launch(stream, "quantize_activation", quantize_tokens<T>, how, args);
   }
-  check(cudaGetLastError(), "quantize_activation");
 }
 
 }  // namespace
 
-void quantize_activation(cudaStream_t stream, const flexq_activation_desc& desc, const void* x, flexq_dtype dtype,
-                         int64_t ldx, void* quantized, int32_t* counters, int64_t num_counters) {
+void quantize_activation(cudaStream_t stream, const Device& device, const flexq_activation_desc& desc, const void* x,
+                         flexq_dtype dtype, int64_t ldx, void* quantized) {
   const ActivationLayout layout(desc);
   auto* bytes = static_cast<uint8_t*>(quantized);
   const size_t four = 4 * (dtype == FLEXQ_F32 ? 4 : 2);
@@ -226,17 +243,15 @@ void quantize_activation(cudaStream_t stream, const flexq_activation_desc& desc,
                   desc.rotation == FLEXQ_ROTATION_HADAMARD128,
                   vectors,
                   bytes,
-                  reinterpret_cast<float*>(bytes + layout.scales),
-                  counters,
-                  num_counters};
+                  reinterpret_cast<float*>(bytes + layout.scales)};
   const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
   switch (dtype) {
     case FLEXQ_F16:
-      return launch<__half>(stream, args, per_group);
+      return launch_for<__half>(stream, device, args, per_group);
     case FLEXQ_BF16:
-      return launch<__nv_bfloat16>(stream, args, per_group);
+      return launch_for<__nv_bfloat16>(stream, device, args, per_group);
     default:
-      return launch<float>(stream, args, per_group);
+      return launch_for<float>(stream, device, args, per_group);
   }
 }
 
