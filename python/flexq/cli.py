@@ -317,27 +317,25 @@ def _bench_linear(args: argparse.Namespace) -> dict[str, Any]:
 
     from flexq import _core, bench
 
-    dtype = getattr(torch, args.dtype)
+    if args.device != "cpu":
+        _core.check_device(args.device)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
     points = bench.bench_linear(
-        args.shape or bench.DEFAULT_SHAPES,
-        args.tokens or bench.DEFAULT_TOKENS,
+        args.shape,
+        args.tokens,
         dtype,
+        args.device,
         peers=not args.no_peers,
         progress=_progress("benchmark", args.quiet),
     )
-    bandwidth = bench.read_bandwidth(256 << 20)
-    threads, isa = torch.get_num_threads(), _core.device_isa("cpu")
+    threads, isa = torch.get_num_threads(), _core.device_isa(args.device)
+    where = torch.cuda.get_device_name() if args.device != "cpu" else f"{threads} threads"
     if args.plot:
         bench.plot(points, args.plot)
     if not args.json:
         print(bench.table(points))
-        print(f"{isa}, {threads} threads, x in {args.dtype}; memory reads at {bandwidth / 1e9:.1f} GB/s")
-    return {
-        "isa": isa,
-        "threads": threads,
-        "read_bytes_per_second": bandwidth,
-        "points": [p.to_dict() for p in points],
-    }
+        print(f"{isa}, {where}, x and y in {points[0].dtype}")
+    return {"isa": isa, "where": where, "points": [p.to_dict() for p in points]}
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -438,8 +436,10 @@ def _parser() -> argparse.ArgumentParser:
     kinds = bench.add_subparsers(dest="kind", metavar="WHAT", required=True)
     p = command("linear", _bench_linear, "A whole linear layer, quantization included, against PyTorch's.", kinds)
     p.add_argument("--shape", type=_shape, action="append", metavar="NxK", help="may be repeated")
-    p.add_argument("--tokens", type=_positive, nargs="+", metavar="M", help="tokens (default: 1 2 4 ... 512)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of x and y")
+    p.add_argument("--tokens", type=_positive, nargs="+", metavar="M", help="tokens (default: 1 2 4 ...)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    dtypes = ("float32", "bfloat16", "float16")
+    p.add_argument("--dtype", choices=dtypes, help="of x and y (default: float32, on a GPU bfloat16)")
     p.add_argument("--no-peers", action="store_true", help="FlexQ alone")
     p.add_argument("--plot", metavar="PNG", help="also draw throughput against M (needs matplotlib)")
     return parser

@@ -1,0 +1,140 @@
+"""The CUDA backend through Python. Skipped where there is no GPU that FlexQ can use."""
+
+import copy
+
+import flexq
+import pytest
+import torch
+from flexq import _core
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def unusable() -> str:
+    """Why the GPU cannot be used; empty if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        _core.check_device("cuda")
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(unusable()), reason=unusable() or "usable")
+
+
+def layer(n=200, k=576, config=None, bias=True) -> tuple[flexq.Linear, flexq.Linear]:
+    """The same layer on the CPU and on the GPU."""
+    torch.manual_seed(0)
+    linear = flexq.Linear.from_float(nn.Linear(k, n, bias=bias), config)
+    return linear, copy.deepcopy(linear).cuda()
+
+
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+@pytest.mark.parametrize("rotation", ("none", "hadamard128"))
+@pytest.mark.parametrize("bits", (6, 8))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("m", (1, 8, 9, 33))
+def test_equals_the_cpu(m, dtype, bits, rotation, scheme):
+    cpu, gpu = layer(config=flexq.LayerConfig(act_bits=bits, rotation=rotation, scheme=scheme))
+    x = torch.randn(m, 576).to(dtype)
+    arguments = (m, 576, bits, scheme, rotation)
+    codes = [
+        flexq.activation_codes(flexq.quantize_activation(v, bits, scheme, rotation), *arguments) for v in (x, x.cuda())
+    ]
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(*codes, strict=True))
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(gpu.to(dtype)(x.cuda()).cpu(), cpu.to(dtype)(x), rtol=tolerance, atol=tolerance)
+
+
+def test_moves_without_loss():
+    cpu, gpu = layer()
+    assert gpu.is_prepacked and gpu._packed.is_cuda
+    back = copy.deepcopy(gpu).cpu()
+    assert torch.equal(back._packed, cpu._packed)
+    state, expected = gpu.state_dict(), cpu.state_dict()
+    assert all(torch.equal(state[name].cpu(), expected[name]) for name in expected)
+
+
+def test_captured_in_a_graph():
+    _, gpu = layer()
+    static = torch.randn(4, 576, device="cuda", dtype=torch.bfloat16)
+    gpu.to(torch.bfloat16)
+    with torch.inference_mode():
+        gpu(static)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = gpu(static)
+        for _ in range(3):
+            x = torch.randn_like(static)
+            static.copy_(x)
+            graph.replay()
+            assert torch.equal(y, gpu(x))
+
+
+def test_two_streams_at_once():
+    _, gpu = layer(n=3000, k=4096)
+    inputs = [torch.randn(5, 4096, device="cuda") for _ in range(2)]
+    expected = [gpu(x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    outputs = [[], []]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                outputs[i].append(gpu(inputs[i]))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected[i]) for i in range(2) for y in outputs[i])
+
+
+def test_same_bits_on_every_run():
+    for n, k in ((256, 8192), (8192, 1024)):
+        _, gpu = layer(n, k)
+        for m in (1, 16, 32):
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            gpu.to(torch.bfloat16)
+            first = gpu(x)
+            assert all(torch.equal(gpu(x), first) for _ in range(10))
+
+
+def test_many_tokens_equal_few():
+    _, gpu = layer()
+    x = torch.randn(100, 576, device="cuda")
+    torch.testing.assert_close(gpu(x), torch.cat([gpu(row[None]) for row in x]), rtol=1e-5, atol=1e-5)
+
+
+def test_strided_rows():
+    _, gpu = layer()
+    wide = torch.randn(7, 600, device="cuda", dtype=torch.float16)
+    assert torch.equal(gpu(wide[:, 3:579]), gpu(wide[:, 3:579].contiguous()))
+
+
+def test_devices_must_agree():
+    cpu, gpu = layer()
+    with pytest.raises(ValueError, match="x is on cpu, the weight on cuda"):
+        gpu(torch.randn(1, 576))
+    with pytest.raises(ValueError, match="x is on cuda:0, the weight on cpu"):
+        cpu(torch.randn(1, 576, device="cuda"))
+
+
+def test_compiles_without_graph_breaks():
+    _, gpu = layer()
+    compiled = torch.compile(gpu, fullgraph=True)
+    x = torch.randn(3, 576, device="cuda")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), gpu(x))
+
+
+def test_model_generates_as_on_the_cpu():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    cpu = flexq.quantize_model(LlamaForCausalLM(config).eval())
+    gpu = copy.deepcopy(cpu).cuda()
+    ids = torch.arange(12).view(1, -1)
+    with torch.inference_mode():
+        torch.testing.assert_close(gpu(ids.cuda()).logits.cpu(), cpu(ids).logits, rtol=1e-3, atol=1e-3)
