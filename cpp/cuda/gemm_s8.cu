@@ -61,8 +61,10 @@ constexpr Config kConfigs[] = {
     {.token_tiles = 2, .warps_n = 2, .warps_k = 4, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 2, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 2, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 3, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
     {.token_tiles = 3, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 3, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 4, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
     {.token_tiles = 4, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 4, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
 };

@@ -131,21 +131,26 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_groups(Args a) {
   }
 }
 
-// The largest over the thread blocks of a cluster, each of which brings its own.
+// The largest over all threads of a cluster (before sm_90: of the thread block).
 __device__ int max_of_cluster(int largest) {
+  __shared__ int of_warp[kWarps];
+  const int lane = threadIdx.x % 32;
+  largest = __reduce_max_sync(~0u, largest);
 #if __CUDA_ARCH__ >= 900
-  namespace cg = cooperative_groups;
-  __shared__ int shared_largest;
-  const cg::cluster_group cluster = cg::this_cluster();
-  if (cluster.num_blocks() == 1) return largest;
-  if (threadIdx.x == 0) shared_largest = largest;
-  cluster.sync();
-  for (unsigned rank = 0; rank < cluster.num_blocks(); ++rank) {
-    largest = max(largest, *cluster.map_shared_rank(&shared_largest, rank));
-  }
-  cluster.sync();  // nobody leaves, or writes for the next token, while others read
+  const auto cluster = cooperative_groups::this_cluster();
+  const auto synchronize = [&] { cluster.sync(); };
+  const auto warps_of = [&](int block) { return cluster.map_shared_rank(of_warp, block); };
+  const int blocks = static_cast<int>(cluster.num_blocks());
+#else
+  const auto synchronize = [] { __syncthreads(); };
+  const auto warps_of = [](int) { return of_warp; };
+  constexpr int blocks = 1;
 #endif
-  return largest;
+  if (lane == 0) of_warp[threadIdx.x / 32] = largest;
+  synchronize();
+  for (int i = lane; i < blocks * kWarps; i += 32) largest = max(largest, warps_of(i / kWarps)[i % kWarps]);
+  synchronize();  // nobody leaves, or writes for the next token, while others read
+  return __reduce_max_sync(~0u, largest);
 }
 
 // Scheme channel: a cluster of gridDim.x thread blocks a token. Groups beyond those kept in registers are read again.
@@ -154,7 +159,6 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_tokens(Args a) {
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   constexpr int kKept = 8;
-  __shared__ int largest_of_warp[kWarps];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
@@ -171,12 +175,6 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_tokens(Args a) {
       float v[4];
       largest = max(largest, load_rotated<T>(a, token, group, lane, v));
     }
-    largest = __reduce_max_sync(~0u, largest);
-    __syncthreads();  // the token before may still be reading
-    if (lane == 0) largest_of_warp[warp] = largest;
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) largest = max(largest, largest_of_warp[w]);
     const Scale scale = scale_of(max_of_cluster(largest), a.rotate, a.qmax);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {

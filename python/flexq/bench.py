@@ -145,29 +145,36 @@ class _CudaPeers:
         return kernels
 
 
-def _graph_seconds(run: Sequence[Callable[[], Any]]) -> float:
-    """Median time of one call, of a CUDA graph that goes through all of them twice."""
-    for call in run[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in [*run, *run]:
+def _graph_seconds(kernels: _Kernels) -> dict[str, float]:
+    """Median seconds of each kernel, from CUDA graphs that go through its copies twice and take turns."""
+    graphs = {}
+    for name, kernel in kernels.items():
+        for call in kernel.run[:2]:
             call()
-    times = []
-    for i in range(_GRAPH_ROUNDS + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 2:
-            times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times) / (2 * len(run))
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in [*kernel.run, *kernel.run]:
+                call()
+    times: dict[str, list[float]] = {name: [] for name in kernels}
+    for round_ in range(_GRAPH_ROUNDS + 2):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if round_ >= 2:  # the first ones warm up
+                times[name].append(begin.elapsed_time(end) / 1e3 / (2 * len(kernels[name].run)))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def read_bandwidth(size: int, device: str = "cpu") -> float:
-    """Bytes per second at which `device` reads buffers of `size` bytes: the roof of a memory-bound kernel."""
+    """Bytes per second at which `device` reads buffers of `size` bytes: the roof of a memory-bound kernel.
+
+    The best of PyTorch's reductions, which on a GPU and buffers below 100 MB stay behind what a kernel made for it
+    reads; benchmarks/cuda_linear.cu has one.
+    """
     if device == "cpu":
         data = torch.ones(size // 4, dtype=torch.int32)
         times = []
@@ -177,13 +184,13 @@ def read_bandwidth(size: int, device: str = "cpu") -> float:
             times.append(time.perf_counter() - begin)
         return size / min(times)
     copies = max(2, int(_ROTATED_BYTES / size) + 1)
-    best = float("inf")
-    for dtype in (torch.float32, torch.bfloat16):
-        buffers = [torch.ones(size // dtype.itemsize, dtype=dtype, device=device) for _ in range(copies)]
-        best = min(best, _graph_seconds([lambda b=b: b.sum() for b in buffers]))
-        best = min(best, _graph_seconds([lambda b=b: b.view(1024, -1).amax(1) for b in buffers if b.numel() % 1024 == 0]
-                                        or [lambda b=b: b.amax() for b in buffers]))  # fmt: skip
-    return size / best
+    buffers = [torch.ones(size // 4, device=device) for _ in range(copies)]
+    halves = [(b[: size // 8], b[size // 8 : 2 * (size // 8)]) for b in buffers]
+    reductions = {
+        "sum": _Kernel([lambda b=b: b.sum() for b in buffers], size),
+        "dot": _Kernel([lambda h=h: torch.dot(*h) for h in halves], size),
+    }
+    return size / min(_graph_seconds(reductions).values())
 
 
 def _cpu_seconds(kernels: _Kernels) -> dict[str, float]:
@@ -248,10 +255,7 @@ def bench_linear(
                     others = _CudaPeers(weight) if on_gpu else _CpuPeers(weight)
             x = torch.randn(m, k, generator=generator, device=device).to(dtype)
             kernels = _ours(x, packed, n, configs) | (others.kernels(x) if others is not None else {})
-            if on_gpu:
-                seconds = {name: _graph_seconds(kernel.run) for name, kernel in kernels.items()}
-            else:
-                seconds = _cpu_seconds(kernels)
+            seconds = _graph_seconds(kernels) if on_gpu else _cpu_seconds(kernels)
             floor = min(floors.values()) * 1e6
             for name, value in seconds.items():
                 size, gops = kernels[name].weight_bytes, 2e-9 * m * n * k / value

@@ -171,7 +171,14 @@ class Linear(nn.Module):
             qweight, scales = self.canonical()
             state["_buffers"] = {**self._buffers, "qweight": qweight, "scales": scales}
             state["_packed"] = None
+            state["_was_prepacked"] = True
         return state
+
+    def __setstate__(self, state):
+        prepacked = state.pop("_was_prepacked", False)
+        super().__setstate__(state)
+        if prepacked:
+            self.prepack()
 
 
 def _quantize(weight: torch.Tensor, config: LayerConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,7 +68,8 @@ def test_copies_are_equal(copier):
     _, quantized = layer()
     x = torch.randn(3, 200)
     twin = copier(quantized)
-    assert torch.equal(twin(x), quantized(x)) and quantized.is_prepacked
+    assert twin.is_prepacked and quantized.is_prepacked
+    assert torch.equal(twin(x), quantized(x))
 
 
 def test_torch_save_round_trip():

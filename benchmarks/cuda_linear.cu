@@ -1,0 +1,177 @@
+// Time of a whole linear layer on a GPU (bf16 in, bf16 out, activation quantization included) and of its two kernels,
+// against the time to read its prepacked weight once, measured here on the same buffers. CUDA graphs over copies of the
+// weight that L2 cannot hold; medians.
+//
+//   cmake --preset cuda -DFLEXQ_BUILD_BENCHMARKS=ON && cmake --build --preset cuda
+//   build/cuda/benchmarks/cuda_linear [M ...]
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "flexq/flexq.hpp"
+
+namespace {
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+template <typename T>
+T* allocate(size_t count) {
+  void* p = nullptr;
+  check(cudaMalloc(&p, std::max<size_t>(count * sizeof(T), 64)));
+  return static_cast<T*>(p);
+}
+
+// Pseudo-random words, `mask`ed and with `bits` set.
+__global__ void fill(uint32_t* p, size_t count, uint32_t mask, uint32_t bits) {
+  const size_t threads = static_cast<size_t>(gridDim.x) * blockDim.x;
+  for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
+    uint32_t x = static_cast<uint32_t>(i) * 2654435761u + 1;
+    x = (x ^ x >> 15) * 2246822519u;
+    p[i] = ((x ^ x >> 13) & mask) | bits;
+  }
+}
+
+// Reads everything once, with four vectors of 16 bytes in flight a thread.
+__global__ void read(const uint4* p, size_t count, uint32_t* out) {
+  const size_t threads = static_cast<size_t>(gridDim.x) * blockDim.x;
+  size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  uint32_t x = 0;
+  for (; i + 3 * threads < count; i += 4 * threads) {
+    uint4 v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = __ldcs(p + i + j * threads);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  for (; i < count; i += threads) x ^= p[i].x;
+  if (x == 0x12345) *out = x;  // keeps the loads alive
+}
+
+// Median microseconds of run(i) for i = 0 ... count - 1.
+template <typename Run>
+double microseconds(cudaStream_t stream, int count, const Run& run) {
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < count; ++i) run(i);
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&executable, graph, 0));
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int round = 0; round < 14; ++round) {
+    check(cudaEventRecord(begin, stream));
+    check(cudaGraphLaunch(executable, stream));
+    check(cudaEventRecord(end, stream));
+    check(cudaEventSynchronize(end));
+    float milliseconds = 0;
+    check(cudaEventElapsedTime(&milliseconds, begin, end));
+    if (round >= 3) times.push_back(milliseconds);
+  }
+  std::sort(times.begin(), times.end());
+  check(cudaEventDestroy(begin));
+  check(cudaEventDestroy(end));
+  check(cudaGraphExecDestroy(executable));
+  check(cudaGraphDestroy(graph));
+  return 1e3 * times[times.size() / 2] / count;
+}
+
+void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme scheme, const std::vector<int64_t>& tokens) {
+  const auto handle = static_cast<cudaStream_t>(stream.handle);
+  const flexq::WeightDesc desc(n, k, scheme);
+  size_t planes_bytes = 0, scales_bytes = 0, bytes = 0;
+  flexq::check(flexq_weight_size(&desc, &planes_bytes, &scales_bytes));
+  flexq::check(flexq_prepack_size(&stream, &desc, &bytes));
+  auto* planes = allocate<uint8_t>(planes_bytes);
+  auto* scales = allocate<uint16_t>(scales_bytes / 2);
+  auto* sink = allocate<uint32_t>(1);
+  fill<<<1024, 256, 0, handle>>>(reinterpret_cast<uint32_t*>(planes), planes_bytes / 4, ~0u, 0);
+  fill<<<1024, 256, 0, handle>>>(reinterpret_cast<uint32_t*>(scales), scales_bytes / 4, 0x03ff03ffu, 0x20002000u);
+
+  constexpr size_t kRotatedBytes = 400'000'000;
+  std::vector<uint8_t*> weights(std::max<size_t>(2, kRotatedBytes / bytes + 1));
+  for (auto& weight : weights) {
+    weight = allocate<uint8_t>(bytes);
+    flexq::check(flexq_prepack(&stream, &desc, planes, scales, weight, bytes));
+  }
+  const int rounds = 2 * static_cast<int>(weights.size());
+  const auto weight = [&](int i) { return weights[static_cast<size_t>(i) % weights.size()]; };
+
+  double floor = 1e9;
+  for (const int blocks : {528, 1056, 2112}) {
+    floor = std::min(floor, microseconds(handle, rounds, [&](int i) {
+                       read<<<blocks, 512, 0, handle>>>(reinterpret_cast<const uint4*>(weight(i)), bytes / 16, sink);
+                     }));
+  }
+  const char* name = scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel";
+  std::printf("%lldx%lld %s: floor %.1f us, %.2f TB/s\n", static_cast<long long>(n), static_cast<long long>(k), name,
+              floor, static_cast<double>(bytes) / floor / 1e6);
+  for (const int64_t m : tokens) {
+    auto* x = allocate<uint16_t>(static_cast<size_t>(m * k));
+    auto* y = allocate<uint16_t>(static_cast<size_t>(m * n));
+    fill<<<256, 256, 0, handle>>>(reinterpret_cast<uint32_t*>(x), static_cast<size_t>(m * k) / 2, 0x80ff80ffu,
+                                  0x3f003f00u);
+    for (const int32_t bits : {8, 6}) {
+      size_t workspace_bytes = 0, gemm_bytes = 0, act_bytes = 0;
+      const flexq_activation_desc act{m, k, bits, scheme, desc.rotation};
+      flexq::check(flexq_linear_workspace_size(&stream, &desc, bits, m, &workspace_bytes));
+      flexq::check(flexq_gemm_workspace_size(&stream, &desc, bits, m, &gemm_bytes));
+      flexq::check(flexq_activation_size(&stream, &act, &act_bytes));
+      auto* workspace = allocate<uint8_t>(workspace_bytes);
+      auto* gemm_workspace = allocate<uint8_t>(gemm_bytes);
+      auto* quantized = allocate<uint8_t>(act_bytes);
+      const double linear = microseconds(handle, rounds, [&](int i) {
+        flexq::check(flexq_linear(&stream, &desc, weight(i), bytes, bits, m, x, FLEXQ_BF16, k, nullptr, FLEXQ_F32, y,
+                                  FLEXQ_BF16, n, workspace, workspace_bytes));
+      });
+      const double quantize = microseconds(handle, 20, [&](int) {
+        flexq::check(flexq_quantize_activation(&stream, &act, x, FLEXQ_BF16, k, quantized, act_bytes));
+      });
+      const double gemm = microseconds(handle, rounds, [&](int i) {
+        flexq::check(flexq_gemm(&stream, &desc, weight(i), bytes, &act, quantized, act_bytes, nullptr, FLEXQ_F32, y,
+                                FLEXQ_BF16, n, gemm_workspace, gemm_bytes));
+      });
+      std::printf("  W6A%d M = %3lld: linear %7.2f us, %.3f of the floor; gemm %7.2f, quantize %5.2f\n", bits,
+                  static_cast<long long>(m), linear, linear / floor, gemm, quantize);
+      check(cudaFree(workspace));
+      check(cudaFree(gemm_workspace));
+      check(cudaFree(quantized));
+    }
+    check(cudaFree(x));
+    check(cudaFree(y));
+  }
+  for (auto* p : weights) check(cudaFree(p));
+  check(cudaFree(planes));
+  check(cudaFree(scales));
+  check(cudaFree(sink));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  flexq::check(flexq_device_available(FLEXQ_CUDA, 0));
+  std::vector<int64_t> tokens;
+  for (int i = 1; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
+  if (tokens.empty()) tokens = {1, 2, 4, 8, 16, 32};
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0));
+  std::printf("%s\n", properties.name);
+  cudaStream_t handle;
+  check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking));
+  const flexq::Stream stream = flexq::Stream::cuda(0, handle);
+  const int64_t shapes[][2] = {{8192, 28672}, {57344, 8192}, {8192, 8192}, {28672, 4096},
+                               {10240, 8192}, {4096, 4096},  {6144, 4096}};
+  for (const auto& [n, k] : shapes) {
+    for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) bench(stream, n, k, scheme, tokens);
+  }
+  check(cudaStreamDestroy(handle));
+  return 0;
+}
