@@ -4,8 +4,8 @@
 // of cp.async copies in shared memory and reads back only what it copied itself, and codes become int8 fragments with
 // nine instructions for 16 of them. A thread block has a tile of rows and all of K or, where N alone does not fill the
 // GPU, a part of it; the parts are added up by a second kernel in a fixed order, so that every run gives the same bits.
-// Up to 8 tokens, activations are few and each warp loads its own; beyond, they would be more than the weights, and the
-// thread block copies them to shared memory once for all of its warps.
+// Where tiles are few rows and activations few tokens, each warp loads its own activations; elsewhere that would be
+// more traffic than the weights, and the thread block copies them to shared memory once for all of its warps.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -325,16 +325,16 @@ class Kernel {
     }
   }
 
+  // Lanes and tiles of tokens that are not there keep zeros: what they would read was never written, or is not there.
   __device__ void load_activations(uint4 (&act)[kC.token_tiles][2], float2 (&act_scale)[kC.token_tiles]) const {
 #pragma unroll
     for (int t = 0; t < kC.token_tiles; ++t) {
-      // Lanes of tokens that are not there keep zeros: what they would read was never written.
       if (t * kTokenTile + lane_ / 4 < p_.tokens) {
         const uint8_t* tile = codes_ + static_cast<int64_t>(t) * p_.groups * kTileGroupBytes;
         act[t][0] = *reinterpret_cast<const uint4*>(tile);
         act[t][1] = *reinterpret_cast<const uint4*>(tile + 512);
       }
-      if (kPerGroup) {
+      if (kPerGroup && t * kTokenTile < p_.tokens) {
         act_scale[t] = *reinterpret_cast<const float2*>(act_scales_ + static_cast<int64_t>(t) * p_.groups * kTokenTile);
       }
     }
