@@ -114,5 +114,5 @@ def test_logits_match_a_whole_model_in_float64(tiny_llama, recipe):
             setattr(emulated.get_submodule(parent), child, Emulated(module))
     with torch.inference_mode():
         got, expected = packed(WINDOWS[0]).logits.double(), emulated(WINDOWS[0]).logits
-    # A code next to a rounding boundary may fall on its other side in fp32. Quantization itself moves logits by 1 to 10%.
+    # A code next to a rounding boundary may fall on its other side in fp32. Quantizing moves the logits by 1 to 10%.
     assert (got - expected).norm() / expected.norm() < 2e-3
