@@ -3,12 +3,15 @@
 // weight that L2 cannot hold; medians.
 //
 //   cmake --preset cuda -DFLEXQ_BUILD_BENCHMARKS=ON && cmake --build --preset cuda
-//   build/cuda/benchmarks/cuda_linear [M ...]
+//   build/cuda/benchmarks/cuda_linear [--kernels] [M ...]
+//
+// --kernels: instead, each kernel that could run the GEMM, its time and the model's, as rows of CSV.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "flexq/flexq.hpp"
@@ -84,7 +87,40 @@ double microseconds(cudaStream_t stream, int count, const Run& run) {
   return 1e3 * times[times.size() / 2] / count;
 }
 
-void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme scheme, const std::vector<int64_t>& tokens) {
+// The GEMM of each candidate that is not out of the question; the library chooses the first.
+void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, int64_t m, size_t bytes,
+                   const std::vector<uint8_t*>& weights, const uint16_t* x, uint16_t* y) {
+  const auto handle = static_cast<cudaStream_t>(stream.handle);
+  const int rounds = 2 * static_cast<int>(weights.size());
+  const flexq_activation_desc act{m, desc.k, 8, desc.scheme, desc.rotation};
+  size_t act_bytes = 0;
+  flexq::check(flexq_activation_size(&stream, &act, &act_bytes));
+  auto* quantized = allocate<uint8_t>(act_bytes);
+  flexq::check(flexq_quantize_activation(&stream, &act, x, FLEXQ_BF16, desc.k, quantized, act_bytes));
+  flexq_kernel_info infos[128];
+  int32_t count = 0;
+  flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, infos, 128, &count));
+  for (int32_t i = 0; i < std::min(count, 128); ++i) {
+    if (infos[i].estimated_microseconds > 2.5 * infos[0].estimated_microseconds) break;
+    flexq_stream with = stream;
+    with.kernel = infos[i].name;
+    size_t workspace_bytes = 0;
+    flexq::check(flexq_gemm_workspace_size(&with, &desc, 8, m, &workspace_bytes));
+    auto* workspace = allocate<uint8_t>(workspace_bytes);
+    const double gemm = microseconds(handle, rounds, [&](int j) {
+      flexq::check(flexq_gemm(&with, &desc, weights[static_cast<size_t>(j) % weights.size()], bytes, &act, quantized,
+                              act_bytes, nullptr, FLEXQ_F32, y, FLEXQ_BF16, desc.n, workspace, workspace_bytes));
+    });
+    std::printf("%lld,%lld,%s,%lld,%d,%s,%.2f,%.2f\n", static_cast<long long>(desc.n), static_cast<long long>(desc.k),
+                desc.scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel", static_cast<long long>(m), i, infos[i].name,
+                infos[i].estimated_microseconds, gemm);
+    check(cudaFree(workspace));
+  }
+  check(cudaFree(quantized));
+}
+
+void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme scheme, const std::vector<int64_t>& tokens,
+           bool kernels) {
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   const flexq::WeightDesc desc(n, k, scheme);
   size_t planes_bytes = 0, scales_bytes = 0, bytes = 0;
@@ -119,6 +155,12 @@ void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme schem
     auto* y = allocate<uint16_t>(static_cast<size_t>(m * n));
     fill<<<256, 256, 0, handle>>>(reinterpret_cast<uint32_t*>(x), static_cast<size_t>(m * k) / 2, 0x80ff80ffu,
                                   0x3f003f00u);
+    if (kernels) {
+      bench_kernels(stream, desc, m, bytes, weights, x, y);
+      check(cudaFree(x));
+      check(cudaFree(y));
+      continue;
+    }
     for (const int32_t bits : {8, 6}) {
       size_t workspace_bytes = 0, gemm_bytes = 0, act_bytes = 0;
       const flexq_activation_desc act{m, k, bits, scheme, desc.rotation};
@@ -139,7 +181,7 @@ void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme schem
         flexq::check(flexq_gemm(&stream, &desc, weight(i), bytes, &act, quantized, act_bytes, nullptr, FLEXQ_F32, y,
                                 FLEXQ_BF16, n, gemm_workspace, gemm_bytes));
       });
-      std::printf("  W6A%d M = %3lld: linear %7.2f us, %.3f of the floor; gemm %7.2f, quantize %5.2f\n", bits,
+      std::printf("  W6A%d M = %4lld: linear %7.2f us, %.3f of the floor; gemm %7.2f, quantize %5.2f\n", bits,
                   static_cast<long long>(m), linear, linear / floor, gemm, quantize);
       check(cudaFree(workspace));
       check(cudaFree(gemm_workspace));
@@ -158,9 +200,16 @@ void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme schem
 
 int main(int argc, char** argv) {
   flexq::check(flexq_device_available(FLEXQ_CUDA, 0));
+  bool kernels = false;
   std::vector<int64_t> tokens;
-  for (int i = 1; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
-  if (tokens.empty()) tokens = {1, 2, 4, 8, 16, 32};
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--kernels") == 0) {
+      kernels = true;
+    } else {
+      tokens.push_back(std::atoll(argv[i]));
+    }
+  }
+  if (tokens.empty()) tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096};
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, 0));
   std::printf("%s\n", properties.name);
@@ -170,7 +219,9 @@ int main(int argc, char** argv) {
   const int64_t shapes[][2] = {{8192, 28672}, {57344, 8192}, {8192, 8192}, {28672, 4096},
                                {10240, 8192}, {4096, 4096},  {6144, 4096}};
   for (const auto& [n, k] : shapes) {
-    for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) bench(stream, n, k, scheme, tokens);
+    for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+      bench(stream, n, k, scheme, tokens, kernels);
+    }
   }
   check(cudaStreamDestroy(handle));
   return 0;

@@ -25,7 +25,7 @@ endif()
 
 # Machine code for each generation that differs, and PTX for those to come.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 90-virtual)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 90-virtual)
 endif()
 enable_language(CUDA)
 set(FLEXQ_HAS_CUDA ON)

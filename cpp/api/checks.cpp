@@ -1,5 +1,6 @@
 #include "api/checks.h"
 
+#include <cstring>
 #include <limits>
 
 #include "core/error.h"
@@ -44,6 +45,9 @@ const Backend& backend_of(const flexq_stream* stream) {
       require(executor->parallel_for != nullptr, "executor.parallel_for must not be null");
     }
     cpu_backend().check_available(stream->device_index);
+    const char* isa = cpu_backend().isa(0);
+    require(stream->kernel == nullptr || std::strcmp(stream->kernel, isa) == 0, "stream.kernel must be null or ", isa,
+            " on this CPU, got ", stream->kernel == nullptr ? "" : stream->kernel);
     return cpu_backend();
   }
   require(stream->device == FLEXQ_CUDA, "stream.device must be 0 (cpu) or 1 (cuda), got ",

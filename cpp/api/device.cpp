@@ -18,7 +18,7 @@ extern "C" {
 
 flexq_status flexq_device_available(flexq_device device, int32_t device_index) {
   return guarded([&] {
-    const flexq_stream stream{device, device_index, nullptr, nullptr};
+    const flexq_stream stream{device, device_index, nullptr, nullptr, nullptr};
     flexq::api::backend_of(&stream);
   });
 }
@@ -26,7 +26,7 @@ flexq_status flexq_device_available(flexq_device device, int32_t device_index) {
 flexq_status flexq_device_isa(flexq_device device, int32_t device_index, const char** isa) {
   return guarded([&] {
     flexq::api::check_result(isa, "isa");
-    const flexq_stream stream{device, device_index, nullptr, nullptr};
+    const flexq_stream stream{device, device_index, nullptr, nullptr, nullptr};
     *isa = flexq::api::backend_of(&stream).isa(device_index);
   });
 }

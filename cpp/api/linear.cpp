@@ -54,7 +54,56 @@ flexq_status flexq_quantize_activation(const flexq_stream* stream, const flexq_a
     check_dtype(dtype, "dtype");
     check_matrix(x, "x", desc->m, desc->k, ldx, "ldx", dtype_size(dtype));
     check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
-    if (desc->m > 0) backend.quantize_activation(*stream, *desc, x, dtype, ldx, quantized);
+    if (desc->m > 0) backend.quantize_activation(*stream, *desc, {ActivationSource::kPlain, dtype, x, ldx}, quantized);
+  });
+}
+
+flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_activation_desc* desc, const void* x,
+                                     int64_t ldx, const void* residual, int64_t ld_residual, const void* weight,
+                                     float eps, flexq_dtype dtype, void* sum, int64_t ld_sum, void* quantized,
+                                     size_t bytes) {
+  return guarded([&] {
+    const Backend& backend = backend_of(stream);
+    check_activation_desc(desc);
+    check_dtype(dtype, "dtype");
+    const size_t element = dtype_size(dtype);
+    check_matrix(x, "x", desc->m, desc->k, ldx, "ldx", element);
+    if (residual != nullptr) check_matrix(residual, "residual", desc->m, desc->k, ld_residual, "ld_residual", element);
+    if (sum != nullptr) check_matrix(sum, "sum", desc->m, desc->k, ld_sum, "ld_sum", element);
+    check_array(weight, "weight", static_cast<size_t>(desc->k), element);
+    require(eps >= 0.0f, "eps must be 0 or more, got ", eps);
+    check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
+    const ActivationSource source{.kind = ActivationSource::kRmsNorm,
+                                  .dtype = dtype,
+                                  .x = x,
+                                  .ldx = ldx,
+                                  .other = residual,
+                                  .ld_other = residual != nullptr ? ld_residual : 0,
+                                  .weight = weight,
+                                  .eps = eps,
+                                  .sum = sum,
+                                  .ld_sum = sum != nullptr ? ld_sum : 0};
+    if (desc->m > 0) backend.quantize_activation(*stream, *desc, source, quantized);
+  });
+}
+
+flexq_status flexq_silu_mul_quantize(const flexq_stream* stream, const flexq_activation_desc* desc, const void* gate,
+                                     int64_t ld_gate, const void* up, int64_t ld_up, flexq_dtype dtype, void* quantized,
+                                     size_t bytes) {
+  return guarded([&] {
+    const Backend& backend = backend_of(stream);
+    check_activation_desc(desc);
+    check_dtype(dtype, "dtype");
+    check_matrix(gate, "gate", desc->m, desc->k, ld_gate, "ld_gate", dtype_size(dtype));
+    check_matrix(up, "up", desc->m, desc->k, ld_up, "ld_up", dtype_size(dtype));
+    check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
+    const ActivationSource source{.kind = ActivationSource::kSiluMul,
+                                  .dtype = dtype,
+                                  .x = gate,
+                                  .ldx = ld_gate,
+                                  .other = up,
+                                  .ld_other = ld_up};
+    if (desc->m > 0) backend.quantize_activation(*stream, *desc, source, quantized);
   });
 }
 
@@ -68,6 +117,19 @@ flexq_status flexq_activation_export(const flexq_stream* stream, const flexq_act
     check_array(codes, "codes", m * static_cast<size_t>(padded_k(desc->k)), 1);
     check_array(scales, "scales", m * static_cast<size_t>(scales_per_token(*desc)), sizeof(float));
     if (desc->m > 0) backend.activation_export(*stream, *desc, quantized, codes, scales);
+  });
+}
+
+flexq_status flexq_gemm_kernels(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits, int64_t m,
+                                flexq_kernel_info* infos, int32_t capacity, int32_t* count) {
+  return guarded([&] {
+    const Backend& backend = backend_of(stream);
+    check_weight_desc(desc);
+    activation_of(*desc, act_bits, m);
+    check_result(count, "count");
+    require(capacity >= 0, "capacity must be 0 or more, got ", capacity);
+    check_array(infos, "infos", static_cast<size_t>(capacity), alignof(flexq_kernel_info));
+    *count = backend.gemm_kernels(*stream, *desc, act_bits, m, infos, capacity);
   });
 }
 
@@ -130,7 +192,7 @@ flexq_status flexq_linear(const flexq_stream* stream, const flexq_weight_desc* d
     if (m == 0 || desc->n == 0) return;
     const GemmCall call{*desc,      prepacked, act,     workspace, bias,
                         bias_dtype, y,         y_dtype, ldy,       static_cast<uint8_t*>(workspace) + act_bytes};
-    backend.linear(*stream, {x, x_dtype, ldx}, call);
+    backend.linear(*stream, {ActivationSource::kPlain, x_dtype, x, ldx}, call);
   });
 }
 

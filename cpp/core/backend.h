@@ -21,11 +21,23 @@ struct GemmCall {
   void* workspace;
 };
 
-// What a GEMM's activation is quantized from.
-struct LinearInput {
-  const void* x;
+// What an activation is quantized from: rows of `dtype`, x [m][k] as it is or with the operation before it fused in.
+struct ActivationSource {
+  enum Kind {
+    kPlain,    // x
+    kRmsNorm,  // rms_norm(x + other) * weight, or of x alone where other is null; sum, unless null, gets x + other
+    kSiluMul,  // silu(x) * other
+  };
+  Kind kind;
   flexq_dtype dtype;
+  const void* x;
   int64_t ldx;
+  const void* other = nullptr;
+  int64_t ld_other = 0;
+  const void* weight = nullptr;  // [k]
+  float eps = 0.0f;
+  void* sum = nullptr;
+  int64_t ld_sum = 0;
 };
 
 class Backend {
@@ -43,18 +55,21 @@ class Backend {
                          uint8_t* planes, uint16_t* scales) const = 0;
 
   virtual size_t activation_size(const flexq_activation_desc& desc) const = 0;
-  virtual void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc, const void* x,
-                                   flexq_dtype dtype, int64_t ldx, void* quantized) const = 0;
+  virtual void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc,
+                                   const ActivationSource& source, void* quantized) const = 0;
   virtual void activation_export(const flexq_stream& stream, const flexq_activation_desc& desc, const void* quantized,
                                  int8_t* codes, float* scales) const = 0;
 
   virtual size_t gemm_workspace_size(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits,
                                      int64_t m) const = 0;
+  // What could run the GEMM, the choice first: at most `capacity` of them into `infos`; returns how many there are.
+  virtual int32_t gemm_kernels(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,
+                               flexq_kernel_info* infos, int32_t capacity) const = 0;
   virtual void gemm(const flexq_stream& stream, const GemmCall& call) const = 0;
 
-  // Quantizes `input` into `call.quantized`, then multiplies.
-  virtual void linear(const flexq_stream& stream, const LinearInput& input, const GemmCall& call) const {
-    quantize_activation(stream, call.act_desc, input.x, input.dtype, input.ldx, const_cast<void*>(call.quantized));
+  // Quantizes `source` into `call.quantized`, then multiplies.
+  virtual void linear(const flexq_stream& stream, const ActivationSource& source, const GemmCall& call) const {
+    quantize_activation(stream, call.act_desc, source, const_cast<void*>(call.quantized));
     gemm(stream, call);
   }
 };

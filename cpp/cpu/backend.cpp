@@ -52,9 +52,9 @@ class CpuBackend final : public Backend {
 
   size_t activation_size(const flexq_activation_desc& desc) const override { return ActivationLayout(desc).size; }
 
-  void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc, const void* x,
-                           flexq_dtype dtype, int64_t ldx, void* quantized) const override {
-    const QuantizeArgs args{desc, x, dtype, ldx, ActivationLayout(desc).at(quantized)};
+  void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc,
+                           const ActivationSource& source, void* quantized) const override {
+    const QuantizeArgs args{desc, source, ActivationLayout(desc).at(quantized)};
     // Below this many values, waking a thread costs more than it saves.
     constexpr int64_t kValuesWorthAThread = 16384;
     const int64_t at_least = ceil_div(kValuesWorthAThread, padded_k(desc.k));
@@ -77,6 +77,15 @@ class CpuBackend final : public Backend {
 
   size_t gemm_workspace_size(const flexq_stream&, const flexq_weight_desc&, int32_t, int64_t) const override {
     return 0;
+  }
+
+  int32_t gemm_kernels(const flexq_stream&, const flexq_weight_desc&, int32_t, int64_t, flexq_kernel_info* infos,
+                       int32_t capacity) const override {
+    if (capacity > 0) {
+      infos[0] = {};
+      std::strncpy(infos[0].name, kernels().isa, sizeof infos[0].name - 1);
+    }
+    return 1;
   }
 
   void gemm(const flexq_stream& stream, const GemmCall& call) const override {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "core/format.h"
 #include "flexq/flexq.h"
 
@@ -48,9 +49,7 @@ struct GemmArgs {
 
 struct QuantizeArgs {
   flexq_activation_desc desc;
-  const void* x;
-  flexq_dtype dtype;
-  int64_t ldx;
+  ActivationSource source;
   Activation act;
 };
 

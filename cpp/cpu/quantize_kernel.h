@@ -58,6 +58,72 @@ struct QuantizeKernel {
     return {scale, static_cast<float>(qmax) / largest, true};
   }
 
+  // What an unfused operation would have stored and read back.
+  template <typename T>
+  static float rounded(float x) {
+    return to_float(from_float<T>(x));
+  }
+
+  // A token's groups, whatever they are quantized from.
+  template <typename T>
+  class Rows {
+   public:
+    Rows(const QuantizeArgs& args, int64_t t)
+        : source_(args.source),
+          k_(args.desc.k),
+          rotate_(args.desc.rotation == FLEXQ_ROTATION_HADAMARD128),
+          x_(static_cast<const T*>(source_.x) + t * source_.ldx) {
+      if (source_.other != nullptr) other_ = static_cast<const T*>(source_.other) + t * source_.ld_other;
+      if (source_.kind == ActivationSource::kRmsNorm) start_norm(t);
+    }
+
+    // The group's values, rotated if asked, and the largest magnitude's bits.
+    int32_t load(int64_t group, float* values) const {
+      const int64_t begin = group * kGroup;
+      const int count = static_cast<int>(std::min<int64_t>(kGroup, k_ - begin));
+      if (source_.kind == ActivationSource::kPlain) return Q::load(x_ + begin, count, rotate_, values);
+      alignas(64) float fused[kGroup];
+      for (int i = 0; i < count; ++i) fused[i] = fused_value(begin + i);
+      return Q::load(static_cast<const float*>(fused), count, rotate_, values);
+    }
+
+   private:
+    float residual_sum(int64_t k) const {
+      const float x = to_float(x_[k]);
+      return other_ == nullptr ? x : rounded<T>(x + to_float(other_[k]));
+    }
+
+    void start_norm(int64_t t) {
+      double squares = 0.0;
+      T* sum = source_.sum == nullptr ? nullptr : static_cast<T*>(source_.sum) + t * source_.ld_sum;
+      for (int64_t k = 0; k < k_; ++k) {
+        const float h = residual_sum(k);
+        if (sum != nullptr) sum[k] = from_float<T>(h);
+        squares += static_cast<double>(h) * h;
+      }
+      if (sum != nullptr) {  // perhaps in the place of what it was added up from
+        x_ = sum;
+        other_ = nullptr;
+      }
+      norm_ = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(k_) + static_cast<double>(source_.eps)));
+    }
+
+    float fused_value(int64_t k) const {
+      if (source_.kind == ActivationSource::kRmsNorm) {
+        return rounded<T>(rounded<T>(residual_sum(k) * norm_) * to_float(static_cast<const T*>(source_.weight)[k]));
+      }
+      const float gate = to_float(x_[k]);
+      return rounded<T>(rounded<T>(gate / (1.0f + std::exp(-gate))) * to_float(other_[k]));
+    }
+
+    const ActivationSource& source_;
+    int64_t k_;
+    bool rotate_;
+    const T* x_;
+    const T* other_ = nullptr;
+    float norm_ = 1.0f;
+  };
+
   template <typename T>
   static void token(const QuantizeArgs& args, int64_t t) {
     const auto& desc = args.desc;
@@ -65,21 +131,18 @@ struct QuantizeKernel {
     const bool rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
     const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
     const int qmax = act_max_code(desc.act_bits);
-    const T* x = static_cast<const T*>(args.x) + t * args.ldx;
-    const auto count = [&](int64_t g) { return static_cast<int>(std::min<int64_t>(kGroup, desc.k - g * kGroup)); };
+    const Rows<T> rows(args, t);
     alignas(64) float values[kGroup];
     Scale scale{};
     if (!per_group) {
       int32_t largest = 0;
-      for (int64_t g = 0; g < groups; ++g) {
-        largest = std::max(largest, Q::load(x + g * kGroup, count(g), rotate, values));
-      }
+      for (int64_t g = 0; g < groups; ++g) largest = std::max(largest, rows.load(g, values));
       scale = scale_of(largest, rotate, qmax);
       args.act.scales[t] = scale.scale;
     }
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = g * desc.m + t;
-      const int32_t largest = Q::load(x + g * kGroup, count(g), rotate, values);
+      const int32_t largest = rows.load(g, values);
       if (per_group) {
         scale = scale_of(largest, rotate, qmax);
         args.act.scales[at] = scale.scale;
@@ -95,7 +158,7 @@ struct QuantizeKernel {
   }
 
   static void run(const QuantizeArgs& args, int64_t token_begin, int64_t token_end) {
-    dispatch_dtype(args.dtype, [&](auto type) {
+    dispatch_dtype(args.source.dtype, [&](auto type) {
       for (int64_t t = token_begin; t < token_end; ++t) token<decltype(type)>(args, t);
     });
   }

@@ -1,9 +1,10 @@
 // The CUDA backend behind core/backend.h: devices, workspace and the order of launches.
 #include "core/backend.h"
 
-#include <algorithm>
+#include <cstring>
 
 #include "core/error.h"
+#include "cuda/dispatch.h"
 #include "cuda/kernels.h"
 #include "cuda/layout.h"
 
@@ -46,8 +47,13 @@ class DeviceScope {
 };
 
 Device device_of(const flexq_stream& stream) {
-  return {attribute(cudaDevAttrMultiProcessorCount, stream.device_index),
-          attribute(cudaDevAttrComputeCapabilityMajor, stream.device_index) >= 9};
+  const int32_t device = stream.device_index;
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  // Two transfers a clock (kHz) of so many bits; nine tenths of that can be had.
+  const double peak = 2e-3 * attribute(cudaDevAttrMemoryClockRate, device) *
+                      (attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0);
+  return {attribute(cudaDevAttrMultiProcessorCount, device), major >= 9, major == 9, 0.9 * peak,
+          1e-3 * attribute(cudaDevAttrClockRate, device)};
 }
 
 cudaStream_t handle(const flexq_stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
@@ -101,10 +107,10 @@ class CudaBackend final : public Backend {
   }
 
   size_t activation_size(const flexq_activation_desc& desc) const override { return ActivationLayout(desc).size; }
-  void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc, const void* x,
-                           flexq_dtype dtype, int64_t ldx, void* quantized) const override {
+  void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc,
+                           const ActivationSource& source, void* quantized) const override {
     const DeviceScope scope(stream.device_index);
-    cuda::quantize_activation(handle(stream), device_of(stream), desc, x, dtype, ldx, quantized);
+    cuda::quantize_activation(handle(stream), device_of(stream), desc, source, quantized);
   }
   void activation_export(const flexq_stream& stream, const flexq_activation_desc& desc, const void* quantized,
                          int8_t* codes, float* scales) const override {
@@ -112,10 +118,27 @@ class CudaBackend final : public Backend {
     cuda::activation_export(handle(stream), desc, quantized, codes, scales);
   }
 
-  size_t gemm_workspace_size(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t,
+  size_t gemm_workspace_size(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits,
                              int64_t m) const override {
     check_desc(desc);
-    return m == 0 || desc.n == 0 ? 0 : plan(stream, desc, m).workspace_bytes;
+    if (m == 0 || desc.n == 0) return 0;
+    const GemmPlan chosen = plan(stream, desc, act_bits, m);
+    return chosen.family == GemmPlan::kMma ? mma_workspace_size(chosen.config, desc, m, chosen.splits) : 0;
+  }
+
+  int32_t gemm_kernels(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,
+                       flexq_kernel_info* infos, int32_t capacity) const override {
+    check_desc(desc);
+    if (m == 0 || desc.n == 0) return 0;
+    int32_t count = 0;
+    for (const Candidate& candidate : Candidates(device_of(stream), desc, act_bits, m)) {
+      if (count < capacity) {
+        std::memcpy(infos[count].name, name_of(candidate.plan).text, sizeof infos[count].name);
+        infos[count].estimated_microseconds = candidate.microseconds;
+      }
+      ++count;
+    }
+    return count;
   }
 
   void gemm(const flexq_stream& stream, const GemmCall& call) const override {
@@ -123,9 +146,9 @@ class CudaBackend final : public Backend {
     run(stream, call, false);
   }
 
-  void linear(const flexq_stream& stream, const LinearInput& input, const GemmCall& call) const override {
+  void linear(const flexq_stream& stream, const ActivationSource& source, const GemmCall& call) const override {
     const DeviceScope scope(stream.device_index);
-    cuda::quantize_activation(handle(stream), device_of(stream), call.act_desc, input.x, input.dtype, input.ldx,
+    cuda::quantize_activation(handle(stream), device_of(stream), call.act_desc, source,
                               const_cast<void*>(call.quantized));
     run(stream, call, true);
   }
@@ -138,19 +161,18 @@ class CudaBackend final : public Backend {
     }
   }
 
-  static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int64_t m) {
-    check_desc(desc);
-    return plan_gemm_s8(device_of(stream), desc, m);
+  static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
+    const Candidates candidates(device_of(stream), desc, act_bits, m);
+    return (stream.kernel == nullptr ? candidates.best() : candidates.named(stream.kernel)).plan;
   }
 
   static void run(const flexq_stream& stream, const GemmCall& call, bool overlapped) {
-    const GemmPlan p = plan(stream, call.desc, call.act_desc.m);
+    check_desc(call.desc);
+    const GemmPlan chosen = plan(stream, call.desc, call.act_desc.act_bits, call.act_desc.m);
     const GemmArgs args{call.desc,       call.prepacked, call.act_desc, call.quantized, call.bias,
                         call.bias_dtype, call.y,         call.y_dtype,  call.ldy,       call.workspace};
-    for (int64_t token = 0; token < call.act_desc.m; token += kMaxTokensPerPass) {
-      const int64_t tokens = std::min<int64_t>(kMaxTokensPerPass, call.act_desc.m - token);
-      gemm_s8(handle(stream), device_of(stream), args, p, token, tokens, overlapped || token > 0);
-    }
+    const auto gemm = chosen.family == GemmPlan::kMma ? gemm_mma : gemm_wgmma;
+    gemm(handle(stream), device_of(stream), args, chosen, overlapped);
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "flexq/flexq.h"
 
 namespace flexq::cuda {
@@ -13,7 +14,9 @@ namespace flexq::cuda {
 // What the launches want to know of the device.
 struct Device {
   int num_sms;
-  bool has_sm90;  // clusters, and kernels that start before the one ahead of them has finished
+  bool has_sm90;   // clusters, and kernels that start before the one ahead of them has finished
+  bool has_wgmma;  // sm_90a code runs
+  double dram_bytes_per_us, clocks_per_us;
 };
 
 // Throws FLEXQ_DEVICE_ERROR.
@@ -24,8 +27,8 @@ void prepack(cudaStream_t stream, const flexq_weight_desc& desc, const uint8_t* 
 void unprepack(cudaStream_t stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
                uint16_t* scales);
 
-void quantize_activation(cudaStream_t stream, const Device& device, const flexq_activation_desc& desc, const void* x,
-                         flexq_dtype dtype, int64_t ldx, void* quantized);
+void quantize_activation(cudaStream_t stream, const Device& device, const flexq_activation_desc& desc,
+                         const ActivationSource& source, void* quantized);
 void activation_export(cudaStream_t stream, const flexq_activation_desc& desc, const void* quantized, int8_t* codes,
                        float* scales);
 
@@ -42,18 +45,40 @@ struct GemmArgs {
   void* workspace;
 };
 
-// gemm_s8.cu: int8 tensor cores (mma.sync), up to 32 tokens a pass over the weights.
+// How a GEMM is run; dispatch.h chooses.
 struct GemmPlan {
-  int config;     // of the kernel's table
-  int64_t tiles;  // of rows
+  enum Family { kMma, kWgmma };
+  Family family;
+  int config;     // of the family's table
   int splits;     // parts of K, each a thread block's for each tile
-  size_t workspace_bytes;
+  int multicast;  // thread blocks of a cluster that share their activations (wgmma)
 };
-inline constexpr int kMaxTokensPerPass = 32;
-GemmPlan plan_gemm_s8(const Device& device, const flexq_weight_desc& desc, int64_t m);
-// Tokens [token_begin, token_begin + tokens). `overlapped`: the kernel before it in the stream is the quantization of
-// its activations (or the pass before), which it may start beside.
-void gemm_s8(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, int64_t token_begin,
-             int64_t tokens, bool overlapped);
+
+// In both, `overlapped`: the kernel before it in the stream is the quantization of its activations, which it may start
+// beside.
+
+// gemm_mma.cu: mma.sync, s8 or b1; sm_80 and later.
+struct MmaShape {
+  const char* product;
+  int act_bits;  // that it takes, 0 for any
+  int rows, tokens;  // of a tile
+  int ctas_per_sm;
+  int warps_k;
+  bool shared_act;
+};
+int num_mma_configs();
+MmaShape mma_shape(int config);
+size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits);
+void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, bool overlapped);
+
+// gemm_wgmma.cu: warp groups' wgmma on s8; sm_90a. No workspace.
+struct WgmmaShape {
+  int rows, tokens;  // of a tile
+  int groups_a_stage;
+  bool per_group;  // whether it exists for scheme group; all exist for scheme channel
+};
+int num_wgmma_configs();
+WgmmaShape wgmma_shape(int config);
+void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, bool overlapped);
 
 }  // namespace flexq::cuda

@@ -11,11 +11,11 @@ namespace flexq::cuda {
 
 // Prepacked weights are records of 16 rows x 128 k. Three vectors of 16 bytes for each of 32 lanes, vector-major, so
 // that a warp reads whole lines. Word s (0..3) of vector j (0..2) of lane (g = lane / 4, t = lane % 4) is Bj of k step
-// s, and the four words of an m16n8k32 A fragment are
+// s, and the four words of an A fragment of 8-bit MMAs (m16n8k32, and a warp's part of wgmma's m64nNk32) are
 //   a0 = B0 & 0xfcfcfcfc, a1 = B1 & 0xfcfcfcfc, a2 = B2 & 0xfcfcfcfc,
 //   a3 = bits 7-6 of its bytes from B0's low two bits, 5-4 from B1's, 3-2 from B2's.
 // Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
-// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/performance.md).
+// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/kernels.md).
 // Scales follow the last record, fp16: [N / 16][G or 1][16]. Records alone are whole lines of 128 bytes.
 inline constexpr int kRecordRows = 16;
 inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
@@ -34,21 +34,24 @@ struct WeightLayout {
   size_t size;
 };
 
-// Quantized activations in tiles of 8 tokens, in the order of the m16n8k32 B fragment: [M / 8][G][2][32 lanes][16], so
-// that word 2 * s + h of lane (g, t)'s two vectors is codes k = 32 * s + 16 * h + 4 * t + i of token g. The tokens that
-// fill up the last tile are not written. Scales fp32: [M / 8][G][8] (group) or [M] (channel).
+// Quantized activations: [G][M / 8] tiles of 8 tokens x 128 k, 1 KB each, so that the tokens of a group are one stretch
+// of memory for the copy engine. A tile is [8 chunks][8 tokens][16 codes]: the core matrices of wgmma's K-major layout
+// without swizzle, and eight-by-sixteen-byte matrices for ldmatrix. The tokens that fill up the last tile are not
+// written. Scales fp32: [G][M / 8][8] (group) or [M] (channel).
 inline constexpr int kTokenTile = 8;
+inline constexpr int kChunkBytes = 16;
+inline constexpr int kCoreMatrixBytes = kTokenTile * kChunkBytes;
 inline constexpr int kTileGroupBytes = kTokenTile * kGroup;
 
 struct ActivationLayout {
-  explicit ActivationLayout(const flexq_activation_desc& desc) {
-    const auto tiles = static_cast<size_t>(ceil_div(desc.m, kTokenTile));
-    const auto groups = static_cast<size_t>(num_groups(desc.k));
-    scales = tiles * groups * kTileGroupBytes;
-    const size_t count = desc.scheme == FLEXQ_SCHEME_GROUP ? tiles * groups * kTokenTile : static_cast<size_t>(desc.m);
+  explicit ActivationLayout(const flexq_activation_desc& desc) : tiles(ceil_div(desc.m, kTokenTile)) {
+    const auto tile_groups = static_cast<size_t>(tiles) * static_cast<size_t>(num_groups(desc.k));
+    scales = tile_groups * kTileGroupBytes;
+    const size_t count = desc.scheme == FLEXQ_SCHEME_GROUP ? tile_groups * kTokenTile : static_cast<size_t>(desc.m);
     size = scales + align_up(count * sizeof(float));
   }
-  size_t scales;
+  int64_t tiles;
+  size_t scales;  // offset
   size_t size;
 };
 

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// wgmma and setmaxnreg belong to sm_90a alone: kernels with them have a body only where this is 1.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FLEXQ_SM90A 1
+#else
+#define FLEXQ_SM90A 0
+#endif
+
 namespace flexq::cuda::ptx {
 
 // ---- cp.async (sm_80): 16 bytes from global to shared memory, past L1 ----
@@ -21,13 +28,35 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- Tensor cores ----
+// ---- Tensor cores: a warp's mma.sync (sm_80) ----
 
-// d += a * b for a 16x32 (row-major) and b 32x8 (column-major) of int8 (sm_80).
+// d += a * b for a 16x32 (row-major) and b 32x8 (column-major) of int8.
 __device__ inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d += popcount(a & b) for a 16x128 (row-major) and b 128x8 (column-major) of single bits.
+__device__ inline void mma_m16n8k128_b1(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+// Four matrices of 8 rows x 16 bytes; lane i gives the address of row i % 8 of matrix i / 8, and gets bytes
+// 4 * (lane % 4) ... + 3 of row lane / 4 of each.
+__device__ inline void ldmatrix_x4(uint32_t* d, uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// `threads` threads meet at a barrier of the thread block, 0 to 15.
+__device__ inline void named_barrier(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // ---- Programmatic dependent launch (sm_90; elsewhere kernels simply run one after the other) ----
@@ -45,5 +74,162 @@ __device__ inline void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+#if FLEXQ_SM90A
+
+// ---- Barriers in shared memory: they count arrivals and, for bulk copies, bytes ----
+
+__device__ inline void mbarrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Makes initialized barriers visible to the cluster and to the copy engine.
+__device__ inline void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// At the same barrier of thread block `rank` of the cluster.
+__device__ inline void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// Until the phase of this parity is over.
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- Bulk copies from global to shared memory, which report their bytes to a barrier ----
+
+__device__ inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// To the same place of every thread block of the cluster in `mask`, each one's own barrier included.
+__device__ inline void bulk_copy_multicast(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
+                                           uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "h"(mask)
+      : "memory");
+}
+
+// ---- Clusters ----
+
+__device__ inline uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// A word of the same shared address in thread block `rank`.
+__device__ inline uint32_t load_remote(uint32_t shared, uint32_t rank) {
+  uint32_t value;
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n\t"
+      "ld.shared::cluster.u32 %0, [remote];\n\t}"
+      : "=r"(value)
+      : "r"(shared), "r"(rank)
+      : "memory");
+  return value;
+}
+
+// ---- Tensor cores: a warp group's asynchronous wgmma ----
+
+template <int kRegisters>
+__device__ inline void set_more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void set_fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Before the first wgmma after registers that it uses were written.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving accesses of registers across a fence or a wait.
+template <int kCount>
+__device__ inline void hold(int32_t (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+// d (+)= a * b for a 64x32 in registers and b 32xN in shared memory, int8; kCount = N / 2 is a thread's part of d.
+// `accumulate` 0 overwrites d.
+template <int kCount>
+__device__ void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b, uint32_t accumulate);
+
+#define FLEXQ_D4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define FLEXQ_D16(d, i) FLEXQ_D4(d, i), FLEXQ_D4(d, i + 4), FLEXQ_D4(d, i + 8), FLEXQ_D4(d, i + 12)
+#define FLEXQ_D32(d, i) FLEXQ_D16(d, i), FLEXQ_D16(d, i + 16)
+#define FLEXQ_D64(d, i) FLEXQ_D32(d, i), FLEXQ_D32(d, i + 32)
+#define FLEXQ_R4 "%0,%1,%2,%3"
+#define FLEXQ_R8 FLEXQ_R4 ",%4,%5,%6,%7"
+#define FLEXQ_R16 FLEXQ_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define FLEXQ_R32 FLEXQ_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FLEXQ_R64 FLEXQ_R32 \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+  ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FLEXQ_R128 FLEXQ_R64 \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95" \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+#define FLEXQ_WGMMA(n, count, a0, a1, a2, a3, b, p, ...)                                                             \
+  template <>                                                                                                        \
+  __device__ inline void wgmma_s8<count>(int32_t (&d)[count], const uint32_t (&a)[4], uint64_t desc, uint32_t add) {  \
+    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %" #p ", 0;\n\t"                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" FLEXQ_R##count "}, {%" #a0 ",%" #a1 ",%" #a2 \
+                 ",%" #a3 "}, %" #b ", add;\n\t}"                                                                    \
+                 : __VA_ARGS__                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));                                 \
+  }
+FLEXQ_WGMMA(8, 4, 4, 5, 6, 7, 8, 9, FLEXQ_D4(d, 0))
+FLEXQ_WGMMA(16, 8, 8, 9, 10, 11, 12, 13, FLEXQ_D4(d, 0), FLEXQ_D4(d, 4))
+FLEXQ_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, FLEXQ_D16(d, 0))
+FLEXQ_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, FLEXQ_D32(d, 0))
+FLEXQ_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, FLEXQ_D64(d, 0))
+FLEXQ_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, FLEXQ_D64(d, 0), FLEXQ_D64(d, 64))
+
+#undef FLEXQ_WGMMA
+#undef FLEXQ_R4
+#undef FLEXQ_R8
+#undef FLEXQ_R16
+#undef FLEXQ_R32
+#undef FLEXQ_R64
+#undef FLEXQ_R128
+#undef FLEXQ_D4
+#undef FLEXQ_D16
+#undef FLEXQ_D32
+#undef FLEXQ_D64
+
+#endif  // FLEXQ_SM90A
 
 }  // namespace flexq::cuda::ptx

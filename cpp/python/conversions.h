@@ -111,10 +111,11 @@ class Executor {
   const flexq_executor* executor_;
 };
 
-// A flexq_stream that keeps its executor alive.
+// A flexq_stream that keeps its executor and its kernel's name alive.
 struct Stream {
   flexq_stream stream;
   std::shared_ptr<Executor> executor;
+  std::shared_ptr<const std::string> kernel = nullptr;
 };
 
 void bind_stream(nb::module_& m);

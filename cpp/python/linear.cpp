@@ -1,8 +1,25 @@
 // GEMM and linear.
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
 #include "conversions.h"
 
 namespace flexq::python {
 void bind_linear(nb::module_& m) {
+  m.def(
+      "gemm_kernels",
+      [](const Stream& s, const flexq_weight_desc& desc, int32_t act_bits, int64_t rows) {
+        int32_t count = 0;
+        check(flexq_gemm_kernels(&s.stream, &desc, act_bits, rows, nullptr, 0, &count));
+        std::vector<flexq_kernel_info> infos(static_cast<size_t>(count));
+        check(flexq_gemm_kernels(&s.stream, &desc, act_bits, rows, infos.data(), count, &count));
+        std::vector<std::pair<std::string, double>> kernels;
+        for (const flexq_kernel_info& info : infos) kernels.emplace_back(info.name, info.estimated_microseconds);
+        return kernels;
+      },
+      nb::arg("stream"), nb::arg("desc"), nb::arg("act_bits"), nb::arg("m"),
+      "Names and estimated microseconds of the kernels that could run a GEMM, the library's choice first.");
   m.def(
       "gemm_workspace_size",
       [](const Stream& s, const flexq_weight_desc& desc, int32_t act_bits, int64_t rows) {

@@ -1,5 +1,6 @@
 // Devices, threads and streams.
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 
 #include <atomic>
 
@@ -44,15 +45,24 @@ void bind_stream(nb::module_& m) {
           "cpu",
           [](std::shared_ptr<Executor> executor) {
             const flexq_executor* threads = executor ? executor->get() : nullptr;
-            return Stream{{FLEXQ_CPU, 0, nullptr, threads}, std::move(executor)};
+            return Stream{{FLEXQ_CPU, 0, nullptr, threads, nullptr}, std::move(executor)};
           },
           nb::arg("executor").none())
       .def_static(
           "cuda",
           [](int32_t device_index, uintptr_t handle) {
-            return Stream{{FLEXQ_CUDA, device_index, reinterpret_cast<void*>(handle), nullptr}, nullptr};
+            return Stream{{FLEXQ_CUDA, device_index, reinterpret_cast<void*>(handle), nullptr, nullptr}, nullptr};
           },
-          nb::arg("device_index"), nb::arg("handle"));
+          nb::arg("device_index"), nb::arg("handle"))
+      .def(
+          "with_kernel",
+          [](const Stream& self, std::string kernel) {
+            Stream stream = self;
+            stream.kernel = std::make_shared<const std::string>(std::move(kernel));
+            stream.stream.kernel = stream.kernel->c_str();
+            return stream;
+          },
+          nb::arg("kernel"), "The same stream, its GEMMs run by a kernel that `gemm_kernels` names.");
 
   const auto device_of = [](std::string_view name) { return name == "cuda" ? FLEXQ_CUDA : FLEXQ_CPU; };
   m.def(

@@ -129,6 +129,7 @@ typedef struct flexq_stream {
   int32_t device_index;           /* CUDA device ordinal; 0 for the CPU */
   void* handle;                   /* CUDA: the cudaStream_t, NULL being the legacy default stream. CPU: NULL */
   const flexq_executor* executor; /* CPU: the threads to use, NULL for the calling thread alone. CUDA: NULL */
+  const char* kernel;             /* NULL for the library's choice; for measurements, a name of flexq_gemm_kernels */
 } flexq_stream;
 
 /* FLEXQ_OK if `device` can be used in this build on this machine, else FLEXQ_UNAVAILABLE with the reason. */
@@ -197,11 +198,35 @@ FLEXQ_API flexq_status flexq_quantize_activation(const flexq_stream* stream, con
                                                  const void* x, flexq_dtype dtype, int64_t ldx, void* quantized,
                                                  size_t bytes);
 
+/* flexq_quantize_activation of what comes before a linear layer in a transformer, in one pass; each step is rounded to
+ * `dtype` where separate operations would store it.
+ *   rms_norm: h = x + residual (or x if `residual` is NULL), quantized is h / sqrt(mean(h^2) + eps) * weight. `sum` gets
+ *   h, or is NULL; it may be x or residual. weight: [k].  silu_mul: quantized is silu(gate) * up.
+ *   x, residual, sum, gate, up: [m][k] of `dtype`, rows ld* apart. */
+FLEXQ_API flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_activation_desc* desc,
+                                               const void* x, int64_t ldx, const void* residual, int64_t ld_residual,
+                                               const void* weight, float eps, flexq_dtype dtype, void* sum,
+                                               int64_t ld_sum, void* quantized, size_t bytes);
+FLEXQ_API flexq_status flexq_silu_mul_quantize(const flexq_stream* stream, const flexq_activation_desc* desc,
+                                               const void* gate, int64_t ld_gate, const void* up, int64_t ld_up,
+                                               flexq_dtype dtype, void* quantized, size_t bytes);
+
 /* The private layout in plain form: codes int8 [m][Kp], scales fp32 [m][G] (group) or [m] (channel). */
 FLEXQ_API flexq_status flexq_activation_export(const flexq_stream* stream, const flexq_activation_desc* desc,
                                                const void* quantized, size_t bytes, int8_t* codes, float* scales);
 
 /* ---- Linear ------------------------------------------------------------------------------------------------- */
+
+/* A kernel that could run a GEMM. */
+typedef struct flexq_kernel_info {
+  char name[48];                 /* e.g. "wgmma-s8 128x32 split2 cast2", for flexq_stream.kernel */
+  double estimated_microseconds; /* by the library's model of cost; 0 where it has none */
+} flexq_kernel_info;
+
+/* The kernels that could run a GEMM of this shape, the one that flexq_gemm chooses first: up to `capacity` of them into
+ * `infos`, and how many there are into `count`. */
+FLEXQ_API flexq_status flexq_gemm_kernels(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits,
+                                          int64_t m, flexq_kernel_info* infos, int32_t capacity, int32_t* count);
 
 /* Bytes of workspace for flexq_gemm and for flexq_linear on m tokens; may be 0. */
 FLEXQ_API flexq_status flexq_gemm_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc,

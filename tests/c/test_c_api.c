@@ -22,7 +22,7 @@ static void* allocate(size_t bytes, void** block) {
 
 int main(void) {
   enum { N = 5, K = 200, M = 3 };
-  const flexq_stream cpu = {FLEXQ_CPU, 0, NULL, NULL};
+  const flexq_stream cpu = {FLEXQ_CPU, 0, NULL, NULL, NULL};
   flexq_weight_desc desc = {N, K, FLEXQ_WEIGHT_BITS, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128};
   float w[N * K], back[N * K], x[M * K], y[M * N];
   size_t planes_bytes = 0, scales_bytes = 0, packed_bytes = 0, workspace_bytes = 0;

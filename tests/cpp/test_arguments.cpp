@@ -100,7 +100,7 @@ void test_linear() {
 }
 
 void test_cuda_request() {
-  flexq_stream cuda{FLEXQ_CUDA, 12345, nullptr, nullptr};
+  flexq_stream cuda{FLEXQ_CUDA, 12345, nullptr, nullptr, nullptr};
   const flexq::WeightDesc desc(5, 200);
   size_t bytes = 77;
   CHECK(flexq_prepack_size(&cuda, &desc, &bytes) == FLEXQ_UNAVAILABLE);

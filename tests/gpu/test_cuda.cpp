@@ -106,7 +106,78 @@ class Gpu {
   flexq::Stream cpu;
 };
 
-void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng) {
+// What outputs should be, from codes and scales in float64, for some of the tokens.
+class Reference {
+ public:
+  Reference(const Case& c, const std::vector<int8_t>& codes, const std::vector<float>& act_scales,
+            const std::vector<int8_t>& w, const std::vector<uint16_t>& w_scales, const std::vector<float>& bias)
+      : case_(c) {
+    const int64_t groups = (c.k + kGroup - 1) / kGroup, kp = groups * kGroup;
+    const bool grouped = c.scheme == FLEXQ_SCHEME_GROUP;
+    const int64_t stride = std::max<int64_t>(1, c.m / 40);
+    for (int64_t i = 0; i < c.m; i += c.m - i > stride && i + 2 * stride > c.m ? c.m - 1 - i : stride) {
+      tokens_.push_back(i);
+      for (int64_t j = 0; j < c.n; ++j) {
+        double sum = c.bias ? bias[static_cast<size_t>(j)] : 0.0, size = std::abs(sum);
+        for (int64_t g = 0; g < groups; ++g) {
+          int dot = 0;
+          const int8_t* a = codes.data() + i * kp + g * kGroup;
+          const int8_t* b = w.data() + j * kp + g * kGroup;
+          for (int k = 0; k < kGroup; ++k) dot += a[k] * b[k];
+          const double term = dot * static_cast<double>(act_scales[static_cast<size_t>(grouped ? i * groups + g : i)]) *
+                              half_to_float(w_scales[static_cast<size_t>(grouped ? j * groups + g : j)]);
+          sum += term;
+          size += std::abs(term);
+        }
+        sums_.push_back(sum);
+        sizes_.push_back(size);
+      }
+    }
+  }
+
+  bool holds(const std::vector<uint8_t>& y, int64_t ldy) const {
+    const Case& c = case_;
+    for (size_t t = 0; t < tokens_.size(); ++t) {
+      for (int64_t j = 0; j < c.n; ++j) {
+        const size_t at = t * static_cast<size_t>(c.n) + static_cast<size_t>(j);
+        const double sum = sums_[at];
+        const float value = value_at(y, static_cast<size_t>(tokens_[t] * ldy + j), c.dtype);
+        const double ulp = c.dtype == FLEXQ_F32 ? 0 : c.dtype == FLEXQ_F16 ? std::abs(sum) / 1024 : std::abs(sum) / 128;
+        if (!(std::abs(value - sum) <= 1e-5 * sizes_[at] + ulp)) {
+          std::fprintf(stderr, "token %lld, feature %lld: got %.9g, not %.9g\n", static_cast<long long>(tokens_[t]),
+                       static_cast<long long>(j), value, sum);
+          return false;
+        }
+      }
+    }
+    // Nothing is written between rows.
+    const size_t element = c.dtype == FLEXQ_F32 ? 4 : 2;
+    for (int64_t i = 0; i < c.m; ++i) {
+      for (size_t byte = static_cast<size_t>(i * ldy + c.n) * element;
+           byte < static_cast<size_t>((i + 1) * ldy) * element; ++byte) {
+        if (y[byte] != 0x5a) return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  Case case_;
+  std::vector<int64_t> tokens_;
+  std::vector<double> sums_, sizes_;
+};
+
+std::vector<flexq_kernel_info> kernels_for(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits,
+                                           int64_t m) {
+  int32_t count = 0;
+  flexq::check(flexq_gemm_kernels(&stream, &desc, act_bits, m, nullptr, 0, &count));
+  std::vector<flexq_kernel_info> kernels(static_cast<size_t>(count));
+  flexq::check(flexq_gemm_kernels(&stream, &desc, act_bits, m, kernels.data(), count, &count));
+  return kernels;
+}
+
+// `others`: how many kernels beside the chosen one to try, spread over all that could run it.
+void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others) {
   const flexq::WeightDesc desc(c.n, c.k, c.scheme, c.rotation);
   const flexq::Weight weight =
       flexq::Weight::quantize(gpu.cpu, desc, test::random_values(static_cast<size_t>(c.n * c.k), rng).data());
@@ -144,75 +215,144 @@ void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng) {
       flexq_activation_export(&gpu.cuda, &act, device_act.data(), bytes, device_codes.data(), device_scales.data()));
   CHECK(device_codes.host() == codes);
   CHECK(device_scales.host() == act_scales);
-
-  // The product, in one call and in two, twice: the same bits each time.
-  const std::vector<float> bias = test::random_values(static_cast<size_t>(c.n), rng);
-  const DeviceArray<float> device_bias(bias);
-  const float* b = c.bias ? device_bias.data() : nullptr;
-  flexq::check(flexq_linear_workspace_size(&gpu.cuda, &desc, c.act_bits, c.m, &bytes));
-  const DeviceArray<uint8_t> workspace(bytes);
-  const size_t y_bytes = static_cast<size_t>(c.m * ldy) * (c.dtype == FLEXQ_F32 ? 4 : 2);
-  const DeviceArray<uint8_t> y(y_bytes), again(y_bytes), separate(y_bytes);
-  for (const auto* out : {&y, &again}) {
-    flexq::check(flexq_linear(&gpu.cuda, &desc, packed.data(), packed.size(), c.act_bits, c.m, device_x.data(), c.dtype,
-                              ldx, b, FLEXQ_F32, out->data(), c.dtype, ldy, workspace.data(), bytes));
-  }
-  flexq::check(flexq_gemm_workspace_size(&gpu.cuda, &desc, c.act_bits, c.m, &bytes));
-  flexq::check(flexq_gemm(&gpu.cuda, &desc, packed.data(), packed.size(), &act, device_act.data(), device_act.size(), b,
-                          FLEXQ_F32, separate.data(), c.dtype, ldy, workspace.data(), bytes));
-  const std::vector<uint8_t> got = y.host();
-  CHECK(again.host() == got && separate.host() == got);
+  if (c.m == 0) return;
 
   std::vector<int8_t> w(static_cast<size_t>(c.n * kp));
   flexq::check(flexq_unpack_codes(&gpu.cpu, &desc, weight.planes().data(), w.data(), kp));
-  for (int64_t i = 0; i < c.m; ++i) {
-    for (int64_t j = 0; j < c.n; ++j) {
-      double sum = c.bias ? bias[static_cast<size_t>(j)] : 0.0, size = std::abs(sum);
-      for (int64_t g = 0; g < groups; ++g) {
-        int dot = 0;
-        for (int64_t k = g * kGroup; k < (g + 1) * kGroup; ++k) {
-          dot += codes[static_cast<size_t>(i * kp + k)] * w[static_cast<size_t>(j * kp + k)];
-        }
-        const double term = dot * static_cast<double>(act_scales[static_cast<size_t>(grouped ? i * groups + g : i)]) *
-                            half_to_float(weight.scales()[static_cast<size_t>(grouped ? j * groups + g : j)]);
-        sum += term;
-        size += std::abs(term);
-      }
-      const float value = value_at(got, static_cast<size_t>(i * ldy + j), c.dtype);
-      const double ulp = c.dtype == FLEXQ_F32 ? 0 : c.dtype == FLEXQ_F16 ? std::abs(sum) / 1024 : std::abs(sum) / 128;
-      CHECK(std::abs(value - sum) <= 1e-5 * size + ulp);
+  const std::vector<float> bias = test::random_values(static_cast<size_t>(c.n), rng);
+  const Reference reference(c, codes, act_scales, w, weight.scales(), bias);
+
+  const DeviceArray<float> device_bias(bias);
+  const float* b = c.bias ? device_bias.data() : nullptr;
+  const size_t y_bytes = static_cast<size_t>(c.m * ldy) * (c.dtype == FLEXQ_F32 ? 4 : 2);
+  const std::vector<flexq_kernel_info> kernels = kernels_for(gpu.cuda, desc, c.act_bits, c.m);
+  CHECK(!kernels.empty());
+  const size_t step = std::max<size_t>(1, kernels.size() / std::max<size_t>(others, 1));
+  for (size_t kernel = 0; kernel < (others == 0 ? 1 : kernels.size()); kernel += kernel == 0 ? 1 : step) {
+    // The product, in one call and in two, twice: the same bits each time.
+    flexq_stream stream = gpu.cuda;
+    stream.kernel = kernel == 0 ? nullptr : kernels[kernel].name;
+    flexq::check(flexq_linear_workspace_size(&stream, &desc, c.act_bits, c.m, &bytes));
+    const DeviceArray<uint8_t> workspace(bytes);
+    const DeviceArray<uint8_t> y(y_bytes), again(y_bytes), separate(y_bytes);
+    for (const auto* out : {&y, &again}) {
+      flexq::check(flexq_linear(&stream, &desc, packed.data(), packed.size(), c.act_bits, c.m, device_x.data(),
+                                c.dtype, ldx, b, FLEXQ_F32, out->data(), c.dtype, ldy, workspace.data(), bytes));
     }
-    // Nothing is written between rows.
-    const size_t element = c.dtype == FLEXQ_F32 ? 4 : 2;
-    for (size_t byte = static_cast<size_t>(i * ldy + c.n) * element;
-         byte < static_cast<size_t>((i + 1) * ldy) * element; ++byte) {
-      CHECK(got[byte] == 0x5a);
+    flexq::check(flexq_gemm_workspace_size(&stream, &desc, c.act_bits, c.m, &bytes));
+    flexq::check(flexq_gemm(&stream, &desc, packed.data(), packed.size(), &act, device_act.data(), device_act.size(), b,
+                            FLEXQ_F32, separate.data(), c.dtype, ldy, workspace.data(), bytes));
+    const std::vector<uint8_t> got = y.host();
+    if (!reference.holds(got, ldy) || again.host() != got || separate.host() != got) {
+      std::fprintf(stderr, "kernel %s, m %lld, n %lld, k %lld, A%d, scheme %d, dtype %d\n", kernels[kernel].name,
+                   static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k), c.act_bits,
+                   c.scheme, c.dtype);
+      CHECK(reference.holds(got, ldy));
+      CHECK(again.host() == got && separate.host() == got);
     }
   }
+}
+
+Case random_case(std::mt19937& rng, int64_t m, int64_t n, int64_t k, flexq_scheme scheme) {
+  const auto dtype = static_cast<flexq_dtype>(rng() % 3);
+  const auto rotation = static_cast<flexq_rotation>(rng() % 2);
+  return {m, n, k, rng() % 2 ? 8 : 6, scheme, rotation, rng() % 2 == 0, dtype, rng() % 2 ? 0 : 3};
 }
 
 // `quick`: a few of each kind, for runs under compute-sanitizer.
 void test_shapes(const Gpu& gpu, bool quick) {
   std::mt19937 rng(11);
-  for (const int64_t k : {1, 64, 100, 576, 4097}) {
-    for (const int64_t n : {1, 17, 200}) {
-      for (const int64_t m : {0, 1, 7, 8, 9, 16, 17, 24, 25, 32, 33, 129}) {
-        if (quick && (k == 1 || k == 64 || n == 1 || m == 7 || m == 8 || m > 33)) continue;
-        for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
-          const auto dtype = static_cast<flexq_dtype>(rng() % 3);
-          const auto rotation = static_cast<flexq_rotation>(rng() % 2);
-          check_case(gpu, {m, n, k, rng() % 2 ? 8 : 6, scheme, rotation, rng() % 2 == 0, dtype, rng() % 2 ? 0 : 3},
-                     rng);
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    for (const int64_t k : {1, 64, 100, 576, 4097}) {
+      for (const int64_t n : {1, 17, 200}) {
+        for (const int64_t m : {0, 1, 7, 8, 9, 16, 17, 32, 33, 65, 129, 300}) {
+          if (quick && (k == 1 || k == 64 || n == 1 || m == 7 || m == 8 || m > 150)) continue;
+          check_case(gpu, random_case(rng, m, n, k, scheme), rng, quick ? 8 : 100);
         }
       }
     }
+    if (quick) continue;
+    for (const int64_t m : {1, 8, 16, 33, 200}) {
+      check_case(gpu, random_case(rng, m, 17, 28672, scheme), rng, 100);
+      check_case(gpu, random_case(rng, m, 9000, 512, scheme), rng, 20);
+      check_case(gpu, random_case(rng, m, 5000, 1536, scheme), rng, 20);
+      check_case(gpu, random_case(rng, m, 40, 100000, scheme), rng, 20);
+    }
+    for (const int64_t m : {1000, 4099, 8192}) check_case(gpu, random_case(rng, m, 700, 700, scheme), rng, 100);
   }
-  if (quick) return;
-  for (const int64_t m : {1, 8, 16, 33}) {
-    check_case(gpu, {m, 17, 28672, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, true, FLEXQ_F32, 0}, rng);
-    check_case(gpu, {m, 9000, 512, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, true, FLEXQ_BF16, 0}, rng);
-    check_case(gpu, {m, 5000, 1536, 6, FLEXQ_SCHEME_CHANNEL, FLEXQ_ROTATION_NONE, true, FLEXQ_F16, 0}, rng);
-    check_case(gpu, {m, 40, 100000, 8, FLEXQ_SCHEME_CHANNEL, FLEXQ_ROTATION_HADAMARD128, false, FLEXQ_F32, 0}, rng);
+}
+
+void test_random_draws(const Gpu& gpu, int count) {
+  std::mt19937 rng(13);
+  const auto draw = [&](int64_t largest) {  // small ones more often
+    return 1 + static_cast<int64_t>(std::exp(std::uniform_real_distribution<>(0, 1)(rng) * std::log(largest)));
+  };
+  for (int i = 0; i < count; ++i) {
+    const auto scheme = rng() % 2 ? FLEXQ_SCHEME_GROUP : FLEXQ_SCHEME_CHANNEL;
+    check_case(gpu, random_case(rng, draw(400), draw(600), draw(3000), scheme), rng, 2);
+  }
+}
+
+// The fused quantizers against the CPU's: the same sums, and codes and scales but for roundings of the norm.
+void test_fused(const Gpu& gpu) {
+  std::mt19937 rng(14);
+  for (int i = 0; i < 60; ++i) {
+    const int64_t m = i % 3 == 0 ? 1 : i % 3 == 1 ? 9 : 70;
+    const int64_t k = std::vector<int64_t>{100, 576, 4097, 8192, 20000}[static_cast<size_t>(i) % 5];
+    const auto dtype = static_cast<flexq_dtype>(rng() % 3);
+    const flexq_activation_desc act{m, k, rng() % 2 ? 8 : 6, static_cast<flexq_scheme>(rng() % 2),
+                                    static_cast<flexq_rotation>(rng() % 2)};
+    const int64_t ld = k + (rng() % 2 ? 0 : 5);
+    const auto count = static_cast<size_t>(m * ld);
+    const std::vector<uint8_t> x = as_bytes(test::random_values(count, rng), dtype);
+    const std::vector<uint8_t> other = as_bytes(test::random_values(count, rng), dtype);
+    const std::vector<uint8_t> weight = as_bytes(test::random_values(static_cast<size_t>(k), rng), dtype);
+    const bool with_residual = rng() % 2, in_place = rng() % 2;
+    for (const bool norm : {true, false}) {
+      const int64_t groups = (k + kGroup - 1) / kGroup;
+      const size_t num_scales = static_cast<size_t>(m * (act.scheme == FLEXQ_SCHEME_GROUP ? groups : 1));
+      const auto run = [&](const flexq_stream& stream, const void* a, const void* b, const void* w, void* sum, void* q,
+                           size_t bytes) {
+        flexq::check(norm ? flexq_rms_norm_quantize(&stream, &act, a, ld, with_residual ? b : nullptr, ld, w, 1e-5f,
+                                                    dtype, sum, ld, q, bytes)
+                          : flexq_silu_mul_quantize(&stream, &act, a, ld, b, ld, dtype, q, bytes));
+      };
+      size_t bytes = 0;
+      flexq::check(flexq_activation_size(&gpu.cpu, &act, &bytes));
+      const flexq::Buffer host(bytes);
+      std::vector<uint8_t> sum(x.size(), 0x5a);
+      run(gpu.cpu, x.data(), other.data(), weight.data(), sum.data(), host.data(), bytes);
+      std::vector<int8_t> codes(static_cast<size_t>(m * groups * kGroup));
+      std::vector<float> scales(num_scales);
+      flexq::check(flexq_activation_export(&gpu.cpu, &act, host.data(), bytes, codes.data(), scales.data()));
+
+      const DeviceArray<uint8_t> device_x(x), device_other(other), device_weight(weight), device_sum(x.size());
+      flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
+      const DeviceArray<uint8_t> quantized(bytes);
+      const DeviceArray<uint8_t>& out = in_place ? device_x : device_sum;
+      run(gpu.cuda, device_x.data(), device_other.data(), device_weight.data(), out.data(), quantized.data(), bytes);
+      const DeviceArray<int8_t> device_codes(codes.size());
+      const DeviceArray<float> device_scales(num_scales);
+      flexq::check(flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, device_codes.data(),
+                                           device_scales.data()));
+      if (norm) {
+        const std::vector<uint8_t> got = out.host();
+        const size_t element = dtype == FLEXQ_F32 ? 4 : 2;
+        for (int64_t t = 0; t < m; ++t) {
+          CHECK(std::memcmp(got.data() + static_cast<size_t>(t * ld) * element,
+                            sum.data() + static_cast<size_t>(t * ld) * element, static_cast<size_t>(k) * element) == 0);
+        }
+      }
+      const std::vector<int8_t> got_codes = device_codes.host();
+      const std::vector<float> got_scales = device_scales.host();
+      size_t different = 0;
+      for (size_t j = 0; j < codes.size(); ++j) {
+        CHECK(std::abs(got_codes[j] - codes[j]) <= 2);
+        different += got_codes[j] != codes[j];
+      }
+      for (size_t j = 0; j < scales.size(); ++j) CHECK(std::abs(got_scales[j] - scales[j]) <= 1e-2f * scales[j]);
+      CHECK(different <= codes.size() / 20 + 2);
+    }
   }
 }
 
@@ -253,7 +393,9 @@ int main(int argc, char** argv) {
   cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const Gpu gpu(stream);
   test_not_finite(gpu);
+  test_fused(gpu);
   test_shapes(gpu, quick);
+  test_random_draws(gpu, quick ? 20 : 1000);
   cuda_check(cudaStreamDestroy(stream));
   std::printf("ok\n");
   return 0;

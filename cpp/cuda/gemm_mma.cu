@@ -1,12 +1,14 @@
-// y = x * w^T for up to 32 tokens by int8 tensor cores (mma.sync, sm_80 and later).
+// y = x * w^T by a warp's tensor core instructions (mma.sync, sm_80 and later) on int8 codes, or on their bits.
 //
-// At this size the time is that of reading the weights, so everything serves the memory: each warp keeps its own ring
+// For few tokens the time is that of reading the weights, so everything serves the memory: each warp keeps its own ring
 // of cp.async copies in shared memory and reads back only what it copied itself, and codes become int8 fragments with
 // nine instructions for 16 of them. A thread block has a tile of rows and all of K or, where N alone does not fill the
 // GPU, a part of it; the parts are added up by a second kernel in a fixed order, so that every run gives the same bits.
 // Where tiles are few rows and activations few tokens, each warp loads its own activations; elsewhere that would be
 // more traffic than the weights, and the thread block copies them to shared memory once for all of its warps.
-#include <cuda_bf16.h>
+//
+// The b1 products are the paper's: an integer product as a sum of products of single bits, weighted by powers of two
+// (arXiv 2508.04405). Both operands' bits are gathered in registers from the same records and tiles.
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -16,6 +18,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "cuda/elements.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/layout.h"
@@ -23,6 +26,8 @@
 
 namespace flexq::cuda {
 namespace {
+
+enum class Product { kS8, kB1A6, kB1A8 };
 
 struct Config {
   int token_tiles;  // of 8 tokens
@@ -32,6 +37,7 @@ struct Config {
   int stages;       // of the ring of copies
   int ctas_per_sm;
   bool shared_act;  // activations go through shared memory too, read once for all warps side by side
+  Product product = Product::kS8;
 
   constexpr int threads() const { return 32 * warps_n * warps_k; }
   constexpr int tokens() const { return kTokenTile * token_tiles; }
@@ -52,27 +58,40 @@ struct Config {
   }
 };
 
-// By tokens, then by rows. A launch takes the first row that holds M and whose tiles all fit on the GPU at once, or the
-// last that holds M (pick_config). Measured on an H200; see docs/performance.md.
+// Of these, dispatch.cpp picks.
 constexpr Config kConfigs[] = {
     {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 1, .stages = 3, .ctas_per_sm = 4, .shared_act = false},
     {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 3, .shared_act = false},
     {.token_tiles = 2, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
-    {.token_tiles = 2, .warps_n = 2, .warps_k = 4, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 2, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 2, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
-    {.token_tiles = 3, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
-    {.token_tiles = 3, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
-    {.token_tiles = 3, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 4, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
     {.token_tiles = 4, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
     {.token_tiles = 4, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 8, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 1, .shared_act = true},
+    {.token_tiles = 1,
+     .warps_n = 1,
+     .warps_k = 8,
+     .blocks = 1,
+     .stages = 3,
+     .ctas_per_sm = 3,
+     .shared_act = false,
+     .product = Product::kB1A6},
+    {.token_tiles = 1,
+     .warps_n = 1,
+     .warps_k = 8,
+     .blocks = 1,
+     .stages = 3,
+     .ctas_per_sm = 3,
+     .shared_act = false,
+     .product = Product::kB1A8},
 };
+constexpr int kNumConfigs = static_cast<int>(std::size(kConfigs));
 
 struct Params {
   const uint8_t* records;
   const uint16_t* scales;  // of the records, fp16
-  const uint8_t* codes;    // of the pass's first token tile
+  const uint8_t* codes;    // of the activations
   const float* act_scales;
   const void* bias;
   flexq_dtype bias_dtype;
@@ -82,40 +101,58 @@ struct Params {
   int64_t n;
   int64_t row_blocks;
   int groups;
-  int steps;  // of a tile: ceil(groups / warps_k)
-  int tokens;
+  int steps;        // of a tile: ceil(groups / warps_k)
+  int64_t m;        // tokens
+  int64_t token_tiles;  // of 8, all of them
   void* partials;  // [splits][tiles][sums], where K is split
   bool overlapped;
 };
 
-__device__ inline float load_float(const void* p, flexq_dtype dtype, int64_t i) {
-  if (dtype == FLEXQ_F32) return static_cast<const float*>(p)[i];
-  if (dtype == FLEXQ_F16) return __half2float(static_cast<const __half*>(p)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-}
-
-__device__ inline void store_float(void* p, flexq_dtype dtype, int64_t i, float value) {
-  if (dtype == FLEXQ_F32) {
-    static_cast<float*>(p)[i] = value;
-  } else if (dtype == FLEXQ_F16) {
-    static_cast<__half*>(p)[i] = __float2half_rn(value);
-  } else {
-    static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(value);
+// Bit c of byte i of plane p := bit p of byte i of word c: an 8x8 bit transpose in each byte.
+__device__ inline void transpose_bits(uint32_t (&w)[8]) {
+#pragma unroll
+  for (int s = 4; s > 0; s /= 2) {
+    const uint32_t low = s == 4 ? 0x0f0f0f0fu : s == 2 ? 0x33333333u : 0x55555555u;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      if (c & s) continue;
+      const uint32_t a = w[c], b = w[c + s];
+      w[c] = (a & low) | (b << s & ~low);
+      w[c + s] = (a >> s & low) | (b & ~low);
+    }
   }
 }
 
-// The A fragment of k step s from the lane's three vectors (layout.h).
-__device__ inline void unpack(uint32_t b0, uint32_t b1, uint32_t b2, uint32_t (&a)[4]) {
-  a[0] = b0 & 0xfcfcfcfcu;
-  a[1] = b1 & 0xfcfcfcfcu;
-  a[2] = b2 & 0xfcfcfcfcu;
-  a[3] = (b0 << 6 & 0xc0c0c0c0u) | (b1 << 4 & 0x30303030u) | (b2 << 2 & 0x0c0c0c0cu);
+// Dot products of 16 rows and 8 tokens over 128 k from the planes of their bits, weights' in bits 2 to 7 (4 * code):
+// sum_pq c_p d_q popcount(w_p & x_q), c and d powers of two with the top one negative. Diagonals p + q of equal weight
+// are added up from the largest down, doubling on the way.
+template <int kActBits>
+__device__ inline void b1_products(int32_t (&dots)[4], const uint32_t (&low)[8], const uint32_t (&high)[8],
+                                   const uint32_t (&act)[8]) {
+  constexpr int kTop = kPlanes - 1, kActTop = kActBits - 1;
+  int32_t plus[4] = {}, minus[4] = {};
+#pragma unroll
+  for (int diagonal = kTop + kActTop; diagonal >= 0; --diagonal) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      plus[i] *= 2;
+      minus[i] *= 2;
+    }
+#pragma unroll
+    for (int p = 0; p <= kTop; ++p) {
+      const int q = diagonal - p;
+      if (q < 0 || q > kActTop) continue;
+      ptx::mma_m16n8k128_b1((p == kTop) != (q == kActTop) ? minus : plus, low[p + 2], high[p + 2], act[q]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) dots[i] += kCodeFactor * (plus[i] - minus[i]);
 }
 
 // Scales a sum, adds the bias, rounds and stores it.
 template <bool kPerGroup, typename Sum>
-__device__ void write(const Params& p, int64_t row, int token, Sum sum) {
-  if (row >= p.n) return;
+__device__ void write(const Params& p, int64_t row, int64_t token, Sum sum) {
+  if (row >= p.n || token >= p.m) return;
   float value = static_cast<float>(sum) * (1.0f / kCodeFactor);
   if constexpr (!kPerGroup) value *= __half2float(reinterpret_cast<const __half*>(p.scales)[row]) * p.act_scales[token];
   if (p.bias != nullptr) value += load_float(p.bias, p.bias_dtype, row);
@@ -186,8 +223,8 @@ class Kernel {
     // Two lanes a block: its 32 bytes of scales.
     fetch_scales_ = reinterpret_cast<const uint8_t*>(p_.scales) +
                     ((block + lane_ / 2) * p_.groups + group_) * kRecordScaleBytes + lane_ % 2 * 16;
-    codes_ = p_.codes + static_cast<int64_t>(group_) * kTileGroupBytes + lane_ * 16;
-    act_scales_ = p_.act_scales + static_cast<int64_t>(group_) * kTokenTile + lane_ % 4 * 2;
+    first_tile_ = static_cast<int64_t>(blockIdx.z) * kC.token_tiles;
+    tiles_ = static_cast<int>(min(static_cast<int64_t>(kC.token_tiles), p_.token_tiles - first_tile_));
 #pragma unroll
     for (int b = 0; b < kC.blocks; ++b) {
 #pragma unroll
@@ -231,9 +268,8 @@ class Kernel {
       const int vector = i * kC.threads() + static_cast<int>(threadIdx.x);
       const int tile = vector / kTileVectors % kC.token_tiles;
       const int group = act_fetch_group_ + vector / (kTileVectors * kC.token_tiles);
-      if (vector < kVectors && group < p_.groups && tile * kTokenTile < p_.tokens) {
-        const uint8_t* from = p_.codes + (static_cast<int64_t>(tile) * p_.groups + group) * kTileGroupBytes;
-        ptx::cp_async_16(to + vector * 16, from + vector % kTileVectors * 16);
+      if (vector < kVectors && group < p_.groups && tile < tiles_) {
+        ptx::cp_async_16(to + vector * 16, tile_of(group, tile) + vector % kTileVectors * 16);
       }
     }
     if constexpr (kPerGroup) {
@@ -242,26 +278,32 @@ class Kernel {
       const int vector = static_cast<int>(threadIdx.x);
       const int tile = vector / 2 % kC.token_tiles;
       const int group = act_fetch_group_ + vector / (2 * kC.token_tiles);
-      if (vector < kScaleVectors && group < p_.groups && tile * kTokenTile < p_.tokens) {
-        const float* from = p_.act_scales + (static_cast<int64_t>(tile) * p_.groups + group) * kTokenTile;
-        ptx::cp_async_16(to + (kVectors + vector) * 16, from + vector % 2 * 4);
+      if (vector < kScaleVectors && group < p_.groups && tile < tiles_) {
+        ptx::cp_async_16(to + (kVectors + vector) * 16, scales_of(group, tile) + vector % 2 * 4);
       }
     }
     act_fetch_group_ += kC.warps_k;
+  }
+
+  // This thread block's activations.
+  __device__ const uint8_t* tile_of(int group, int tile) const {
+    return p_.codes + (group * p_.token_tiles + first_tile_ + tile) * kTileGroupBytes;
+  }
+  __device__ const float* scales_of(int group, int tile) const {
+    return p_.act_scales + (group * p_.token_tiles + first_tile_ + tile) * kTokenTile;
   }
 
   // ---- Work ----
 
   __device__ void accumulate(int stage) {
     const bool active = group_ < p_.groups && blocks_ > 0;
-    uint4 act[kC.token_tiles][2] = {};
+    // Word c of a token tile: the codes of chunk c, this lane's column.
+    uint32_t act[kC.token_tiles][8] = {};
     float2 act_scale[kC.token_tiles] = {};
     if constexpr (!kC.shared_act) {
       if (active) load_activations(act, act_scale);
     }
     group_ += kC.warps_k;
-    codes_ += kC.warps_k * kTileGroupBytes;
-    act_scales_ += kC.warps_k * kTokenTile;
     ptx::cp_async_wait<kC.stages - 2>();
     if constexpr (kC.shared_act) {
       __syncthreads();
@@ -276,11 +318,13 @@ class Kernel {
                            warp_k_ * kC.token_tiles * kTokenTile;
 #pragma unroll
       for (int t = 0; t < kC.token_tiles; ++t) {
-        act[t][0] = reinterpret_cast<const uint4*>(tiles + t * kTileGroupBytes)[lane_];
-        act[t][1] = reinterpret_cast<const uint4*>(tiles + t * kTileGroupBytes)[lane_ + 32];
+        const uint32_t rows = ptx::shared_address(tiles + t * kTileGroupBytes) + lane_ * kChunkBytes;
+        ptx::ldmatrix_x4(&act[t][0], rows);
+        ptx::ldmatrix_x4(&act[t][4], rows + 4 * kCoreMatrixBytes);
         if (kPerGroup) act_scale[t] = reinterpret_cast<const float2*>(scales + t * kTokenTile)[lane_ % 4];
       }
     }
+    if constexpr (kC.product != Product::kS8) transpose_bits(act[0]);
     const uint8_t* records = ring_ + stage * kStageBytes;
 #pragma unroll
     for (int b = 0; b < kC.blocks; ++b) {
@@ -293,15 +337,26 @@ class Kernel {
 #pragma unroll
         for (int i = 0; i < 4; ++i) dots[t][i] = kPerGroup ? 0 : static_cast<int32_t>(acc_[b][t][i]);
       }
+      uint32_t low[8], high[8];  // of rows g and g + 8, for bits
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         uint32_t a[4];
         unpack(word(v[0], s), word(v[1], s), word(v[2], s), a);
+        if constexpr (kC.product == Product::kS8) {
 #pragma unroll
-        for (int t = 0; t < kC.token_tiles; ++t) {
-          const uint4& half = act[t][s / 2];
-          ptx::mma_m16n8k32_s8(dots[t], a, word(half, s % 2 * 2), word(half, s % 2 * 2 + 1));
+          for (int t = 0; t < kC.token_tiles; ++t) ptx::mma_m16n8k32_s8(dots[t], a, act[t][2 * s], act[t][2 * s + 1]);
+        } else {
+          low[2 * s] = a[0];
+          low[2 * s + 1] = a[2];
+          high[2 * s] = a[1];
+          high[2 * s + 1] = a[3];
         }
+      }
+      if constexpr (kC.product != Product::kS8) {
+        static_assert(kC.token_tiles == 1, "bits are for few tokens");
+        transpose_bits(low);
+        transpose_bits(high);
+        b1_products<kC.product == Product::kB1A6 ? 6 : 8>(dots[0], low, high, act[0]);
       }
       if constexpr (kPerGroup) {
         const auto* scales =
@@ -326,17 +381,15 @@ class Kernel {
   }
 
   // Lanes and tiles of tokens that are not there keep zeros: what they would read was never written, or is not there.
-  __device__ void load_activations(uint4 (&act)[kC.token_tiles][2], float2 (&act_scale)[kC.token_tiles]) const {
+  __device__ void load_activations(uint32_t (&act)[kC.token_tiles][8], float2 (&act_scale)[kC.token_tiles]) const {
 #pragma unroll
     for (int t = 0; t < kC.token_tiles; ++t) {
-      if (t * kTokenTile + lane_ / 4 < p_.tokens) {
-        const uint8_t* tile = codes_ + static_cast<int64_t>(t) * p_.groups * kTileGroupBytes;
-        act[t][0] = *reinterpret_cast<const uint4*>(tile);
-        act[t][1] = *reinterpret_cast<const uint4*>(tile + 512);
+      if ((first_tile_ + t) * kTokenTile + lane_ / 4 < p_.m) {
+        const auto* words = reinterpret_cast<const uint32_t*>(tile_of(group_, t)) + lane_;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) act[t][c] = words[c * (kCoreMatrixBytes / 4)];
       }
-      if (kPerGroup && t * kTokenTile < p_.tokens) {
-        act_scale[t] = *reinterpret_cast<const float2*>(act_scales_ + static_cast<int64_t>(t) * p_.groups * kTokenTile);
-      }
+      if (kPerGroup && t < tiles_) act_scale[t] = reinterpret_cast<const float2*>(scales_of(group_, t))[lane_ % 4];
     }
   }
 
@@ -358,21 +411,21 @@ class Kernel {
       }
     }
     __syncthreads();
-    Sum* partials =
-        static_cast<Sum*>(p_.partials) + (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kC.sums();
-    for (int i = static_cast<int>(threadIdx.x); i < p_.tokens * kC.rows(); i += kC.threads()) {
+    const int64_t tile = static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
+    Sum* partials = static_cast<Sum*>(p_.partials) +
+                    (blockIdx.y * static_cast<int64_t>(gridDim.z) * gridDim.x + tile) * kC.sums();
+    for (int i = static_cast<int>(threadIdx.x); i < tiles_ * kTokenTile * kC.rows(); i += kC.threads()) {
       Sum sum = sums_[i];
 #pragma unroll
       for (int k = 1; k < kC.warps_k; ++k) sum += sums_[k * kC.sums() + i];
       if (gridDim.y > 1) {
         partials[i] = sum;
       } else {
-        write<kPerGroup>(p_, static_cast<int64_t>(blockIdx.x) * kC.rows() + i % kC.rows(), i / kC.rows(), sum);
+        write<kPerGroup>(p_, static_cast<int64_t>(blockIdx.x) * kC.rows() + i % kC.rows(),
+                         first_tile_ * kTokenTile + i / kC.rows(), sum);
       }
     }
   }
-
-  static __device__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
   const Params& p_;
   int lane_, warp_n_, warp_k_;
@@ -384,15 +437,15 @@ class Kernel {
   const uint8_t* fetch_records_;
   const uint8_t* fetch_scales_;
   int fetch_group_, fetches_left_, act_fetch_group_, act_fetches_left_;
-  const uint8_t* codes_;
-  const float* act_scales_;
+  int64_t first_tile_;  // of tokens
+  int tiles_;
   int group_;
   Sum acc_[kC.blocks][kC.token_tiles][4];
 };
 
 template <int kConfig, bool kPerGroup>
 __global__ void __launch_bounds__(kConfigs[kConfig].threads(), kConfigs[kConfig].ctas_per_sm)
-    gemm_s8_kernel(const __grid_constant__ Params params) {
+    gemm_mma_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) uint8_t shared[];
   Kernel<kConfig, kPerGroup>(params, shared).run();
 }
@@ -402,27 +455,30 @@ constexpr int kReduceThreads = 128;
 // Adds up the parts of K, first to last.
 template <bool kPerGroup>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(const __grid_constant__ Params p, int tile_rows, int sums, int64_t tiles, int splits) {
+    reduce_kernel(const __grid_constant__ Params p, int tile_rows, int tile_tokens, int64_t row_tiles, int64_t tiles,
+                  int splits) {
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
-  const int per_tile = tile_rows * p.tokens;
-  const int64_t tile = index / per_tile;
-  const int i = static_cast<int>(index % per_tile);
-  if (tile >= tiles) return;
-  const Sum* partials = static_cast<const Sum*>(p.partials) + tile * sums + i;
+  const int sums = tile_rows * tile_tokens;
+  const int64_t tile = index / sums;
+  const int i = static_cast<int>(index % sums);
+  const int64_t row = tile % row_tiles * tile_rows + i % tile_rows;
+  const int64_t token = tile / row_tiles * tile_tokens + i / tile_rows;
+  if (tile >= tiles || row >= p.n || token >= p.m) return;
+  const Sum* partials = static_cast<const Sum*>(p.partials) + index;
   Sum sum = 0;
 #pragma unroll 8
   for (int split = 0; split < splits; ++split) sum += __ldcg(partials + split * tiles * sums);
-  write<kPerGroup>(p, tile * tile_rows + i % tile_rows, i / tile_rows, sum);
+  write<kPerGroup>(p, row, token, sum);
 }
 
 using KernelFunction = void (*)(Params);
 
 template <bool kPerGroup, size_t... kConfig>
 std::array<KernelFunction, sizeof...(kConfig)> kernels_of(std::index_sequence<kConfig...>) {
-  return {gemm_s8_kernel<static_cast<int>(kConfig), kPerGroup>...};
+  return {gemm_mma_kernel<static_cast<int>(kConfig), kPerGroup>...};
 }
 
 template <bool kPerGroup>
@@ -430,90 +486,78 @@ KernelFunction kernel_of(int config) {
   return kernels_of<kPerGroup>(std::make_index_sequence<std::size(kConfigs)>{})[static_cast<size_t>(config)];
 }
 
-int64_t tiles_of(const Config& c, const flexq_weight_desc& desc) {
+int64_t row_tiles_of(const Config& c, const flexq_weight_desc& desc) {
   return ceil_div(num_row_blocks(desc), c.warps_n * c.blocks);
 }
 
-// How full the GPU is over the waves that the tiles take; one wave counts as full, since its thread blocks share the
-// memory's bandwidth however many they are.
-double fullness(const Config& c, const flexq_weight_desc& desc, int num_sms) {
-  const int64_t slots = static_cast<int64_t>(num_sms) * c.ctas_per_sm;
-  const int64_t tiles = tiles_of(c, desc);
-  const int64_t waves = ceil_div(tiles, slots);
-  return waves <= 1 ? 1.0 : static_cast<double>(tiles) / static_cast<double>(waves * slots);
-}
+int64_t token_tiles_of(const Config& c, int64_t m) { return ceil_div(m, c.tokens()); }
 
-int pick_config(const flexq_weight_desc& desc, int64_t tokens, int num_sms) {
-  constexpr double kFullEnough = 0.8;
-  int best = -1;
-  for (int i = 0; i < static_cast<int>(std::size(kConfigs)); ++i) {
-    const Config& c = kConfigs[i];
-    if (c.tokens() < tokens || (best >= 0 && c.token_tiles > kConfigs[best].token_tiles)) continue;
-    best = i;
-    // Activations of more than 8 tokens are worth sharing among as many rows as a single wave allows.
-    const double enough = c.token_tiles == 1 ? kFullEnough : 1.0;
-    if (fullness(c, desc, num_sms) >= enough) break;
-  }
-  return best;
-}
+const char* product_name(Product product) { return product == Product::kS8 ? "s8" : "b1"; }
 
 }  // namespace
 
-GemmPlan plan_gemm_s8(const Device& device, const flexq_weight_desc& desc, int64_t m) {
-  const int config = pick_config(desc, std::min<int64_t>(m, kMaxTokensPerPass), device.num_sms);
+int num_mma_configs() { return kNumConfigs; }
+
+MmaShape mma_shape(int config) {
   const Config& c = kConfigs[config];
-  const int64_t tiles = tiles_of(c, desc);
-  const int64_t steps = ceil_div(num_groups(desc.k), c.warps_k);
-  // Splitting K costs a second kernel: only where tiles leave a good part of the GPU idle.
-  const bool idle = 4 * tiles < 3 * device.num_sms;
-  const int64_t slots = static_cast<int64_t>(device.num_sms) * c.ctas_per_sm;
-  const int64_t splits = idle ? std::max<int64_t>(1, std::min(steps, slots / tiles)) : 1;
-  const int64_t partials = splits > 1 ? splits * tiles * c.sums() * 4 : 0;
-  return {config, tiles, static_cast<int>(splits), align_up(static_cast<size_t>(partials))};
+  const int act_bits = c.product == Product::kB1A6 ? 6 : c.product == Product::kB1A8 ? 8 : 0;
+  return {product_name(c.product), act_bits, c.rows(), c.tokens(), c.ctas_per_sm, c.warps_k, c.shared_act};
 }
 
-void gemm_s8(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, int64_t token_begin,
-             int64_t tokens, bool overlapped) {
+size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits) {
+  const Config& c = kConfigs[config];
+  if (splits == 1) return 0;
+  return align_up(static_cast<size_t>(splits * row_tiles_of(c, desc) * token_tiles_of(c, m) * c.sums() * 4));
+}
+
+void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, bool overlapped) {
   const Config& c = kConfigs[plan.config];
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
+  const ActivationLayout act(args.act);
   const int64_t groups = num_groups(args.desc.k);
-  const int64_t token_tile = token_begin / kTokenTile;
   const auto* records = static_cast<const uint8_t*>(args.prepacked);
   const auto* codes = static_cast<const uint8_t*>(args.quantized);
-  const auto* act_scales = reinterpret_cast<const float*>(codes + ActivationLayout(args.act).scales);
   const Params params{
       .records = records,
       .scales = reinterpret_cast<const uint16_t*>(records + WeightLayout(args.desc).scales),
-      .codes = codes + token_tile * groups * kTileGroupBytes,
-      .act_scales = act_scales + (per_group ? token_tile * groups * kTokenTile : token_begin),
+      .codes = codes,
+      .act_scales = reinterpret_cast<const float*>(codes + act.scales),
       .bias = args.bias,
       .bias_dtype = args.bias_dtype,
-      .y = static_cast<uint8_t*>(args.y) + token_begin * args.ldy * (args.y_dtype == FLEXQ_F32 ? 4 : 2),
+      .y = args.y,
       .y_dtype = args.y_dtype,
       .ldy = args.ldy,
       .n = args.desc.n,
       .row_blocks = num_row_blocks(args.desc),
       .groups = static_cast<int>(groups),
       .steps = static_cast<int>(ceil_div(groups, c.warps_k)),
-      .tokens = static_cast<int>(tokens),
+      .m = args.act.m,
+      .token_tiles = act.tiles,
       .partials = args.workspace,
       .overlapped = overlapped,
   };
+  const int64_t row_tiles = row_tiles_of(c, args.desc), token_tiles = token_tiles_of(c, args.act.m);
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   const int shared = c.shared_bytes(per_group);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "gemm_s8 shared memory");
-  launch(stream, "gemm_s8", kernel,
-         {.grid = dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits)),
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "gemm_mma shared memory");
+  constexpr int64_t kMaxGridZ = 65535;
+  if (token_tiles > kMaxGridZ) {
+    fail(FLEXQ_UNSUPPORTED, "at most ", kMaxGridZ * c.tokens(), " tokens at once on this GPU, got ", args.act.m);
+  }
+  launch(stream, "gemm_mma", kernel,
+         {.grid = dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(plan.splits),
+                       static_cast<unsigned>(token_tiles)),
           .block = dim3(static_cast<unsigned>(c.threads())),
           .shared_bytes = static_cast<size_t>(shared),
           .overlapped = overlapped && device.has_sm90},
          params);
   if (plan.splits == 1) return;
-  launch(stream, "gemm_s8 reduction", per_group ? reduce_kernel<true> : reduce_kernel<false>,
-         {.grid = dim3(static_cast<unsigned>(ceil_div(plan.tiles * c.rows() * tokens, kReduceThreads))),
+  const int64_t tiles = row_tiles * token_tiles;
+  launch(stream, "gemm_mma reduction", per_group ? reduce_kernel<true> : reduce_kernel<false>,
+         {.grid = dim3(static_cast<unsigned>(ceil_div(tiles * c.sums(), kReduceThreads))),
           .block = dim3(kReduceThreads),
           .overlapped = device.has_sm90},
-         params, c.rows(), c.sums(), plan.tiles, plan.splits);
+         params, c.rows(), c.tokens(), row_tiles, tiles, plan.splits);
 }
 
 }  // namespace flexq::cuda

@@ -1,0 +1,40 @@
+// Which kernel runs a GEMM.
+#pragma once
+
+#include <array>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace flexq::cuda {
+
+struct Candidate {
+  GemmPlan plan;
+  double microseconds;  // by the model of cost, the kernel alone
+};
+
+// Every plan that could run the GEMM, cheapest first. No allocation: this is in the way of every call.
+class Candidates {
+ public:
+  Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m);
+
+  const Candidate* begin() const { return items_.data(); }
+  const Candidate* end() const { return items_.data() + count_; }
+  const Candidate& best() const { return items_[0]; }
+  // The candidate of this name; throws FLEXQ_INVALID_ARGUMENT.
+  const Candidate& named(const char* name) const;
+
+ private:
+  void add(const GemmPlan& plan, double microseconds);
+
+  std::array<Candidate, 96> items_;
+  size_t count_ = 0;
+};
+
+// E.g. "wgmma-s8 128x32 split2 cast2": the instruction, a tile's rows x tokens, parts of K, blocks sharing activations.
+struct PlanName {
+  char text[48];
+};
+PlanName name_of(const GemmPlan& plan);
+
+}  // namespace flexq::cuda

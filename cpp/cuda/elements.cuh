@@ -1,0 +1,43 @@
+// What goes into the GEMM kernels and comes out: 6-bit codes, 16- and 32-bit floats.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "flexq/flexq.h"
+
+namespace flexq::cuda {
+
+__device__ inline float load_float(const void* p, flexq_dtype dtype, int64_t i) {
+  if (dtype == FLEXQ_F32) return static_cast<const float*>(p)[i];
+  if (dtype == FLEXQ_F16) return __half2float(static_cast<const __half*>(p)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+// The bits of a 16-bit type.
+__device__ inline uint16_t to_16_bits(float value, flexq_dtype dtype) {
+  return dtype == FLEXQ_F16 ? __half_as_ushort(__float2half_rn(value))
+                            : __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+
+__device__ inline void store_float(void* p, flexq_dtype dtype, int64_t i, float value) {
+  if (dtype == FLEXQ_F32) {
+    static_cast<float*>(p)[i] = value;
+  } else {
+    static_cast<uint16_t*>(p)[i] = to_16_bits(value, dtype);
+  }
+}
+
+// The A fragment of k step s from the words s of a lane's three vectors of a record (layout.h).
+__device__ inline void unpack(uint32_t b0, uint32_t b1, uint32_t b2, uint32_t (&a)[4]) {
+  a[0] = b0 & 0xfcfcfcfcu;
+  a[1] = b1 & 0xfcfcfcfcu;
+  a[2] = b2 & 0xfcfcfcfcu;
+  a[3] = (b0 << 6 & 0xc0c0c0c0u) | (b1 << 4 & 0x30303030u) | (b2 << 2 & 0x0c0c0c0cu);
+}
+
+__device__ inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+}  // namespace flexq::cuda

@@ -1,0 +1,581 @@
+// y = x * w^T by a warp group's tensor core instructions (wgmma, sm_90a) on int8 codes: one token to many thousands.
+//
+// A thread block has tiles of 128 rows and up to 256 tokens. One warp is the producer: bulk copies fill a ring of stages
+// with weight records and activation tiles just as they lie in memory, and report their bytes to the stage's barrier.
+// Two consumer warp groups have 64 rows each: a warp reads its own records, turns them into A fragments in registers
+// (nine instructions for 16 codes) while the tensor cores work on the ones before, and the activations are the B
+// operand straight from shared memory, core matrices without swizzle.
+//
+// A cluster is `multicast` thread blocks side by side along N, which each copy a share of the activations to all of
+// them, times the parts of K, whose sums meet through distributed shared memory in a fixed order. Thread blocks without
+// a part of K to share stay and take tile after tile.
+//
+// Weights do not depend on the kernel before this one: the ring is full of them before the activations are there.
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <array>
+#include <iterator>
+#include <type_traits>
+#include <utility>
+
+#include "core/error.h"
+#include "cuda/elements.cuh"
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/layout.h"
+#include "cuda/ptx.cuh"
+
+namespace flexq::cuda {
+namespace {
+
+constexpr int kConsumers = 2;  // warp groups
+constexpr int kWarpGroup = 128;
+constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
+constexpr int kRows = 64 * kConsumers;
+constexpr int kRowBlocks = kRows / kRecordRows;
+constexpr int kMaxChunkTokens = 32;  // that the epilogue stores at a time
+// Of 65,536 registers: 168 a thread at launch, then as each role needs.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kSharedLimit = 227 * 1024;
+
+struct Config {
+  int tokens;           // of a tile: wgmma's n
+  int groups_a_stage;   // of 128 k
+  int stages;
+  bool per_group;       // there is room for two sets of sums
+
+  constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
+  constexpr int weight_bytes() const { return kRowBlocks * groups_a_stage * kRecordBytes; }
+  constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
+  constexpr int act_scale_bytes() const { return groups_a_stage * tokens * 4; }
+  constexpr int stage_bytes() const { return weight_bytes() + act_bytes() + act_scale_bytes(); }
+  constexpr int staging_bytes() const { return kConsumers * 4 * chunk_tokens() * kRecordRows * 4; }
+  constexpr int shared_bytes() const { return stages * stage_bytes() + staging_bytes() + 2 * stages * 8; }
+};
+
+// Of these, dispatch.cpp picks.
+constexpr Config kConfigs[] = {
+    {.tokens = 8, .groups_a_stage = 2, .stages = 8, .per_group = true},
+    {.tokens = 16, .groups_a_stage = 2, .stages = 7, .per_group = true},
+    {.tokens = 32, .groups_a_stage = 2, .stages = 6, .per_group = true},
+    {.tokens = 64, .groups_a_stage = 2, .stages = 5, .per_group = true},
+    {.tokens = 128, .groups_a_stage = 1, .stages = 7, .per_group = true},
+    {.tokens = 256, .groups_a_stage = 1, .stages = 4, .per_group = false},
+};
+
+struct Params {
+  const uint8_t* records;
+  const uint16_t* scales;  // of the records, fp16
+  const uint8_t* codes;
+  const float* act_scales;
+  const void* bias;
+  flexq_dtype bias_dtype;
+  void* y;
+  flexq_dtype y_dtype;
+  int64_t ldy;
+  bool vectors;  // rows of y are aligned for 16 bytes at a time
+  int64_t n;
+  int64_t m;
+  int row_blocks;
+  int groups;
+  int token_tiles;    // of 8
+  int row_tiles;      // of kRows * multicast
+  int tiles;          // times those along tokens
+  int tokens_a_turn;  // tiles along tokens that are taken before the next rows
+  int multicast;
+  int splits;
+};
+
+#if FLEXQ_SM90A
+
+template <int kConfig, bool kPerGroup>
+class Kernel {
+ public:
+  static constexpr Config kC = kConfigs[kConfig];
+  static constexpr int kSums = kC.tokens / 2;  // a thread's
+  static constexpr int kGroupsAStage = kC.groups_a_stage;
+  using Sum = std::conditional_t<kPerGroup, float, int32_t>;
+
+  __device__ Kernel(const Params& params, uint8_t* shared)
+      : p_(params), shared_(shared), base_(ptx::shared_address(shared)), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {
+    const uint32_t rank = ptx::cluster_rank();
+    peer_ = static_cast<int>(rank) % p_.multicast;
+    part_ = static_cast<int>(rank) / p_.multicast;
+    const int steps = (p_.groups + kGroupsAStage - 1) / kGroupsAStage;
+    step_begin_ = static_cast<int>(static_cast<int64_t>(steps) * part_ / p_.splits);
+    step_end_ = static_cast<int>(static_cast<int64_t>(steps) * (part_ + 1) / p_.splits);
+    first_tile_ = static_cast<int>(blockIdx.x) / (p_.multicast * p_.splits);
+    tile_stride_ = static_cast<int>(gridDim.x) / (p_.multicast * p_.splits);
+  }
+
+  __device__ void run() {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < kC.stages; ++stage) {
+        ptx::mbarrier_init(full(stage), 1);
+        ptx::mbarrier_init(empty(stage), static_cast<uint32_t>(kConsumers * p_.multicast));
+      }
+      ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_sync();
+    if (warp_ >= 4 * kConsumers) {
+      ptx::set_fewer_registers<kProducerRegisters>();
+      if (warp_ == 4 * kConsumers) produce();
+      __syncwarp();
+      if (p_.splits > 1) ptx::cluster_sync();  // add_up_parts'
+    } else {
+      ptx::set_more_registers<kConsumerRegisters>();
+      consume();
+    }
+    // Nobody leaves while a peer may still copy to it, arrive at its barriers or read its sums.
+    ptx::cluster_sync();
+  }
+
+ private:
+  struct Tile {
+    int row_block;   // first of this thread block's
+    int token_tile;  // first, of 8
+  };
+
+  __device__ Tile tile_at(int index) const {
+    // Turns of tokens_a_turn tiles along tokens, so that what is under way at once shares rows and tokens alike.
+    const int of_tokens = p_.tiles / p_.row_tiles;
+    const int a_turn = p_.tokens_a_turn * p_.row_tiles;
+    const int turn = index / a_turn;
+    const int width = min(p_.tokens_a_turn, of_tokens - turn * p_.tokens_a_turn);
+    const int within = index - turn * a_turn;
+    const int row_tile = within / width;
+    const int token = turn * p_.tokens_a_turn + within % width;
+    return {(row_tile * p_.multicast + peer_) * kRowBlocks, token * (kC.tokens / kTokenTile)};
+  }
+
+  // ---- Shared memory: stages (records, activations, their scales), staging of outputs, barriers ----
+
+  __device__ uint32_t weights(int stage) const { return base_ + stage * kC.stage_bytes(); }
+  __device__ uint32_t acts(int stage) const { return weights(stage) + kC.weight_bytes(); }
+  __device__ uint32_t act_scales(int stage) const { return acts(stage) + kC.act_bytes(); }
+  static constexpr int kStagingAt = kC.stages * kC.stage_bytes();
+  static constexpr int kBarriersAt = kStagingAt + kC.staging_bytes();
+  __device__ uint32_t full(int stage) const { return base_ + kBarriersAt + stage * 8; }
+  __device__ uint32_t empty(int stage) const { return full(stage) + kC.stages * 8; }
+
+  // A place in the ring and the parity of its barriers' current phase.
+  struct Place {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ void advance() {
+      if (++stage < kC.stages) return;
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+
+  // ---- Producer: a warp, its lanes a copy each ----
+
+  __device__ int groups_of(int step) const { return min(kGroupsAStage, p_.groups - step * kGroupsAStage); }
+
+  // Announces the bytes of a step, its peers' shares included, and copies this thread block's rows.
+  __device__ void copy_weights(const Tile& tile, int step, int stage) const {
+    const int groups = groups_of(step);
+    const int blocks = max(0, min(kRowBlocks, p_.row_blocks - tile.row_block));
+    const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
+    if (lane_ == 0) {
+      const int act = groups * act_tiles * (kTileGroupBytes + (kPerGroup ? kTokenTile * 4 : 0));
+      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(blocks * groups * kRecordBytes + act));
+    }
+    __syncwarp();
+    if (lane_ < blocks) {
+      const int64_t record = (tile.row_block + lane_) * static_cast<int64_t>(p_.groups) + step * kGroupsAStage;
+      ptx::bulk_copy(weights(stage) + lane_ * kGroupsAStage * kRecordBytes, p_.records + record * kRecordBytes,
+                     static_cast<uint32_t>(groups * kRecordBytes), full(stage));
+    }
+  }
+
+  // This thread block's share of the step's activations, to all its peers.
+  __device__ void copy_activations(const Tile& tile, int step, int stage) const {
+    const int share = kC.tokens / kTokenTile / p_.multicast;
+    const int first = peer_ * share;
+    const int tiles = min(share, p_.token_tiles - tile.token_tile - first);
+    const int g = lane_ % kGroupsAStage;
+    if (tiles <= 0 || g >= groups_of(step)) return;
+    const int64_t from = (step * kGroupsAStage + g) * static_cast<int64_t>(p_.token_tiles) + tile.token_tile + first;
+    if (lane_ < kGroupsAStage) {
+      copy_to_peers(acts(stage) + g * kC.tokens * kGroup + first * kTileGroupBytes, p_.codes + from * kTileGroupBytes,
+                    static_cast<uint32_t>(tiles * kTileGroupBytes), full(stage));
+    } else if (kPerGroup && lane_ < 2 * kGroupsAStage) {
+      copy_to_peers(act_scales(stage) + (g * kC.tokens + first * kTokenTile) * 4, p_.act_scales + from * kTokenTile,
+                    static_cast<uint32_t>(tiles * kTokenTile * 4), full(stage));
+    }
+  }
+
+  __device__ void copy_to_peers(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) const {
+    if (p_.multicast == 1) {
+      ptx::bulk_copy(to, from, bytes, barrier);
+    } else {
+      const auto peers = static_cast<uint16_t>(((1 << p_.multicast) - 1) << (part_ * p_.multicast));
+      ptx::bulk_copy_multicast(to, from, bytes, barrier, peers);
+    }
+  }
+
+  __device__ void produce() {
+    Place place{.parity = 1};  // an empty stage's wait passes at once
+    const Tile first = tile_at(first_tile_);
+    const int early = min(kC.stages, step_end_ - step_begin_);
+    for (int i = 0; i < early; ++i) copy_weights(first, step_begin_ + i, i);
+    ptx::wait_for_previous_kernel();
+    ptx::launch_dependents();
+    for (int i = 0; i < early; ++i) {
+      copy_activations(first, step_begin_ + i, i);
+      place.advance();
+    }
+    for (int index = first_tile_; index < p_.tiles; index += tile_stride_) {
+      const Tile tile = tile_at(index);
+      for (int step = step_begin_ + (index == first_tile_ ? early : 0); step < step_end_; ++step) {
+        ptx::mbarrier_wait(empty(place.stage), place.parity);
+        copy_weights(tile, step, place.stage);
+        copy_activations(tile, step, place.stage);
+        place.advance();
+      }
+    }
+  }
+
+  // ---- Consumers ----
+
+  struct Fragments {
+    uint32_t a[kGroupsAStage][4][4];
+  };
+
+  // Waits for a stage and unpacks this warp's rows of it.
+  __device__ __forceinline__ void unpack_stage(const Place& place, int step, Fragments& fragments) const {
+    ptx::mbarrier_wait(full(place.stage), place.parity);
+    const uint8_t* records = shared_ + place.stage * kC.stage_bytes() + warp_ * kGroupsAStage * kRecordBytes;
+#pragma unroll
+    for (int g = 0; g < kGroupsAStage; ++g) {
+      const auto* vectors = reinterpret_cast<const uint4*>(records + g * kRecordBytes) + lane_;
+      const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
+      const bool there = g == 0 || g < groups_of(step);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        unpack(word(v[0], s), word(v[1], s), word(v[2], s), fragments.a[g][s]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) fragments.a[g][s][i] = there ? fragments.a[g][s][i] : 0;
+      }
+    }
+  }
+
+  // wgmma's description of k step s of a stage's group: core matrices 128 bytes apart along k, 1 KB along tokens.
+  __device__ __forceinline__ uint64_t b_operand(int stage, int g, int s) const {
+    const uint32_t address = acts(stage) + g * kC.tokens * kGroup + s * 2 * kCoreMatrixBytes;
+    return static_cast<uint64_t>(address >> 4 & 0x3fff) | static_cast<uint64_t>(kCoreMatrixBytes >> 4) << 16 |
+           static_cast<uint64_t>(kTileGroupBytes >> 4) << 32;
+  }
+
+  __device__ __forceinline__ void release(int stage) const {
+    // One thread a warp group and peer.
+    const int thread = static_cast<int>(threadIdx.x) % kWarpGroup;
+    if (thread < p_.multicast) {
+      ptx::mbarrier_arrive_remote(empty(stage), static_cast<uint32_t>(part_ * p_.multicast + thread));
+    }
+  }
+
+  // The scales of this lane's two rows for the groups of a step.
+  struct RowScales {
+    uint16_t low[kGroupsAStage], high[kGroupsAStage];
+  };
+  __device__ __forceinline__ RowScales row_scales(const Tile& tile, int step) const {
+    RowScales scales{};
+    const int block = tile.row_block + warp_;
+    if (step >= step_end_ || block >= p_.row_blocks) return scales;
+#pragma unroll
+    for (int g = 0; g < kGroupsAStage; ++g) {
+      if (g >= groups_of(step)) continue;
+      const int64_t at = (block * static_cast<int64_t>(p_.groups) + step * kGroupsAStage + g) * kRecordRows + lane_ / 4;
+      scales.low[g] = __ldg(p_.scales + at);
+      scales.high[g] = __ldg(p_.scales + at + 8);
+    }
+    return scales;
+  }
+
+  // One step: starts the products of `now`, unpacks the next step's fragments beside them, and adds up.
+  __device__ __forceinline__ void advance(const Tile& tile, int step, Place& place, const Fragments& now,
+                                          Fragments& next, RowScales& scales, Sum (&sums)[kSums]) const {
+    const int stage = place.stage;
+    place.advance();
+    if constexpr (kPerGroup) {
+      int32_t dots[kGroupsAStage][kSums];
+#pragma unroll
+      for (int g = 0; g < kGroupsAStage; ++g) ptx::hold(dots[g]);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int g = 0; g < kGroupsAStage; ++g) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) ptx::wgmma_s8(dots[g], now.a[g][s], b_operand(stage, g, s), s > 0);
+      }
+      ptx::wgmma_commit();
+      const RowScales ahead = row_scales(tile, step + 1);
+      if (step + 1 < step_end_) unpack_stage(place, step + 1, next);
+      ptx::wgmma_wait<0>();
+#pragma unroll
+      for (int g = 0; g < kGroupsAStage; ++g) {
+        ptx::hold(dots[g]);
+        if (g > 0 && g >= groups_of(step)) continue;
+        constexpr float kFactor = 1.0f / kCodeFactor;
+        const float low = __half2float(__ushort_as_half(scales.low[g])) * kFactor;
+        const float high = __half2float(__ushort_as_half(scales.high[g])) * kFactor;
+        const auto* of_tokens = reinterpret_cast<const float2*>(shared_ + (act_scales(stage) - base_)) +
+                                g * (kC.tokens / 2) + lane_ % 4;
+#pragma unroll
+        for (int j = 0; j < kC.tokens / 8; ++j) {
+          const float2 act = of_tokens[4 * j];
+          sums[4 * j] += static_cast<float>(dots[g][4 * j]) * (low * act.x);
+          sums[4 * j + 1] += static_cast<float>(dots[g][4 * j + 1]) * (low * act.y);
+          sums[4 * j + 2] += static_cast<float>(dots[g][4 * j + 2]) * (high * act.x);
+          sums[4 * j + 3] += static_cast<float>(dots[g][4 * j + 3]) * (high * act.y);
+        }
+      }
+      scales = ahead;
+    } else {
+      ptx::hold(sums);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int g = 0; g < kGroupsAStage; ++g) {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) ptx::wgmma_s8(sums, now.a[g][s], b_operand(stage, g, s), 1);
+      }
+      ptx::wgmma_commit();
+      if (step + 1 < step_end_) unpack_stage(place, step + 1, next);
+      ptx::wgmma_wait<0>();
+      ptx::hold(sums);
+    }
+    // All warps of the group have read the stage's scales, and wgmma its activations.
+    if constexpr (kPerGroup) ptx::named_barrier(1 + warp_ / 4, kWarpGroup);
+    release(stage);
+  }
+
+  __device__ void consume() {
+    Place place;
+    for (int index = first_tile_; index < p_.tiles; index += tile_stride_) {
+      const Tile tile = tile_at(index);
+      Sum sums[kSums];
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] = 0;
+      Fragments even, odd;
+      RowScales scales = kPerGroup ? row_scales(tile, step_begin_) : RowScales{};
+      unpack_stage(place, step_begin_, even);
+      for (int step = step_begin_; step < step_end_; step += 2) {
+        advance(tile, step, place, even, odd, scales, sums);
+        if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, scales, sums);
+      }
+      if (p_.splits == 1) {
+        const Rows rows = rows_of(tile);
+#pragma unroll
+        for (int c = 0; c < kC.tokens / kC.chunk_tokens(); ++c) {
+          Sum chunk[kChunkSums];
+#pragma unroll
+          for (int i = 0; i < kChunkSums; ++i) chunk[i] = sums[c * kChunkSums + i];
+          store(tile, rows, c, chunk);
+        }
+      } else {
+        add_up_parts(tile, sums);
+      }
+    }
+  }
+
+  // ---- Outputs, a chunk of tokens at a time ----
+
+  static constexpr int kChunkSums = kC.chunk_tokens() / 2;
+
+  // What this lane's two rows need of their own.
+  struct Rows {
+    float scale[2], bias[2];
+  };
+  __device__ Rows rows_of(const Tile& tile) const {
+    Rows rows{};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = static_cast<int64_t>(tile.row_block + warp_) * kRecordRows + lane_ / 4 + 8 * i;
+      if (row >= p_.n) continue;
+      if (!kPerGroup) rows.scale[i] = __half2float(__ushort_as_half(p_.scales[row])) * (1.0f / kCodeFactor);
+      if (p_.bias != nullptr) rows.bias[i] = load_float(p_.bias, p_.bias_dtype, row);
+    }
+    return rows;
+  }
+
+  // The parts of K meet: each thread block of the cluster adds up and stores some of the chunks.
+  __device__ void add_up_parts(const Tile& tile, const Sum (&sums)[kSums]) const {
+    constexpr int kAll = kConsumers * kWarpGroup;
+    static_assert(kSums * kAll * 4 <= kC.stages * kC.stage_bytes(), "sums go where the ring was");
+    ptx::named_barrier(0, kAll);  // nobody here reads the ring any more, and every copy to it has arrived
+    auto* mine = reinterpret_cast<Sum*>(shared_) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) mine[i * kAll] = sums[i];
+    ptx::cluster_sync();  // the producer's too
+    const Rows rows = rows_of(tile);
+    for (int c = part_; c < kC.tokens / kC.chunk_tokens(); c += p_.splits) {
+      Sum chunk[kChunkSums] = {};
+      for (int part = 0; part < p_.splits; ++part) {
+#pragma unroll
+        for (int i = 0; i < kChunkSums; ++i) {
+          const uint32_t at = base_ + ((c * kChunkSums + i) * kAll + threadIdx.x) * 4;
+          const uint32_t bits = ptx::load_remote(at, static_cast<uint32_t>(part * p_.multicast + peer_));
+          if constexpr (kPerGroup) {
+            chunk[i] += __uint_as_float(bits);
+          } else {
+            chunk[i] += static_cast<int32_t>(bits);
+          }
+        }
+      }
+      store(tile, rows, c, chunk);
+    }
+  }
+
+  // Scales, biases, rounds, and turns a warp's 16 rows of a chunk of tokens, so that each token's are written together.
+  __device__ __forceinline__ void store(const Tile& tile, const Rows& rows, int chunk,
+                                        const Sum (&sums)[kChunkSums]) const {
+    uint8_t* staging = shared_ + kStagingAt + warp_ * kC.chunk_tokens() * kRecordRows * 4;
+    const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kC.chunk_tokens();
+    const int64_t row0 = static_cast<int64_t>(tile.row_block + warp_) * kRecordRows;
+    const bool wide = p_.y_dtype == FLEXQ_F32;
+    __syncwarp();  // the chunk before has left
+#pragma unroll
+    for (int i = 0; i < kChunkSums; ++i) {
+      const int half = i % 4 / 2;
+      const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
+      float value = static_cast<float>(sums[i]);
+      if constexpr (!kPerGroup) {
+        value *= rows.scale[half] * (token0 + token < p_.m ? __ldcg(p_.act_scales + token0 + token) : 0.0f);
+      }
+      value += rows.bias[half];
+      const int at = token * kRecordRows + lane_ / 4 + 8 * half;
+      if (wide) {
+        reinterpret_cast<float*>(staging)[at] = value;
+      } else {
+        reinterpret_cast<uint16_t*>(staging)[at] = to_16_bits(value, p_.y_dtype);
+      }
+    }
+    __syncwarp();
+    const int element = wide ? 4 : 2;
+    const int row_bytes = kRecordRows * element;
+    const int vectors = row_bytes / 16;  // a token
+    for (int i = lane_; i < kC.chunk_tokens() * vectors; i += 32) {
+      const int64_t token = token0 + i / vectors;
+      const int64_t row = row0 + i % vectors * (16 / element);
+      if (token >= p_.m || row >= p_.n) continue;
+      const uint8_t* from = staging + i * 16;
+      uint8_t* to = static_cast<uint8_t*>(p_.y) + (token * p_.ldy + row) * element;
+      if (p_.vectors && row + 16 / element <= p_.n) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      } else {
+        for (int64_t j = 0; j < min(static_cast<int64_t>(16 / element), p_.n - row); ++j) {
+          if (wide) {
+            reinterpret_cast<float*>(to)[j] = reinterpret_cast<const float*>(from)[j];
+          } else {
+            reinterpret_cast<uint16_t*>(to)[j] = reinterpret_cast<const uint16_t*>(from)[j];
+          }
+        }
+      }
+    }
+  }
+
+  const Params& p_;
+  uint8_t* shared_;
+  uint32_t base_;  // its shared address
+  int warp_, lane_;
+  int peer_;  // among those that share activations
+  int part_;  // of K
+  int step_begin_, step_end_;
+  int first_tile_, tile_stride_;
+};
+
+#endif  // FLEXQ_SM90A
+
+template <int kConfig, bool kPerGroup>
+__global__ void __launch_bounds__(kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ Params params) {
+#if FLEXQ_SM90A
+  extern __shared__ __align__(128) uint8_t shared[];
+  Kernel<kConfig, kPerGroup>(params, shared).run();
+#endif
+}
+
+using KernelFunction = void (*)(Params);
+
+template <bool kPerGroup, size_t... kConfig>
+std::array<KernelFunction, sizeof...(kConfig)> kernels_of(std::index_sequence<kConfig...>) {
+  return {gemm_wgmma_kernel<static_cast<int>(kConfig), kPerGroup && kConfigs[kConfig].per_group>...};
+}
+
+template <bool kPerGroup>
+KernelFunction kernel_of(int config) {
+  return kernels_of<kPerGroup>(std::make_index_sequence<std::size(kConfigs)>{})[static_cast<size_t>(config)];
+}
+
+constexpr bool all_fit() {
+  for (const Config& c : kConfigs) {
+    if (c.shared_bytes() > kSharedLimit) return false;
+  }
+  return true;
+}
+static_assert(all_fit(), "a thread block has 227 KB of shared memory");
+
+}  // namespace
+
+int num_wgmma_configs() { return static_cast<int>(std::size(kConfigs)); }
+
+WgmmaShape wgmma_shape(int config) {
+  const Config& c = kConfigs[config];
+  return {kRows, c.tokens, c.groups_a_stage, c.per_group};
+}
+
+void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan,
+                bool overlapped) {
+  const Config& c = kConfigs[plan.config];
+  const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
+  const ActivationLayout act(args.act);
+  const auto* records = static_cast<const uint8_t*>(args.prepacked);
+  const auto* codes = static_cast<const uint8_t*>(args.quantized);
+  const int64_t row_tiles = ceil_div(num_row_blocks(args.desc), kRowBlocks * plan.multicast);
+  const int64_t tiles = row_tiles * ceil_div(args.act.m, c.tokens);
+  constexpr int64_t kMaxTiles = int64_t{1} << 27;  // times a cluster's size, in 32 bits
+  if (tiles > kMaxTiles) {
+    fail(FLEXQ_UNSUPPORTED, "m * n is too large for one call on this GPU: ", args.act.m, " * ", args.desc.n);
+  }
+  // About as many bytes of weights as of activations are shared by what is under way at once.
+  constexpr int kTokensATurn = 4096;
+  const int element = args.y_dtype == FLEXQ_F32 ? 4 : 2;
+  const Params params{
+      .records = records,
+      .scales = reinterpret_cast<const uint16_t*>(records + WeightLayout(args.desc).scales),
+      .codes = codes,
+      .act_scales = reinterpret_cast<const float*>(codes + act.scales),
+      .bias = args.bias,
+      .bias_dtype = args.bias_dtype,
+      .y = args.y,
+      .y_dtype = args.y_dtype,
+      .ldy = args.ldy,
+      .vectors = reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.ldy * element % 16 == 0,
+      .n = args.desc.n,
+      .m = args.act.m,
+      .row_blocks = static_cast<int>(num_row_blocks(args.desc)),
+      .groups = static_cast<int>(num_groups(args.desc.k)),
+      .token_tiles = static_cast<int>(act.tiles),
+      .row_tiles = static_cast<int>(row_tiles),
+      .tiles = static_cast<int>(tiles),
+      .tokens_a_turn = kTokensATurn / c.tokens,
+      .multicast = plan.multicast,
+      .splits = plan.splits,
+  };
+  const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
+  const int shared = c.shared_bytes();
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "gemm_wgmma shared memory");
+  const int cluster = plan.multicast * plan.splits;
+  const int64_t clusters = plan.splits > 1 ? tiles : std::min<int64_t>(tiles, std::max(device.num_sms / cluster, 1));
+  launch(stream, "gemm_wgmma", kernel,
+         {.grid = dim3(static_cast<unsigned>(clusters * cluster)),
+          .block = dim3(kThreads),
+          .shared_bytes = static_cast<size_t>(shared),
+          .overlapped = overlapped,
+          .cluster = static_cast<unsigned>(cluster)},
+         params);
+}
+
+}  // namespace flexq::cuda
