@@ -3,7 +3,7 @@
 // weight that L2 cannot hold; medians.
 //
 //   cmake --preset cuda -DFLEXQ_BUILD_BENCHMARKS=ON && cmake --build --preset cuda
-//   build/cuda/benchmarks/cuda_linear [--kernels] [M ...]
+//   build/cuda/benchmarks/cuda_linear [--kernels] [NxK ...] [M ...]
 //
 // --kernels: instead, each kernel that could run the GEMM, its time and the model's, as rows of CSV.
 #include <cuda_runtime.h>
@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "flexq/flexq.hpp"
@@ -59,7 +60,7 @@ __global__ void read(const uint4* p, size_t count, uint32_t* out) {
 
 // Median microseconds of run(i) for i = 0 ... count - 1.
 template <typename Run>
-double microseconds(cudaStream_t stream, int count, const Run& run) {
+double microseconds(cudaStream_t stream, int count, const Run& run, int rounds = 11) {
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -70,7 +71,7 @@ double microseconds(cudaStream_t stream, int count, const Run& run) {
   check(cudaEventCreate(&begin));
   check(cudaEventCreate(&end));
   std::vector<float> times;
-  for (int round = 0; round < 14; ++round) {
+  for (int round = 0; round < rounds + 3; ++round) {
     check(cudaEventRecord(begin, stream));
     check(cudaGraphLaunch(executable, stream));
     check(cudaEventRecord(end, stream));
@@ -101,7 +102,7 @@ void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, i
   int32_t count = 0;
   flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, infos, 128, &count));
   for (int32_t i = 0; i < std::min(count, 128); ++i) {
-    if (infos[i].estimated_microseconds > 2.5 * infos[0].estimated_microseconds) break;
+    if (infos[i].estimated_microseconds > 2 * infos[0].estimated_microseconds) break;
     flexq_stream with = stream;
     with.kernel = infos[i].name;
     size_t workspace_bytes = 0;
@@ -110,7 +111,7 @@ void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, i
     const double gemm = microseconds(handle, rounds, [&](int j) {
       flexq::check(flexq_gemm(&with, &desc, weights[static_cast<size_t>(j) % weights.size()], bytes, &act, quantized,
                               act_bytes, nullptr, FLEXQ_F32, y, FLEXQ_BF16, desc.n, workspace, workspace_bytes));
-    });
+    }, 3);
     std::printf("%lld,%lld,%s,%lld,%d,%s,%.2f,%.2f\n", static_cast<long long>(desc.n), static_cast<long long>(desc.k),
                 desc.scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel", static_cast<long long>(m), i, infos[i].name,
                 infos[i].estimated_microseconds, gemm);
@@ -202,9 +203,12 @@ int main(int argc, char** argv) {
   flexq::check(flexq_device_available(FLEXQ_CUDA, 0));
   bool kernels = false;
   std::vector<int64_t> tokens;
+  std::vector<std::pair<int64_t, int64_t>> shapes;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--kernels") == 0) {
       kernels = true;
+    } else if (const char* x = std::strchr(argv[i], 'x')) {
+      shapes.emplace_back(std::atoll(argv[i]), std::atoll(x + 1));
     } else {
       tokens.push_back(std::atoll(argv[i]));
     }
@@ -216,8 +220,9 @@ int main(int argc, char** argv) {
   cudaStream_t handle;
   check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking));
   const flexq::Stream stream = flexq::Stream::cuda(0, handle);
-  const int64_t shapes[][2] = {{8192, 28672}, {57344, 8192}, {8192, 8192}, {28672, 4096},
-                               {10240, 8192}, {4096, 4096},  {6144, 4096}};
+  if (shapes.empty()) {
+    shapes = {{8192, 28672}, {57344, 8192}, {8192, 8192}, {28672, 4096}, {10240, 8192}, {4096, 4096}, {6144, 4096}};
+  }
   for (const auto& [n, k] : shapes) {
     for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
       bench(stream, n, k, scheme, tokens, kernels);

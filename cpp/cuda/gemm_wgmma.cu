@@ -117,7 +117,8 @@ class Kernel {
       }
       ptx::fence_mbarrier_init();
     }
-    ptx::cluster_sync();
+    __syncthreads();
+    ptx::cluster_meet();
     if (warp_ >= 4 * kConsumers) {
       ptx::set_fewer_registers<kProducerRegisters>();
       if (warp_ == 4 * kConsumers) produce();
@@ -128,7 +129,7 @@ class Kernel {
       consume();
     }
     // Nobody leaves while a peer may still copy to it, arrive at its barriers or read its sums.
-    ptx::cluster_sync();
+    ptx::cluster_meet();
   }
 
  private:
@@ -405,7 +406,7 @@ class Kernel {
   __device__ void add_up_parts(const Tile& tile, const Sum (&sums)[kSums]) const {
     constexpr int kAll = kConsumers * kWarpGroup;
     static_assert(kSums * kAll * 4 <= kC.stages * kC.stage_bytes(), "sums go where the ring was");
-    ptx::named_barrier(0, kAll);  // nobody here reads the ring any more, and every copy to it has arrived
+    ptx::named_barrier(1 + kConsumers, kAll);  // nobody here reads the ring any more, and every copy to it has arrived
     auto* mine = reinterpret_cast<Sum*>(shared_) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) mine[i * kAll] = sums[i];
@@ -466,6 +467,7 @@ class Kernel {
       if (p_.vectors && row + 16 / element <= p_.n) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
       } else {
+#pragma unroll 1
         for (int64_t j = 0; j < min(static_cast<int64_t>(16 / element), p_.n - row); ++j) {
           if (wide) {
             reinterpret_cast<float*>(to)[j] = reinterpret_cast<const float*>(from)[j];

@@ -1,7 +1,8 @@
 // Activations -> int8 codes in tiles (layout.h) and fp32 scales, rotated if the weight is (docs/numerics.md), alone or
-// fused with the RMS norm or the SiLU product before it. A warp holds a group of 128 in registers, four neighbours a
-// lane.
-#include <cooperative_groups.h>
+// fused with the RMS norm or the SiLU product before it.
+//
+// Four lanes hold a group of 128, 32 values each, so that five of the rotation's seven stages stay in registers; where
+// tokens are so few that latency counts more than instructions, a whole warp holds it, four values a lane.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,9 +19,7 @@ namespace flexq::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kMaxCluster = 8;
-// Groups that a warp keeps in registers while a statistic over the whole token is found.
-constexpr int kKept = 8;
+constexpr int kMaxTokenThreads = 512;
 
 struct Args {
   ActivationSource source;
@@ -31,8 +30,7 @@ struct Args {
   int qmax;
   bool rotate;
   bool per_group;
-  bool vectors;  // all rows are aligned for four elements at a time
-  int token_lanes;  // of a thread block's warps in quantize_groups, how many are side by side along tokens
+  bool vectors;  // all rows are aligned for 16 bytes at a time
   uint8_t* codes;
   float* scales;
 };
@@ -58,91 +56,149 @@ __device__ float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T value[4];
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
+  T value[kCount];
 };
 
-// This lane's four values of a group, zero past the end of the row.
-template <typename T>
-__device__ void load(const Args& a, const void* rows, int64_t ld, int64_t token, int64_t group, int lane,
-                     float (&v)[4]) {
-  const int64_t k = group * kGroup + 4 * lane;
-  const T* x = static_cast<const T*>(rows) + token * ld + k;
-  if (a.vectors && k + 4 <= a.k) {
-    const auto four = *reinterpret_cast<const Four<T>*>(x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = to_float(four.value[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = k + i < a.k ? to_float(x[i]) : 0.0f;
-  }
-}
+// A lane's part of a group: kVectors times kCount neighbours. A warp's lane has four neighbours; of four lanes, each
+// has every fourth eight.
+template <int kLanes>
+struct Part {
+  static constexpr int kCount = kLanes == 32 ? 4 : 8;
+  static constexpr int kVectors = kGroup / kLanes / kCount;
+  static constexpr int kValues = kCount * kVectors;
 
-template <typename T>
-__device__ void save(const Args& a, void* rows, int64_t ld, int64_t token, int64_t group, int lane,
-                     const float (&v)[4]) {
-  const int64_t k = group * kGroup + 4 * lane;
-  T* x = static_cast<T*>(rows) + token * ld + k;
-  if (a.vectors && k + 4 <= a.k) {
-    Four<T> four;
+  int lane;  // among those of the group
+
+  __device__ explicit Part(int of_warp) : lane(of_warp % kLanes) {}
+  __device__ int k(int vector) const { return kCount * (vector * kLanes + lane); }
+
+  // Zero past the end of the row.
+  template <typename T>
+  __device__ void load(const Args& a, const void* rows, int64_t ld, int64_t token, int64_t group,
+                       float (&v)[kValues]) const {
+    const T* row = static_cast<const T*>(rows) + token * ld;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) four.value[i] = from_float<T>(v[i]);
-    *reinterpret_cast<Four<T>*>(x) = four;
-  } else {
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = group * kGroup + k(i);
+      if (a.vectors && at + kCount <= a.k) {
+        const auto vector = *reinterpret_cast<const Vector<T, kCount>*>(row + at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (k + i < a.k) x[i] = from_float<T>(v[i]);
+        for (int j = 0; j < kCount; ++j) v[i * kCount + j] = to_float(vector.value[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) v[i * kCount + j] = at + j < a.k ? to_float(row[at + j]) : 0.0f;
+      }
     }
   }
-}
 
-// Strides 64 to 4 between lanes, 2 and 1 within one: the CPU's order, so the same bits.
-__device__ void hadamard(float (&v)[4], int lane) {
+  template <typename T>
+  __device__ void save(const Args& a, void* rows, int64_t ld, int64_t token, int64_t group,
+                       const float (&v)[kValues]) const {
+    T* row = static_cast<T*>(rows) + token * ld;
 #pragma unroll
-  for (int stride = 16; stride > 0; stride /= 2) {
-    const bool upper = lane & stride;
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t at = group * kGroup + k(i);
+      if (a.vectors && at + kCount <= a.k) {
+        Vector<T, kCount> vector;
 #pragma unroll
-    for (float& value : v) {
-      const float other = __shfl_xor_sync(~0u, value, stride);
-      value = upper ? other - value : value + other;
+        for (int j = 0; j < kCount; ++j) vector.value[j] = from_float<T>(v[i * kCount + j]);
+        *reinterpret_cast<Vector<T, kCount>*>(row + at) = vector;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          if (at + j < a.k) row[at + j] = from_float<T>(v[i * kCount + j]);
+        }
+      }
     }
   }
-  const float a = v[0] + v[2], b = v[1] + v[3], c = v[0] - v[2], d = v[1] - v[3];
-  v[0] = a + b;
-  v[1] = a - b;
-  v[2] = c + d;
-  v[3] = c - d;
-}
 
-// The values to quantize, before the rotation; those of a norm still without it.
-template <typename T, ActivationSource::Kind kKind>
-__device__ void load_source(const Args& a, int64_t token, int64_t group, int lane, float (&v)[4]) {
-  const ActivationSource& s = a.source;
-  load<T>(a, s.x, s.ldx, token, group, lane, v);
-  if constexpr (kKind == ActivationSource::kSiluMul) {
-    float up[4];
-    load<T>(a, s.other, s.ld_other, token, group, lane, up);
+  // The values to quantize, before the rotation; those of a norm still without it.
+  template <typename T, ActivationSource::Kind kKind>
+  __device__ void load_source(const Args& a, int64_t token, int64_t group, float (&v)[kValues]) const {
+    const ActivationSource& s = a.source;
+    load<T>(a, s.x, s.ldx, token, group, v);
+    if (kKind == ActivationSource::kPlain || s.other == nullptr) return;
+    float other[kValues];
+    load<T>(a, s.other, s.ld_other, token, group, other);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = rounded<T>(rounded<T>(__fdiv_rn(v[i], 1.0f + expf(-v[i]))) * up[i]);
+    for (int i = 0; i < kValues; ++i) {
+      if constexpr (kKind == ActivationSource::kSiluMul) {
+        v[i] = rounded<T>(rounded<T>(__fdiv_rn(v[i], 1.0f + expf(-v[i]))) * other[i]);
+      } else {
+        v[i] = rounded<T>(v[i] + other[i]);
+      }
+    }
   }
-  if constexpr (kKind == ActivationSource::kRmsNorm) {
-    if (s.other == nullptr) return;
-    float residual[4];
-    load<T>(a, s.other, s.ld_other, token, group, lane, residual);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = rounded<T>(v[i] + residual[i]);
-  }
-}
 
-// Rotates if asked. The largest magnitude: floats without their sign order like integers, NaN above all.
-__device__ int rotate_and_max(const Args& a, int lane, float (&v)[4]) {
-  if (a.rotate) hadamard(v, lane);
-  int largest = 0;
+  template <int kStride>
+  static __device__ void butterflies(float (&v)[kValues]) {
 #pragma unroll
-  for (const float value : v) largest = max(largest, __float_as_int(value) & 0x7fffffff);
-  return largest;
-}
+    for (int i = 0; i < kValues; ++i) {
+      if (i & kStride) continue;
+      const float x = v[i], y = v[i + kStride];
+      v[i] = x + y;
+      v[i + kStride] = x - y;
+    }
+  }
+
+  // Strides 64 down to 1: the CPU's order, so the same bits.
+  __device__ void hadamard(float (&v)[kValues]) const {
+    if constexpr (kLanes == 4) {
+      butterflies<16>(v);
+      butterflies<8>(v);
+    }
+#pragma unroll
+    for (int stride = kLanes / 2; stride > 0; stride /= 2) {
+      const float sign = lane & stride ? -1.0f : 1.0f;
+#pragma unroll
+      for (float& value : v) value = __fmaf_rn(value, sign, __shfl_xor_sync(~0u, value, stride));
+    }
+    if constexpr (kLanes == 4) butterflies<4>(v);
+    butterflies<2>(v);
+    butterflies<1>(v);
+  }
+
+  // Rotates if asked. The largest magnitude in the group: floats without their sign order like integers, NaN above all.
+  __device__ int rotate_and_max(const Args& a, float (&v)[kValues]) const {
+    if (a.rotate) hadamard(v);
+    int largest = 0;
+#pragma unroll
+    for (const float value : v) largest = max(largest, __float_as_int(value) & 0x7fffffff);
+#pragma unroll
+    for (int stride = kLanes / 2; stride > 0; stride /= 2) {
+      largest = max(largest, __shfl_xor_sync(~0u, largest, stride));
+    }
+    return largest;
+  }
+
+  // rint(v * inverse), which no rounding takes past the largest code.
+  __device__ void store_codes(const Args& a, int64_t token, int64_t group, const float (&v)[kValues],
+                              float inverse) const {
+    // 1.5 * 2^23: adding it leaves the nearest integer, two's complement, in the low bits.
+    constexpr float kMagic = 12582912.0f;
+    const uint32_t any = inverse == 0.0f ? 0u : ~0u;
+    uint8_t* tile = a.codes + (group * a.tiles + token / kTokenTile) * kTileGroupBytes;
+    uint8_t* row = tile + token % kTokenTile * kChunkBytes;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      Vector<uint32_t, kCount / 4> words;
+#pragma unroll
+      for (int w = 0; w < kCount / 4; ++w) {
+        uint32_t bits[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          bits[j] = __float_as_uint(__fadd_rn(__fmul_rn(v[i * kCount + w * 4 + j], inverse), kMagic));
+        }
+        words.value[w] =
+            any & __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+      }
+      uint8_t* to = row + k(i) / kChunkBytes * kCoreMatrixBytes + k(i) % kChunkBytes;
+      *reinterpret_cast<Vector<uint32_t, kCount / 4>*>(to) = words;
+    }
+  }
+};
 
 struct Scale {
   float scale;
@@ -158,174 +214,154 @@ __device__ Scale scale_of(int largest_bits, bool rotate, int qmax) {
   return {scale, __fdiv_rn(static_cast<float>(qmax), largest)};
 }
 
-__device__ void store_codes(const Args& a, int64_t token, int64_t group, int lane, const float (&v)[4],
-                            float inverse) {
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int code = inverse == 0.0f ? 0 : __float2int_rn(__fmul_rn(v[i], inverse));
-    word |= (static_cast<uint32_t>(max(-a.qmax, min(a.qmax, code))) & 0xffu) << (8 * i);
-  }
-  uint8_t* tile = a.codes + (group * a.tiles + token / kTokenTile) * kTileGroupBytes;
-  uint8_t* row = tile + lane / 4 * kCoreMatrixBytes + token % kTokenTile * kChunkBytes;
-  reinterpret_cast<uint32_t*>(row)[lane % 4] = word;
+// Codes of a group with a scale of its own.
+template <int kLanes>
+__device__ void store_group(const Args& a, const Part<kLanes>& part, int64_t token, int64_t group,
+                            const float (&v)[Part<kLanes>::kValues], int largest) {
+  const Scale scale = scale_of(largest, a.rotate, a.qmax);
+  part.store_codes(a, token, group, v, scale.inverse);
+  if (part.lane == 0) a.scales[group * a.tiles * kTokenTile + token] = scale.scale;
 }
 
-// A scale of its own for a group that a warp holds.
-__device__ void store_group(const Args& a, int64_t token, int64_t group, int lane, const float (&v)[4], int largest) {
-  const Scale scale = scale_of(__reduce_max_sync(~0u, largest), a.rotate, a.qmax);
-  store_codes(a, token, group, lane, v, scale.inverse);
-  if (lane == 0) a.scales[group * a.tiles * kTokenTile + token] = scale.scale;
-}
-
-// Scheme group, where nothing of the whole token is needed: kUnroll groups a warp.
-template <typename T, ActivationSource::Kind kKind, int kUnroll>
+// Scheme group, where nothing of the whole token is needed. 32 lanes a group: a warp for each of a token's groups.
+// 4 lanes: a warp for a tile of 8 tokens, which it writes whole.
+template <typename T, ActivationSource::Kind kKind, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32) quantize_groups(const __grid_constant__ Args a) {
   ptx::wait_for_previous_kernel();
   // Only now: the GEMM reads weights before it waits for this kernel, and whoever wrote them has finished.
   ptx::launch_dependents();
+  constexpr int kTokens = 32 / kLanes;
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int group_lanes = kWarps / a.token_lanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * group_lanes * kUnroll + warp / a.token_lanes;
-  for (int64_t token = static_cast<int64_t>(blockIdx.y) * a.token_lanes + warp % a.token_lanes; token < a.m;
-       token += static_cast<int64_t>(gridDim.y) * a.token_lanes) {
-    float v[kUnroll][4];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t group = first + u * group_lanes;
-      if (group < a.groups) load_source<T, kKind>(a, token, group, lane, v[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t group = first + u * group_lanes;
-      if (group < a.groups) store_group(a, token, group, lane, v[u], rotate_and_max(a, lane, v[u]));
-    }
+  const Part<kLanes> part(lane);
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (group >= a.groups) return;
+  for (int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens; first < a.m;
+       first += static_cast<int64_t>(gridDim.y) * kTokens) {
+    const int64_t token = first + lane / kLanes;
+    float v[Part<kLanes>::kValues] = {};
+    if (token < a.m) part.template load_source<T, kKind>(a, token, group, v);
+    const int largest = part.rotate_and_max(a, v);
+    if (token < a.m) store_group(a, part, token, group, v, largest);
   }
 }
 
-// `value` of a lane combined over a warp; `combine` is a sum or a maximum of values that are 0 or more.
+// `value` of all threads of a block combined, in a fixed order; `combine` is a sum or maximum of what is 0 or more.
 template <typename V, typename Combine>
-__device__ V over_warp(V value, const Combine& combine) {
+__device__ V over_block(V value, const Combine& combine) {
+  __shared__ V of_warp[kMaxTokenThreads / 32];
+  const int lane = threadIdx.x % 32;
+  const auto over_warp = [&](V x) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(~0u, value, offset));
+    for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(~0u, x, offset));
+    return x;
+  };
+  value = over_warp(value);
+  if (lane == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = over_warp(lane < static_cast<int>(blockDim.x / 32) ? of_warp[lane] : V{0});
+  __syncthreads();  // nobody writes for the next use while others read
   return value;
 }
 
-// The same over all threads of a cluster (before sm_90: of the thread block), in a fixed order.
-template <typename V, typename Combine>
-__device__ V over_cluster(V value, const Combine& combine) {
-  __shared__ V of_warp[kWarps];
-  const int lane = threadIdx.x % 32;
-#if __CUDA_ARCH__ >= 900
-  const auto cluster = cooperative_groups::this_cluster();
-  const auto synchronize = [&] { cluster.sync(); };
-  const auto warps_of = [&](int block) { return cluster.map_shared_rank(of_warp, block); };
-  const int blocks = static_cast<int>(cluster.num_blocks());
-#else
-  const auto synchronize = [] { __syncthreads(); };
-  const auto warps_of = [](int) { return of_warp; };
-  constexpr int blocks = 1;
-#endif
-  value = over_warp(value, combine);
-  if (lane == 0) of_warp[threadIdx.x / 32] = value;
-  synchronize();
-  value = V{0};
-  for (int i = lane; i < blocks * kWarps; i += 32) value = combine(value, warps_of(i / kWarps)[i % kWarps]);
-  synchronize();  // nobody leaves, or writes for the next use, while others read
-  return over_warp(value, combine);
-}
-
-// Where the whole token decides (scheme channel, a norm): a cluster of gridDim.x thread blocks a token. Groups beyond
-// those kept in registers are read again.
+// Where the whole token decides (scheme channel, a norm): a thread block a token, 8 groups a warp. The first of them
+// stay in registers; groups beyond, where K is more than the block holds, are read again.
 template <typename T, ActivationSource::Kind kKind>
-__global__ void __launch_bounds__(kWarps * 32) quantize_tokens(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid_constant__ Args a) {
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
-  const ActivationSource& s = a.source;
+  constexpr int kLanes = 4;
+  using Values = float[Part<kLanes>::kValues];
   constexpr bool kNorm = kKind == ActivationSource::kRmsNorm;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-  const int64_t beyond = first + kKept * stride;
-  for (int64_t token = blockIdx.y; token < a.m; token += gridDim.y) {
-    float kept[kKept][4];
+  // Groups that four lanes keep in registers while the statistic is found; fusing needs registers of its own.
+  constexpr int kKept = kKind == ActivationSource::kPlain ? 2 : 1;
+  const ActivationSource& s = a.source;
+  const Part<kLanes> part(static_cast<int>(threadIdx.x));
+  const int64_t own = threadIdx.x / kLanes;
+  const int64_t stride = blockDim.x / kLanes;
+  // Whole warps go round, so that shuffles find all their lanes.
+  const int64_t rounds = (a.groups + stride - 1) / stride;
+  for (int64_t token = blockIdx.x; token < a.m; token += gridDim.x) {
     float squares = 0.0f;
-    const auto read = [&](int64_t group, float(&v)[4]) {
-      load_source<T, kKind>(a, token, group, lane, v);
+    const auto read = [&](int64_t group, Values& v) {
+#pragma unroll
+      for (float& value : v) value = 0.0f;
+      if (group >= a.groups) return;
+      part.template load_source<T, kKind>(a, token, group, v);
       if constexpr (kNorm) {
 #pragma unroll
         for (const float value : v) squares += value * value;
-        if (s.sum != nullptr) save<T>(a, s.sum, s.ld_sum, token, group, lane, v);
+        if (s.sum != nullptr) part.template save<T>(a, s.sum, s.ld_sum, token, group, v);
       }
     };
-    // What was read, and stored in place perhaps, again.
-    const auto read_again = [&](int64_t group, float(&v)[4]) {
-      if (kNorm && s.sum != nullptr) {
-        load<T>(a, s.sum, s.ld_sum, token, group, lane, v);
+    float norm = 1.0f;
+    // From what was read, and perhaps stored in place, to what is quantized; the largest of the group.
+    const auto finish = [&](int64_t group, Values& v) {
+      if (kNorm && group < a.groups) {
+        Values weight;
+        part.template load<T>(a, s.weight, 0, 0, group, weight);
+#pragma unroll
+        for (int i = 0; i < Part<kLanes>::kValues; ++i) v[i] = rounded<T>(rounded<T>(v[i] * norm) * weight[i]);
+      }
+      return part.rotate_and_max(a, v);
+    };
+    const auto read_again = [&](int64_t group, Values& v) {
+      if (kNorm && s.sum != nullptr && group < a.groups) {
+        part.template load<T>(a, s.sum, s.ld_sum, token, group, v);
       } else {
-        load_source<T, kKind>(a, token, group, lane, v);
+        const float before = squares;
+        read(group, v);
+        squares = before;
       }
     };
+
+    Values kept[kKept];
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (first + i * stride < a.groups) read(first + i * stride, kept[i]);
+      if (i < rounds) read(own + i * stride, kept[i]);
     }
-    float norm = 1.0f;
     if constexpr (kNorm) {
-      for (int64_t group = beyond; group < a.groups; group += stride) {
-        float v[4];
-        read(group, v);
+      for (int64_t round = kKept; round < rounds; ++round) {
+        Values v;
+        read(own + round * stride, v);
       }
-      squares = over_cluster(squares, [](float x, float y) { return x + y; });
+      squares = over_block(squares, [](float x, float y) { return x + y; });
       norm = rsqrtf(squares / static_cast<float>(a.k) + s.eps);
     }
-    const auto finish = [&](int64_t group, float(&v)[4]) {
-      if constexpr (kNorm) {
-        float weight[4];
-        load<T>(a, s.weight, 0, 0, group, lane, weight);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = rounded<T>(rounded<T>(v[i] * norm) * weight[i]);
-      }
-      return rotate_and_max(a, lane, v);
-    };
+    // Each group's values, ready to be quantized, and its largest.
     int largest = 0;
+    const auto each = [&](const auto& use) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      const int64_t group = first + i * stride;
-      if (group >= a.groups) continue;
-      const int of_group = finish(group, kept[i]);
-      if (a.per_group) {
-        store_group(a, token, group, lane, kept[i], of_group);
-      } else {
-        largest = max(largest, of_group);
+      for (int i = 0; i < kKept; ++i) {
+        if (i < rounds) use(own + i * stride, kept[i], finish(own + i * stride, kept[i]));
       }
-    }
-    for (int64_t group = beyond; group < a.groups; group += stride) {
-      float v[4];
-      read_again(group, v);
-      const int of_group = finish(group, v);
-      if (a.per_group) {
-        store_group(a, token, group, lane, v, of_group);
-      } else {
-        largest = max(largest, of_group);
+      for (int64_t round = kKept; round < rounds; ++round) {
+        const int64_t group = own + round * stride;
+        Values v = {};
+        read_again(group, v);
+        use(group, v, finish(group, v));
       }
+    };
+    if (a.per_group) {
+      each([&](int64_t group, const Values& v, int of_group) {
+        if (group < a.groups) store_group(a, part, token, group, v, of_group);
+      });
+      continue;
     }
-    if (a.per_group) continue;
-    largest = over_cluster(largest, [](int x, int y) { return max(x, y); });
+    each([&](int64_t, const Values&, int of_group) { largest = max(largest, of_group); });
+    largest = over_block(largest, [](int x, int y) { return max(x, y); });
     const Scale scale = scale_of(largest, a.rotate, a.qmax);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (first + i * stride < a.groups) store_codes(a, token, first + i * stride, lane, kept[i], scale.inverse);
+      if (i < rounds && own + i * stride < a.groups) part.store_codes(a, token, own + i * stride, kept[i], scale.inverse);
     }
-    for (int64_t group = beyond; group < a.groups; group += stride) {
-      float v[4];
+    for (int64_t round = kKept; round < rounds; ++round) {
+      const int64_t group = own + round * stride;
+      Values v = {};
       read_again(group, v);
       finish(group, v);
-      store_codes(a, token, group, lane, v, scale.inverse);
+      if (group < a.groups) part.store_codes(a, token, group, v, scale.inverse);
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.scales[token] = scale.scale;
+    if (threadIdx.x == 0) a.scales[token] = scale.scale;
   }
 }
 
@@ -347,30 +383,26 @@ __global__ void export_kernel(int64_t m, int64_t groups, int64_t tiles, bool per
   }
 }
 
-constexpr int64_t kMaxGridY = 65535;
-
 template <typename T, ActivationSource::Kind kKind>
-void launch_for(cudaStream_t stream, const Device& device, Args args) {
-  Launch how{.block = dim3(kWarps * 32), .overlapped = device.has_sm90};
-  if (args.per_group && kKind != ActivationSource::kRmsNorm) {
-    while (args.token_lanes < kWarps && args.token_lanes < args.m) args.token_lanes *= 2;
-    constexpr int kUnroll = 4;
-    const bool many = args.m >= 64;
-    const int64_t groups_a_block = kWarps / args.token_lanes * (many ? kUnroll : 1);
-    how.grid = dim3(static_cast<unsigned>(ceil_div(args.groups, groups_a_block)),
-                    static_cast<unsigned>(std::min(ceil_div(args.m, args.token_lanes), kMaxGridY)));
-    launch(stream, "quantize_activation", many ? quantize_groups<T, kKind, kUnroll> : quantize_groups<T, kKind, 1>, how,
-           args);
+void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
+  constexpr int64_t kMaxGridY = 65535, kMaxGridX = 0x7fffffff;
+  Launch how{.overlapped = device.has_sm90};
+  if (!args.per_group || kKind == ActivationSource::kRmsNorm) {
+    constexpr int64_t kGroupsAWarp = 8;
+    const int64_t threads = std::min<int64_t>(ceil_div(args.groups, kGroupsAWarp) * 32, kMaxTokenThreads);
+    how.block = dim3(static_cast<unsigned>(threads));
+    how.grid = dim3(static_cast<unsigned>(std::min(args.m, kMaxGridX)));
+    launch(stream, "quantize_activation", quantize_tokens<T, kKind>, how, args);
     return;
   }
-  if (device.has_sm90) {
-    // One group a warp where tokens are few, so that latency counts; else as few thread blocks as registers allow.
-    const int64_t widest = std::min<int64_t>(ceil_div(args.groups, kWarps), kMaxCluster);
-    const int64_t narrowest = std::min<int64_t>(ceil_div(args.groups, kWarps * kKept), kMaxCluster);
-    how.cluster = static_cast<unsigned>(args.m * widest <= 4 * device.num_sms ? widest : narrowest);
-  }
-  how.grid = dim3(how.cluster, static_cast<unsigned>(std::min(args.m, kMaxGridY)));
-  launch(stream, "quantize_activation", quantize_tokens<T, kKind>, how, args);
+  const bool tiles = args.m >= kTokenTile;
+  // While tiles are few, small thread blocks reach more multiprocessors.
+  const int warps = tiles && args.tiles * args.groups < 8 * device.num_sms ? 2 : kWarps;
+  how.block = dim3(static_cast<unsigned>(32 * warps));
+  how.grid = dim3(static_cast<unsigned>(ceil_div(args.groups, warps)),
+                  static_cast<unsigned>(std::min(tiles ? args.tiles : args.m, kMaxGridY)));
+  launch(stream, "quantize_activation", tiles ? quantize_groups<T, kKind, 4> : quantize_groups<T, kKind, 32>, how,
+         args);
 }
 
 template <typename T>
@@ -391,12 +423,12 @@ void quantize_activation(cudaStream_t stream, const Device& device, const flexq_
                          const ActivationSource& source, void* quantized) {
   const ActivationLayout layout(desc);
   auto* bytes = static_cast<uint8_t*>(quantized);
-  const size_t four = 4 * (source.dtype == FLEXQ_F32 ? 4 : 2);
+  const int64_t element = source.dtype == FLEXQ_F32 ? 4 : 2;
   bool vectors = true;
   for (const void* p : {source.x, source.other, source.weight, static_cast<const void*>(source.sum)}) {
-    vectors = vectors && reinterpret_cast<uintptr_t>(p) % four == 0;
+    vectors = vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   }
-  for (const int64_t ld : {source.ldx, source.ld_other, source.ld_sum}) vectors = vectors && ld % 4 == 0;
+  for (const int64_t ld : {source.ldx, source.ld_other, source.ld_sum}) vectors = vectors && ld * element % 16 == 0;
   const Args args{
       .source = source,
       .m = desc.m,
@@ -407,7 +439,6 @@ void quantize_activation(cudaStream_t stream, const Device& device, const flexq_
       .rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128,
       .per_group = desc.scheme == FLEXQ_SCHEME_GROUP,
       .vectors = vectors,
-      .token_lanes = 1,
       .codes = bytes,
       .scales = reinterpret_cast<float*>(bytes + layout.scales),
   };
