@@ -106,10 +106,10 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     // Nobody wants more columns than there are tokens, nor the narrowest for many.
     if (c.tokens >= 2 * m && c.tokens > 8) continue;
     if (m >= 256 && c.tokens < 64) continue;
-    for (const int multicast : {1, 2, 4}) {
+    for (const int multicast : {1, 2}) {
       if (c.tokens / kTokenTile % multicast != 0 || (multicast > 1 && desc.n <= c.rows)) continue;
-      for (const int splits : {1, 2, 3, 4, 6, 8}) {
-        if (multicast * splits > 8 || splits * c.groups_a_stage > groups) continue;
+      for (const int splits : {1, 2, 3, 4}) {
+        if (multicast * splits > 4 || splits * c.groups_a_stage > groups) continue;
         const GemmPlan plan{GemmPlan::kWgmma, i, splits, multicast};
         add(plan, wgmma_us(p, plan));
       }

@@ -318,9 +318,9 @@ class Kernel {
                            warp_k_ * kC.token_tiles * kTokenTile;
 #pragma unroll
       for (int t = 0; t < kC.token_tiles; ++t) {
-        const uint32_t rows = ptx::shared_address(tiles + t * kTileGroupBytes) + lane_ * kChunkBytes;
-        ptx::ldmatrix_x4(&act[t][0], rows);
-        ptx::ldmatrix_x4(&act[t][4], rows + 4 * kCoreMatrixBytes);
+        const uint32_t tile = ptx::shared_address(tiles + t * kTileGroupBytes);
+        ptx::ldmatrix_x4(&act[t][0], tile + chunk_offset(lane_ % 8, lane_ / 8));
+        ptx::ldmatrix_x4(&act[t][4], tile + chunk_offset(lane_ % 8, lane_ / 8 + 4));
         if (kPerGroup) act_scale[t] = reinterpret_cast<const float2*>(scales + t * kTokenTile)[lane_ % 4];
       }
     }
@@ -385,9 +385,9 @@ class Kernel {
 #pragma unroll
     for (int t = 0; t < kC.token_tiles; ++t) {
       if ((first_tile_ + t) * kTokenTile + lane_ / 4 < p_.m) {
-        const auto* words = reinterpret_cast<const uint32_t*>(tile_of(group_, t)) + lane_;
+        const uint8_t* tile = tile_of(group_, t) + lane_ % 4 * 4;
 #pragma unroll
-        for (int c = 0; c < 8; ++c) act[t][c] = words[c * (kCoreMatrixBytes / 4)];
+        for (int c = 0; c < 8; ++c) act[t][c] = *reinterpret_cast<const uint32_t*>(tile + chunk_offset(lane_ / 4, c));
       }
       if (kPerGroup && t < tiles_) act_scale[t] = reinterpret_cast<const float2*>(scales_of(group_, t))[lane_ % 4];
     }

@@ -1,7 +1,8 @@
 // y = x * w^T by a warp group's tensor core instructions (wgmma, sm_90a) on int8 codes: one token to many thousands.
 //
-// A thread block has tiles of 128 rows and up to 256 tokens. One warp is the producer: bulk copies fill a ring of stages
-// with weight records and activation tiles just as they lie in memory, and report their bytes to the stage's barrier.
+// A thread block has tiles of 128 rows and up to 256 tokens. A warp group is the producer: bulk copies, a few a warp
+// because issuing one takes a warp some 60 clocks, fill a ring of stages with weight records and activation tiles just
+// as they lie in memory, and report their bytes to the stage's barrier.
 // Two consumer warp groups have 64 rows each: a warp reads its own records, turns them into A fragments in registers
 // (nine instructions for 16 codes) while the tensor cores work on the ones before, and the activations are the B
 // operand straight from shared memory, core matrices without swizzle.
@@ -36,7 +37,7 @@ constexpr int kRows = 64 * kConsumers;
 constexpr int kRowBlocks = kRows / kRecordRows;
 constexpr int kMaxChunkTokens = 32;  // that the epilogue stores at a time
 // Of 65,536 registers: 168 a thread at launch, then as each role needs.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kSharedLimit = 227 * 1024;
 
 struct Config {
@@ -49,9 +50,11 @@ struct Config {
   constexpr int weight_bytes() const { return kRowBlocks * groups_a_stage * kRecordBytes; }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
   constexpr int act_scale_bytes() const { return groups_a_stage * tokens * 4; }
-  constexpr int stage_bytes() const { return weight_bytes() + act_bytes() + act_scale_bytes(); }
+  constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
   constexpr int staging_bytes() const { return kConsumers * 4 * chunk_tokens() * kRecordRows * 4; }
-  constexpr int shared_bytes() const { return stages * stage_bytes() + staging_bytes() + 2 * stages * 8; }
+  constexpr int shared_bytes() const {
+    return stages * (stage_bytes() + act_scale_bytes() + 2 * 8) + staging_bytes();
+  }
 };
 
 // Of these, dispatch.cpp picks.
@@ -102,6 +105,7 @@ class Kernel {
     const uint32_t rank = ptx::cluster_rank();
     peer_ = static_cast<int>(rank) % p_.multicast;
     part_ = static_cast<int>(rank) / p_.multicast;
+    share_ = kC.tokens / kTokenTile / p_.multicast;
     const int steps = (p_.groups + kGroupsAStage - 1) / kGroupsAStage;
     step_begin_ = static_cast<int>(static_cast<int64_t>(steps) * part_ / p_.splits);
     step_end_ = static_cast<int>(static_cast<int64_t>(steps) * (part_ + 1) / p_.splits);
@@ -121,7 +125,7 @@ class Kernel {
     ptx::cluster_meet();
     if (warp_ >= 4 * kConsumers) {
       ptx::set_fewer_registers<kProducerRegisters>();
-      if (warp_ == 4 * kConsumers) produce();
+      if (lane_ == 0) produce();
       __syncwarp();
       if (p_.splits > 1) ptx::cluster_sync();  // add_up_parts'
     } else {
@@ -150,12 +154,13 @@ class Kernel {
     return {(row_tile * p_.multicast + peer_) * kRowBlocks, token * (kC.tokens / kTokenTile)};
   }
 
-  // ---- Shared memory: stages (records, activations, their scales), staging of outputs, barriers ----
+  // ---- Shared memory: stages (records, activations), scales of the activations, staging of outputs, barriers ----
 
   __device__ uint32_t weights(int stage) const { return base_ + stage * kC.stage_bytes(); }
   __device__ uint32_t acts(int stage) const { return weights(stage) + kC.weight_bytes(); }
-  __device__ uint32_t act_scales(int stage) const { return acts(stage) + kC.act_bytes(); }
-  static constexpr int kStagingAt = kC.stages * kC.stage_bytes();
+  static constexpr int kActScalesAt = kC.stages * kC.stage_bytes();
+  __device__ uint32_t act_scales(int stage) const { return base_ + kActScalesAt + stage * kC.act_scale_bytes(); }
+  static constexpr int kStagingAt = kActScalesAt + kC.stages * kC.act_scale_bytes();
   static constexpr int kBarriersAt = kStagingAt + kC.staging_bytes();
   __device__ uint32_t full(int stage) const { return base_ + kBarriersAt + stage * 8; }
   __device__ uint32_t empty(int stage) const { return full(stage) + kC.stages * 8; }
@@ -171,39 +176,44 @@ class Kernel {
     }
   };
 
-  // ---- Producer: a warp, its lanes a copy each ----
+  // ---- Producer: one thread of each of its four warps ----
 
   __device__ int groups_of(int step) const { return min(kGroupsAStage, p_.groups - step * kGroupsAStage); }
 
-  // Announces the bytes of a step, its peers' shares included, and copies this thread block's rows.
+  // Two row blocks of a step. The first warp announces the bytes of all, its peers' shares included.
   __device__ void copy_weights(const Tile& tile, int step, int stage) const {
+    const int which = warp_ % 4;
     const int groups = groups_of(step);
-    const int blocks = max(0, min(kRowBlocks, p_.row_blocks - tile.row_block));
-    const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
-    if (lane_ == 0) {
+    const int blocks = min(kRowBlocks, p_.row_blocks - tile.row_block);  // none or fewer past the last
+    if (which == 0) {
+      const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
       const int act = groups * act_tiles * (kTileGroupBytes + (kPerGroup ? kTokenTile * 4 : 0));
-      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(blocks * groups * kRecordBytes + act));
+      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(max(blocks, 0) * groups * kRecordBytes + act));
     }
-    __syncwarp();
-    if (lane_ < blocks) {
-      const int64_t record = (tile.row_block + lane_) * static_cast<int64_t>(p_.groups) + step * kGroupsAStage;
-      ptx::bulk_copy(weights(stage) + lane_ * kGroupsAStage * kRecordBytes, p_.records + record * kRecordBytes,
+#pragma unroll
+    for (int b = 0; b < kRowBlocks / 4; ++b) {
+      const int block = which * (kRowBlocks / 4) + b;
+      if (block >= blocks) break;
+      const int64_t record = (tile.row_block + block) * static_cast<int64_t>(p_.groups) + step * kGroupsAStage;
+      ptx::bulk_copy(weights(stage) + block * kGroupsAStage * kRecordBytes, p_.records + record * kRecordBytes,
                      static_cast<uint32_t>(groups * kRecordBytes), full(stage));
     }
   }
 
-  // This thread block's share of the step's activations, to all its peers.
+  // This thread block's share of the step's activations, to all its peers: a warp each for the codes of a group and for
+  // their scales.
   __device__ void copy_activations(const Tile& tile, int step, int stage) const {
-    const int share = kC.tokens / kTokenTile / p_.multicast;
-    const int first = peer_ * share;
-    const int tiles = min(share, p_.token_tiles - tile.token_tile - first);
-    const int g = lane_ % kGroupsAStage;
+    static_assert(2 * kGroupsAStage <= 4, "a warp each");
+    const int which = warp_ % 4;
+    const int first = peer_ * share_;
+    const int tiles = min(share_, p_.token_tiles - tile.token_tile - first);
+    const int g = which % kGroupsAStage;
     if (tiles <= 0 || g >= groups_of(step)) return;
     const int64_t from = (step * kGroupsAStage + g) * static_cast<int64_t>(p_.token_tiles) + tile.token_tile + first;
-    if (lane_ < kGroupsAStage) {
+    if (which / kGroupsAStage == 0) {
       copy_to_peers(acts(stage) + g * kC.tokens * kGroup + first * kTileGroupBytes, p_.codes + from * kTileGroupBytes,
                     static_cast<uint32_t>(tiles * kTileGroupBytes), full(stage));
-    } else if (kPerGroup && lane_ < 2 * kGroupsAStage) {
+    } else if (kPerGroup && which / kGroupsAStage == 1) {
       copy_to_peers(act_scales(stage) + (g * kC.tokens + first * kTokenTile) * 4, p_.act_scales + from * kTokenTile,
                     static_cast<uint32_t>(tiles * kTokenTile * 4), full(stage));
     }
@@ -297,13 +307,16 @@ class Kernel {
     return scales;
   }
 
-  // One step: starts the products of `now`, unpacks the next step's fragments beside them, and adds up.
+  // One step: starts the products of `now`, and unpacks the next step's fragments beside them.
   __device__ __forceinline__ void advance(const Tile& tile, int step, Place& place, const Fragments& now,
                                           Fragments& next, RowScales& scales, Sum (&sums)[kSums]) const {
     const int stage = place.stage;
+    const int before = stage == 0 ? kC.stages - 1 : stage - 1;
     place.advance();
     if constexpr (kPerGroup) {
       int32_t dots[kGroupsAStage][kSums];
+      // The groups take turns: the tensor cores work for one while the other scales its sums.
+      ptx::named_barrier(kTurn + warp_ / 4, kConsumers * kWarpGroup);
 #pragma unroll
       for (int g = 0; g < kGroupsAStage; ++g) ptx::hold(dots[g]);
       ptx::wgmma_fence();
@@ -313,6 +326,9 @@ class Kernel {
         for (int s = 0; s < 4; ++s) ptx::wgmma_s8(dots[g], now.a[g][s], b_operand(stage, g, s), s > 0);
       }
       ptx::wgmma_commit();
+      ptx::named_barrier_arrive(kTurn + 1 - warp_ / 4, kConsumers * kWarpGroup);
+      // Every warp of the group has started this step, so none reads the step before any more.
+      if (step > step_begin_) release(before);
       const RowScales ahead = row_scales(tile, step + 1);
       if (step + 1 < step_end_) unpack_stage(place, step + 1, next);
       ptx::wgmma_wait<0>();
@@ -323,8 +339,9 @@ class Kernel {
         constexpr float kFactor = 1.0f / kCodeFactor;
         const float low = __half2float(__ushort_as_half(scales.low[g])) * kFactor;
         const float high = __half2float(__ushort_as_half(scales.high[g])) * kFactor;
-        const auto* of_tokens = reinterpret_cast<const float2*>(shared_ + (act_scales(stage) - base_)) +
-                                g * (kC.tokens / 2) + lane_ % 4;
+        const auto* of_tokens =
+            reinterpret_cast<const float2*>(shared_ + kActScalesAt + stage * kC.act_scale_bytes()) +
+            g * (kC.tokens / 2) + lane_ % 4;
 #pragma unroll
         for (int j = 0; j < kC.tokens / 8; ++j) {
           const float2 act = of_tokens[4 * j];
@@ -336,7 +353,6 @@ class Kernel {
       }
       scales = ahead;
     } else {
-      ptx::hold(sums);
       ptx::wgmma_fence();
 #pragma unroll
       for (int g = 0; g < kGroupsAStage; ++g) {
@@ -344,17 +360,21 @@ class Kernel {
         for (int s = 0; s < 4; ++s) ptx::wgmma_s8(sums, now.a[g][s], b_operand(stage, g, s), 1);
       }
       ptx::wgmma_commit();
+      // The tensor cores have this step's products to do while those of the step before are seen off.
+      ptx::wgmma_wait<1>();
+      if (step > step_begin_) release(before);
       if (step + 1 < step_end_) unpack_stage(place, step + 1, next);
-      ptx::wgmma_wait<0>();
-      ptx::hold(sums);
     }
-    // All warps of the group have read the stage's scales, and wgmma its activations.
-    if constexpr (kPerGroup) ptx::named_barrier(1 + warp_ / 4, kWarpGroup);
-    release(stage);
   }
+
+  // Barriers of the thread block: each consumer's turn, a consumer's warps alone, all consumers.
+  static constexpr int kTurn = 1, kAlone = kTurn + kConsumers, kAllConsumers = kAlone + kConsumers;
 
   __device__ void consume() {
     Place place;
+    if constexpr (kPerGroup) {  // the first turn is the first group's
+      if (warp_ / 4 == 1) ptx::named_barrier_arrive(kTurn, kConsumers * kWarpGroup);
+    }
     for (int index = first_tile_; index < p_.tiles; index += tile_stride_) {
       const Tile tile = tile_at(index);
       Sum sums[kSums];
@@ -367,6 +387,13 @@ class Kernel {
         advance(tile, step, place, even, odd, scales, sums);
         if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, scales, sums);
       }
+      if constexpr (kPerGroup) {
+        ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);  // all of its warps have scaled the last step's sums
+      } else {
+        ptx::wgmma_wait<0>();
+        ptx::hold(sums);
+      }
+      release(place.stage == 0 ? kC.stages - 1 : place.stage - 1);
       if (p_.splits == 1) {
         const Rows rows = rows_of(tile);
 #pragma unroll
@@ -405,8 +432,8 @@ class Kernel {
   // The parts of K meet: each thread block of the cluster adds up and stores some of the chunks.
   __device__ void add_up_parts(const Tile& tile, const Sum (&sums)[kSums]) const {
     constexpr int kAll = kConsumers * kWarpGroup;
-    static_assert(kSums * kAll * 4 <= kC.stages * kC.stage_bytes(), "sums go where the ring was");
-    ptx::named_barrier(1 + kConsumers, kAll);  // nobody here reads the ring any more, and every copy to it has arrived
+    static_assert(kSums * kAll * 4 <= kActScalesAt, "sums go where the ring was");
+    ptx::named_barrier(kAllConsumers, kAll);  // nobody here reads the ring any more, and every copy to it has arrived
     auto* mine = reinterpret_cast<Sum*>(shared_) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) mine[i * kAll] = sums[i];
@@ -483,7 +510,8 @@ class Kernel {
   uint8_t* shared_;
   uint32_t base_;  // its shared address
   int warp_, lane_;
-  int peer_;  // among those that share activations
+  int peer_;   // among those that share activations
+  int share_;  // of their tiles of 8 tokens
   int part_;  // of K
   int step_begin_, step_end_;
   int first_tile_, tile_stride_;
@@ -494,7 +522,7 @@ class Kernel {
 template <int kConfig, bool kPerGroup>
 __global__ void __launch_bounds__(kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ Params params) {
 #if FLEXQ_SM90A
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t shared[];
   Kernel<kConfig, kPerGroup>(params, shared).run();
 #endif
 }

@@ -43,6 +43,9 @@ inline constexpr int kChunkBytes = 16;
 inline constexpr int kCoreMatrixBytes = kTokenTile * kChunkBytes;
 inline constexpr int kTileGroupBytes = kTokenTile * kGroup;
 
+// Where chunk k / 16 of a tile's token is in it.
+constexpr int chunk_offset(int token, int chunk) { return chunk * kCoreMatrixBytes + token * kChunkBytes; }
+
 struct ActivationLayout {
   explicit ActivationLayout(const flexq_activation_desc& desc) : tiles(ceil_div(desc.m, kTokenTile)) {
     const auto tile_groups = static_cast<size_t>(tiles) * static_cast<size_t>(num_groups(desc.k));

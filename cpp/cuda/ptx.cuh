@@ -59,6 +59,11 @@ __device__ inline void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Counts this thread there, without waiting.
+__device__ inline void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // ---- Programmatic dependent launch (sm_90; elsewhere kernels simply run one after the other) ----
 
 // The next kernel in the stream may start now.

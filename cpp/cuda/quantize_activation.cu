@@ -180,7 +180,6 @@ struct Part {
     constexpr float kMagic = 12582912.0f;
     const uint32_t any = inverse == 0.0f ? 0u : ~0u;
     uint8_t* tile = a.codes + (group * a.tiles + token / kTokenTile) * kTileGroupBytes;
-    uint8_t* row = tile + token % kTokenTile * kChunkBytes;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       Vector<uint32_t, kCount / 4> words;
@@ -194,7 +193,7 @@ struct Part {
         words.value[w] =
             any & __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
       }
-      uint8_t* to = row + k(i) / kChunkBytes * kCoreMatrixBytes + k(i) % kChunkBytes;
+      uint8_t* to = tile + chunk_offset(static_cast<int>(token % kTokenTile), k(i) / kChunkBytes) + k(i) % kChunkBytes;
       *reinterpret_cast<Vector<uint32_t, kCount / 4>*>(to) = words;
     }
   }
@@ -369,12 +368,12 @@ __global__ void export_kernel(int64_t m, int64_t groups, int64_t tiles, bool per
                               const float* in_scales, int8_t* codes, float* scales) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= m * groups * kGroup) return;
-  const int64_t k = index % kGroup;
+  const int k = static_cast<int>(index % kGroup);
   const int64_t group = index / kGroup % groups;
   const int64_t token = index / kGroup / groups;
   const uint8_t* tile = in_codes + (group * tiles + token / kTokenTile) * kTileGroupBytes;
-  codes[index] = static_cast<int8_t>(
-      tile[k / kChunkBytes * kCoreMatrixBytes + token % kTokenTile * kChunkBytes + k % kChunkBytes]);
+  const int at = chunk_offset(static_cast<int>(token % kTokenTile), k / kChunkBytes) + k % kChunkBytes;
+  codes[index] = static_cast<int8_t>(tile[at]);
   if (k != 0) return;
   if (per_group) {
     scales[token * groups + group] = in_scales[group * tiles * kTokenTile + token];
