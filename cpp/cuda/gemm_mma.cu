@@ -219,7 +219,10 @@ class Kernel {
     blocks_ = static_cast<int>(min(static_cast<int64_t>(kC.blocks), max(p_.row_blocks - block, int64_t{0})));
     group_ = fetch_group_ = step * kC.warps_k + warp_k_;
     act_fetch_group_ = step * kC.warps_k;
-    fetch_records_ = p_.records + (block * p_.groups + group_) * kRecordBytes + lane_ * 16;
+    fetch_records_ =
+        p_.records + record_index(block, group_, p_.row_blocks, p_.groups) * kRecordBytes + lane_ * 16;
+    fetch_stride_ = kC.warps_k * static_cast<int>(blocks_of_tile(block, p_.row_blocks)) * kRecordBytes;
+    static_assert(kTileBlocks % kC.blocks == 0, "a warp's records of a group lie side by side");
     // Two lanes a block: its 32 bytes of scales.
     fetch_scales_ = reinterpret_cast<const uint8_t*>(p_.scales) +
                     ((block + lane_ / 2) * p_.groups + group_) * kRecordScaleBytes + lane_ % 2 * 16;
@@ -245,15 +248,16 @@ class Kernel {
 #pragma unroll
       for (int b = 0; b < kC.blocks; ++b) {
         if (b < blocks_) {
-          const uint8_t* record = fetch_records_ + static_cast<int64_t>(b) * p_.groups * kRecordBytes;
 #pragma unroll
-          for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + b * kRecordBytes + j * 512, record + j * 512);
+          for (int j = 0; j < 3; ++j) {
+            ptx::cp_async_16(to + b * kRecordBytes + j * 512, fetch_records_ + b * kRecordBytes + j * 512);
+          }
         }
       }
       if (kPerGroup && lane_ < 2 * blocks_) ptx::cp_async_16(to + kC.blocks * kRecordBytes, fetch_scales_);
     }
     fetch_group_ += kC.warps_k;
-    fetch_records_ += kC.warps_k * kRecordBytes;
+    fetch_records_ += fetch_stride_;
     fetch_scales_ += kC.warps_k * kRecordScaleBytes;
   }
 
@@ -435,6 +439,7 @@ class Kernel {
   int blocks_;  // of 16 rows that there are
   // Where the copies and the work are.
   const uint8_t* fetch_records_;
+  int fetch_stride_;
   const uint8_t* fetch_scales_;
   int fetch_group_, fetches_left_, act_fetch_group_, act_fetches_left_;
   int64_t first_tile_;  // of tokens

@@ -1,8 +1,9 @@
 // y = x * w^T by a warp group's tensor core instructions (wgmma, sm_90a) on int8 codes: one token to many thousands.
 //
-// A thread block has tiles of 128 rows and up to 256 tokens. A warp group is the producer: bulk copies, a few a warp
-// because issuing one takes a warp some 60 clocks, fill a ring of stages with weight records and activation tiles just
-// as they lie in memory, and report their bytes to the stage's barrier.
+// A thread block has tiles of 128 rows and up to 256 tokens. Producer warps fill a ring of stages with weight records
+// and activation tiles just as they lie in memory, by bulk copies that report their bytes to the stage's barrier. One
+// copy is a stage's weights and one a group's activations: issuing a copy takes a warp some 60 clocks, and the stages
+// must come faster than the tensor cores use them up.
 // Two consumer warp groups have 64 rows each: a warp reads its own records, turns them into A fragments in registers
 // (nine instructions for 16 codes) while the tensor cores work on the ones before, and the activations are the B
 // operand straight from shared memory, core matrices without swizzle.
@@ -34,7 +35,7 @@ constexpr int kConsumers = 2;  // warp groups
 constexpr int kWarpGroup = 128;
 constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
 constexpr int kRows = 64 * kConsumers;
-constexpr int kRowBlocks = kRows / kRecordRows;
+static_assert(kRows == kTileBlocks * kRecordRows, "a tile's records are one copy");
 constexpr int kMaxChunkTokens = 32;  // that the epilogue stores at a time
 // Of 65,536 registers: 168 a thread at launch, then as each role needs.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
@@ -47,7 +48,7 @@ struct Config {
   bool per_group;       // there is room for two sets of sums
 
   constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
-  constexpr int weight_bytes() const { return kRowBlocks * groups_a_stage * kRecordBytes; }
+  constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * kRecordBytes; }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
   constexpr int act_scale_bytes() const { return groups_a_stage * tokens * 4; }
   constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
@@ -139,6 +140,7 @@ class Kernel {
  private:
   struct Tile {
     int row_block;   // first of this thread block's
+    int blocks;      // how many there are, at least 1
     int token_tile;  // first, of 8
   };
 
@@ -151,7 +153,8 @@ class Kernel {
     const int within = index - turn * a_turn;
     const int row_tile = within / width;
     const int token = turn * p_.tokens_a_turn + within % width;
-    return {(row_tile * p_.multicast + peer_) * kRowBlocks, token * (kC.tokens / kTokenTile)};
+    const int row_block = (row_tile * p_.multicast + peer_) * kTileBlocks;
+    return {row_block, max(1, min(kTileBlocks, p_.row_blocks - row_block)), token * (kC.tokens / kTokenTile)};
   }
 
   // ---- Shared memory: stages (records, activations), scales of the activations, staging of outputs, barriers ----
@@ -176,77 +179,72 @@ class Kernel {
     }
   };
 
-  // ---- Producer: one thread of each of its four warps ----
+  // ---- Producer: a thread each for the weights, the activations' codes and their scales ----
 
   __device__ int groups_of(int step) const { return min(kGroupsAStage, p_.groups - step * kGroupsAStage); }
 
-  // Two row blocks of a step. The first warp announces the bytes of all, its peers' shares included.
-  __device__ void copy_weights(const Tile& tile, int step, int stage) const {
-    const int which = warp_ % 4;
-    const int groups = groups_of(step);
-    const int blocks = min(kRowBlocks, p_.row_blocks - tile.row_block);  // none or fewer past the last
-    if (which == 0) {
-      const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
-      const int act = groups * act_tiles * (kTileGroupBytes + (kPerGroup ? kTokenTile * 4 : 0));
-      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(max(blocks, 0) * groups * kRecordBytes + act));
-    }
-#pragma unroll
-    for (int b = 0; b < kRowBlocks / 4; ++b) {
-      const int block = which * (kRowBlocks / 4) + b;
-      if (block >= blocks) break;
-      const int64_t record = (tile.row_block + block) * static_cast<int64_t>(p_.groups) + step * kGroupsAStage;
-      ptx::bulk_copy(weights(stage) + block * kGroupsAStage * kRecordBytes, p_.records + record * kRecordBytes,
-                     static_cast<uint32_t>(groups * kRecordBytes), full(stage));
-    }
-  }
-
-  // This thread block's share of the step's activations, to all its peers: a warp each for the codes of a group and for
-  // their scales.
-  __device__ void copy_activations(const Tile& tile, int step, int stage) const {
-    static_assert(2 * kGroupsAStage <= 4, "a warp each");
-    const int which = warp_ % 4;
-    const int first = peer_ * share_;
-    const int tiles = min(share_, p_.token_tiles - tile.token_tile - first);
-    const int g = which % kGroupsAStage;
-    if (tiles <= 0 || g >= groups_of(step)) return;
-    const int64_t from = (step * kGroupsAStage + g) * static_cast<int64_t>(p_.token_tiles) + tile.token_tile + first;
-    if (which / kGroupsAStage == 0) {
-      copy_to_peers(acts(stage) + g * kC.tokens * kGroup + first * kTileGroupBytes, p_.codes + from * kTileGroupBytes,
-                    static_cast<uint32_t>(tiles * kTileGroupBytes), full(stage));
-    } else if (kPerGroup && which / kGroupsAStage == 1) {
-      copy_to_peers(act_scales(stage) + (g * kC.tokens + first * kTokenTile) * 4, p_.act_scales + from * kTokenTile,
-                    static_cast<uint32_t>(tiles * kTokenTile * 4), full(stage));
-    }
-  }
-
-  __device__ void copy_to_peers(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) const {
-    if (p_.multicast == 1) {
-      ptx::bulk_copy(to, from, bytes, barrier);
-    } else {
-      const auto peers = static_cast<uint16_t>(((1 << p_.multicast) - 1) << (part_ * p_.multicast));
-      ptx::bulk_copy_multicast(to, from, bytes, barrier, peers);
-    }
-  }
-
-  __device__ void produce() {
+  // copy(tile, step, stage) for every step of every tile, as stages fall free.
+  template <typename Copy>
+  __device__ __forceinline__ void produce(const Copy& copy) const {
     Place place{.parity = 1};  // an empty stage's wait passes at once
-    const Tile first = tile_at(first_tile_);
-    const int early = min(kC.stages, step_end_ - step_begin_);
-    for (int i = 0; i < early; ++i) copy_weights(first, step_begin_ + i, i);
-    ptx::wait_for_previous_kernel();
-    ptx::launch_dependents();
-    for (int i = 0; i < early; ++i) {
-      copy_activations(first, step_begin_ + i, i);
-      place.advance();
-    }
     for (int index = first_tile_; index < p_.tiles; index += tile_stride_) {
       const Tile tile = tile_at(index);
-      for (int step = step_begin_ + (index == first_tile_ ? early : 0); step < step_end_; ++step) {
+      for (int step = step_begin_; step < step_end_; ++step) {
         ptx::mbarrier_wait(empty(place.stage), place.parity);
-        copy_weights(tile, step, place.stage);
-        copy_activations(tile, step, place.stage);
+        copy(tile, step, place.stage);
         place.advance();
       }
+    }
+  }
+
+  // Announces the bytes of the step, its peers' shares included. It does not wait for the kernel before this one.
+  __device__ void produce_weights() const {
+    produce([&](const Tile& tile, int step, int stage) {
+      const int groups = groups_of(step);
+      const int blocks = max(0, min(kTileBlocks, p_.row_blocks - tile.row_block));  // none past the last
+      const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
+      const int act = act_tiles * (kTileGroupBytes + (kPerGroup ? kTokenTile * 4 : 0));
+      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(groups * (blocks * kRecordBytes + act)));
+      if (blocks == 0) return;
+      const int64_t record = tile.row_block * static_cast<int64_t>(p_.groups) + step * kGroupsAStage * blocks;
+      ptx::bulk_copy(weights(stage), p_.records + record * kRecordBytes,
+                     static_cast<uint32_t>(groups * blocks * kRecordBytes), full(stage));
+    });
+  }
+
+  // This thread block's share of each group's rows of `tile_bytes` for 8 tokens, to all its peers.
+  __device__ __forceinline__ void produce_activations(const uint8_t* from, int tile_bytes, uint32_t to0, int stage_bytes) const {
+    const int first = peer_ * share_;
+    const auto peers = static_cast<uint16_t>(((1 << p_.multicast) - 1) << (part_ * p_.multicast));
+    produce([&](const Tile& tile, int step, int stage) {
+      const int tiles = min(share_, p_.token_tiles - tile.token_tile - first);
+      if (tiles <= 0) return;
+      const auto bytes = static_cast<uint32_t>(tiles * tile_bytes);
+#pragma unroll
+      for (int g = 0; g < kGroupsAStage; ++g) {
+        if (g > 0 && g >= groups_of(step)) break;
+        const int64_t at = (step * kGroupsAStage + g) * static_cast<int64_t>(p_.token_tiles) + tile.token_tile + first;
+        const uint32_t to = to0 + stage * stage_bytes + (g * (kC.tokens / kTokenTile) + first) * tile_bytes;
+        if (p_.multicast == 1) {
+          ptx::bulk_copy(to, from + at * tile_bytes, bytes, full(stage));
+        } else {
+          ptx::bulk_copy_multicast(to, from + at * tile_bytes, bytes, full(stage), peers);
+        }
+      }
+    });
+  }
+
+  __device__ void produce() const {
+    const int which = warp_ % 4;
+    if (which == 0) return produce_weights();
+    if (which > (kPerGroup ? 2 : 1)) return;
+    ptx::wait_for_previous_kernel();
+    ptx::launch_dependents();
+    if (which == 1) {
+      produce_activations(p_.codes, kTileGroupBytes, acts(0), kC.stage_bytes());
+    } else {
+      produce_activations(reinterpret_cast<const uint8_t*>(p_.act_scales), kTokenTile * 4, act_scales(0),
+                          kC.act_scale_bytes());
     }
   }
 
@@ -257,12 +255,13 @@ class Kernel {
   };
 
   // Waits for a stage and unpacks this warp's rows of it.
-  __device__ __forceinline__ void unpack_stage(const Place& place, int step, Fragments& fragments) const {
+  __device__ __forceinline__ void unpack_stage(const Tile& tile, const Place& place, int step,
+                                               Fragments& fragments) const {
     ptx::mbarrier_wait(full(place.stage), place.parity);
-    const uint8_t* records = shared_ + place.stage * kC.stage_bytes() + warp_ * kGroupsAStage * kRecordBytes;
+    const uint8_t* records = shared_ + place.stage * kC.stage_bytes() + warp_ * kRecordBytes;
 #pragma unroll
     for (int g = 0; g < kGroupsAStage; ++g) {
-      const auto* vectors = reinterpret_cast<const uint4*>(records + g * kRecordBytes) + lane_;
+      const auto* vectors = reinterpret_cast<const uint4*>(records + g * tile.blocks * kRecordBytes) + lane_;
       const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
       const bool there = g == 0 || g < groups_of(step);
 #pragma unroll
@@ -330,7 +329,7 @@ class Kernel {
       // Every warp of the group has started this step, so none reads the step before any more.
       if (step > step_begin_) release(before);
       const RowScales ahead = row_scales(tile, step + 1);
-      if (step + 1 < step_end_) unpack_stage(place, step + 1, next);
+      if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
       ptx::wgmma_wait<0>();
 #pragma unroll
       for (int g = 0; g < kGroupsAStage; ++g) {
@@ -363,7 +362,7 @@ class Kernel {
       // The tensor cores have this step's products to do while those of the step before are seen off.
       ptx::wgmma_wait<1>();
       if (step > step_begin_) release(before);
-      if (step + 1 < step_end_) unpack_stage(place, step + 1, next);
+      if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
     }
   }
 
@@ -382,18 +381,21 @@ class Kernel {
       for (int i = 0; i < kSums; ++i) sums[i] = 0;
       Fragments even, odd;
       RowScales scales = kPerGroup ? row_scales(tile, step_begin_) : RowScales{};
-      unpack_stage(place, step_begin_, even);
+      unpack_stage(tile, place, step_begin_, even);
+      // Only now, when the first activations have come, are their scales there.
+      float token_scales[kTokenScales];
+      if constexpr (!kPerGroup) load_token_scales(tile, token_scales);
       for (int step = step_begin_; step < step_end_; step += 2) {
         advance(tile, step, place, even, odd, scales, sums);
         if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, scales, sums);
       }
-      if constexpr (kPerGroup) {
-        ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);  // all of its warps have scaled the last step's sums
-      } else {
+      if constexpr (!kPerGroup) {
         ptx::wgmma_wait<0>();
         ptx::hold(sums);
       }
+      ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);  // all of its warps are done with the last step and tile
       release(place.stage == 0 ? kC.stages - 1 : place.stage - 1);
+      if constexpr (!kPerGroup) share_token_scales(token_scales);
       if (p_.splits == 1) {
         const Rows rows = rows_of(tile);
 #pragma unroll
@@ -412,6 +414,30 @@ class Kernel {
   // ---- Outputs, a chunk of tokens at a time ----
 
   static constexpr int kChunkSums = kC.chunk_tokens() / 2;
+
+  // Scheme channel: the tokens' scales, asked for ahead of time, a few a thread, and then shared by the warp group
+  // where scheme group has those of the stages.
+  static constexpr int kTokenScales = (kC.tokens + kWarpGroup - 1) / kWarpGroup;
+
+  __device__ float* shared_token_scales() const {
+    return reinterpret_cast<float*>(shared_ + kActScalesAt) + warp_ / 4 * kC.tokens;
+  }
+  __device__ __forceinline__ void load_token_scales(const Tile& tile, float (&scales)[kTokenScales]) const {
+#pragma unroll
+    for (int i = 0; i < kTokenScales; ++i) {
+      const int64_t token = static_cast<int64_t>(tile.token_tile) * kTokenTile + i * kWarpGroup + threadIdx.x % kWarpGroup;
+      scales[i] = token < p_.m ? __ldcg(p_.act_scales + token) : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void share_token_scales(const float (&scales)[kTokenScales]) const {
+    static_assert(kConsumers * kC.tokens * 4 <= kC.stages * kC.act_scale_bytes(), "room for the tokens' scales");
+#pragma unroll
+    for (int i = 0; i < kTokenScales; ++i) {
+      const int token = i * kWarpGroup + static_cast<int>(threadIdx.x) % kWarpGroup;
+      if (token < kC.tokens) shared_token_scales()[token] = scales[i];
+    }
+    ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);
+  }
 
   // What this lane's two rows need of their own.
   struct Rows {
@@ -471,7 +497,7 @@ class Kernel {
       const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
       float value = static_cast<float>(sums[i]);
       if constexpr (!kPerGroup) {
-        value *= rows.scale[half] * (token0 + token < p_.m ? __ldcg(p_.act_scales + token0 + token) : 0.0f);
+        value *= rows.scale[half] * shared_token_scales()[chunk * kC.chunk_tokens() + token];
       }
       value += rows.bias[half];
       const int at = token * kRecordRows + lane_ / 4 + 8 * half;
@@ -483,11 +509,10 @@ class Kernel {
     }
     __syncwarp();
     const int element = wide ? 4 : 2;
-    const int row_bytes = kRecordRows * element;
-    const int vectors = row_bytes / 16;  // a token
-    for (int i = lane_; i < kC.chunk_tokens() * vectors; i += 32) {
-      const int64_t token = token0 + i / vectors;
-      const int64_t row = row0 + i % vectors * (16 / element);
+    const int shift = wide ? 2 : 1;  // vectors of 16 bytes a token
+    for (int i = lane_; i < kC.chunk_tokens() << shift; i += 32) {
+      const int64_t token = token0 + (i >> shift);
+      const int64_t row = row0 + (i & (1 << shift) - 1) * (16 / element);
       if (token >= p_.m || row >= p_.n) continue;
       const uint8_t* from = staging + i * 16;
       uint8_t* to = static_cast<uint8_t*>(p_.y) + (token * p_.ldy + row) * element;
@@ -563,7 +588,7 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
   const ActivationLayout act(args.act);
   const auto* records = static_cast<const uint8_t*>(args.prepacked);
   const auto* codes = static_cast<const uint8_t*>(args.quantized);
-  const int64_t row_tiles = ceil_div(num_row_blocks(args.desc), kRowBlocks * plan.multicast);
+  const int64_t row_tiles = ceil_div(num_row_blocks(args.desc), kTileBlocks * plan.multicast);
   const int64_t tiles = row_tiles * ceil_div(args.act.m, c.tokens);
   constexpr int64_t kMaxTiles = int64_t{1} << 27;  // times a cluster's size, in 32 bits
   if (tiles > kMaxTiles) {

@@ -16,13 +16,28 @@ namespace flexq::cuda {
 //   a3 = bits 7-6 of its bytes from B0's low two bits, 5-4 from B1's, 3-2 from B2's.
 // Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
 // (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/kernels.md).
-// Scales follow the last record, fp16: [N / 16][G or 1][16]. Records alone are whole lines of 128 bytes.
+// Records lie in tiles of 128 rows, [N / 128][G][8], the last one with as many as there are: a tile's groups are one
+// stretch of memory for the copy engine. Scales follow the last record, fp16: [N / 16][G or 1][16]. Records alone are
+// whole lines of 128 bytes.
 inline constexpr int kRecordRows = 16;
 inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;
 inline constexpr int kCodeFactor = 4;  // bytes are code * 4, because a code sits in a byte's top six bits
 
+inline constexpr int kTileBlocks = 8;
+
 inline int64_t num_row_blocks(const flexq_weight_desc& desc) { return ceil_div(desc.n, kRecordRows); }
+
+// How many blocks of 16 rows the tile of this one has.
+constexpr int64_t blocks_of_tile(int64_t block, int64_t row_blocks) {
+  const int64_t left = row_blocks - block / kTileBlocks * kTileBlocks;
+  return left < kTileBlocks ? left : kTileBlocks;
+}
+
+constexpr int64_t record_index(int64_t block, int64_t group, int64_t row_blocks, int64_t groups) {
+  const int64_t first = block / kTileBlocks * kTileBlocks;
+  return first * groups + group * blocks_of_tile(block, row_blocks) + (block - first);
+}
 
 struct WeightLayout {
   explicit WeightLayout(const flexq_weight_desc& desc) {

@@ -43,7 +43,7 @@ __global__ void prepack_kernel(Args a) {
   const int64_t row_block = record / a.groups;
   const int64_t group = record % a.groups;
   const int64_t row = row_block * kRecordRows + lane / 4;
-  uint8_t* out = a.records + record * kRecordBytes;
+  uint8_t* out = a.records + record_index(row_block, group, a.row_blocks, a.groups) * kRecordBytes;
   for (int s = 0; s < 4; ++s) {
     const int k = 32 * s + 4 * (lane % 4);
     const uint32_t a0 = load_codes(a, row, group, k);
@@ -68,7 +68,8 @@ __global__ void unprepack_kernel(Args a) {
   const int64_t group = index / kPlaneBytes % a.groups;
   const int64_t row = index / kPlaneBytes / a.groups;
   const int row_in_block = static_cast<int>(row % kRecordRows);
-  const uint8_t* record = a.records + (row / kRecordRows * a.groups + group) * kRecordBytes;
+  const uint8_t* record =
+      a.records + record_index(row / kRecordRows, group, a.row_blocks, a.groups) * kRecordBytes;
   const auto* words = reinterpret_cast<const uint32_t*>(record);
   unsigned planes[kPlanes] = {};
   for (int quad = 0; quad < 2; ++quad) {
