@@ -1,12 +1,13 @@
 // The model of cost that chooses a kernel, in one place. `flexq bench linear --explain` measures the candidates on a
-// GPU and shows where the model is wrong.
+// GPU and says where the model is wrong.
 //
-// A GEMM takes as long as the slowest of: reading the weights from memory; bringing weights and activations from L2 to
-// the multiprocessors, which every tile does anew; a multiprocessor's own work on its tiles, wave by wave. Figures are
-// fitted to measurements on an H200 (docs/kernels.md) and scale with the device's memory bandwidth, clock and size.
+// A GEMM takes as long as the slower of reading the weights from memory and a multiprocessor's own work on its tiles,
+// wave by wave. The constants are fitted to measurements on an H100 (docs/kernels.md); they are clocks where the work is
+// a multiprocessor's, and scale with the device's bandwidth, clock and number of multiprocessors.
 #include "cuda/dispatch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 
@@ -16,17 +17,9 @@
 namespace flexq::cuda {
 namespace {
 
-struct Costs {
-  double launch = 2.2;              // us before the first and after the last byte
-  double l2_over_dram = 1.45;       // bandwidth
-  double sm_bytes_per_clock = 50;   // that a multiprocessor takes in at most
-  double tensor_efficiency = 0.80;  // of the peak under load
-  double group_clocks = 330;        // at least, for a tile's group of 128 k in wgmma
-  double scale_clocks_per_token = 2.6;  // beyond the products, scheme group
-  double split_launch = 0.6;        // us for parts of K to meet in a cluster
-  double reduction = 2.0;           // us for a second kernel to add up
-};
-constexpr Costs kCosts;
+constexpr double kLaunchUs = 3.0;
+// Bytes that tiles bring in from L2 compete with the weights from memory: so much of the time to read them from there.
+constexpr double kL2Share = 0.24;
 
 struct Problem {
   const Device& device;
@@ -36,48 +29,48 @@ struct Problem {
   double weight_bytes;
 
   bool per_group() const { return desc.scheme == FLEXQ_SCHEME_GROUP; }
-  double dram_us() const { return weight_bytes / device.dram_bytes_per_us; }
+  double memory_us(double bytes) const { return bytes / device.dram_bytes_per_us; }
   double clocks_us(double clocks) const { return clocks / device.clocks_per_us; }
 };
 
 double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const WgmmaShape c = wgmma_shape(plan.config);
   const int64_t row_tiles = ceil_div(p.desc.n, static_cast<int64_t>(c.rows) * plan.multicast) * plan.multicast;
-  const int64_t tiles = row_tiles * ceil_div(p.m, c.tokens);
-  const int64_t blocks = tiles * plan.splits;
+  const int64_t blocks = row_tiles * ceil_div(p.m, c.tokens) * plan.splits;
   const auto tokens = static_cast<double>(c.tokens);
-  const double work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
-
-  // A multiprocessor's work on a group: 4096 products a clock, or what its instructions take, or its bytes.
-  double clocks = 4 * tokens / kCosts.tensor_efficiency;
-  if (p.per_group()) clocks = std::max(clocks, kCosts.scale_clocks_per_token * tokens + 4 * tokens);
-  clocks = std::max(clocks, kCosts.group_clocks);
+  const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
+  const auto waves = static_cast<double>(ceil_div(blocks, p.device.num_sms));
+  // Of a group: 4 clocks a token are the tensor cores', the rest is not hidden behind them.
+  double group_clocks = p.per_group() ? 250 + 5 * tokens : 130 + 4 * tokens;
+  // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
+  const bool relief = c.tokens == 256 && waves > 1;
+  if (relief != (plan.multicast > 1)) group_clocks *= 1.05;
+  const double output_clocks = 600 + 17 * tokens;
+  const double parts_clocks = plan.splits > 1 ? 600 + 44 * tokens : 0;
+  const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
   const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
-  clocks = std::max(clocks, bytes / kCosts.sm_bytes_per_clock);
-  const double waves = static_cast<double>(ceil_div(blocks, p.device.num_sms));
-  const double sm_us = p.clocks_us(waves * work * clocks);
-  const double l2_us = static_cast<double>(blocks) * work * bytes / (p.device.dram_bytes_per_us * kCosts.l2_over_dram);
-  const double output_us =
-      static_cast<double>(p.m * p.desc.n) * 2 / p.device.dram_bytes_per_us + p.clocks_us(20 * tokens);
-  const double parts_us = plan.splits > 1 ? kCosts.split_launch + p.clocks_us(6 * tokens) : 0.0;
-  return kCosts.launch + std::max({sm_us, l2_us, p.dram_us()}) + output_us + parts_us;
+  const double l2_us = kL2Share * p.memory_us(static_cast<double>(blocks) * work * bytes);
+  return kLaunchUs + std::max({sm_us, l2_us, p.memory_us(p.weight_bytes)}) +
+         p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4 + (plan.splits > 1 ? 1.0 : 0.0);
 }
 
 double mma_us(const Problem& p, const GemmPlan& plan) {
   const MmaShape c = mma_shape(plan.config);
-  const int64_t row_tiles = ceil_div(p.desc.n, c.rows), token_tiles = ceil_div(p.m, c.tokens);
-  const auto blocks = static_cast<double>(row_tiles * token_tiles * plan.splits);
-  const double slots = static_cast<double>(p.device.num_sms) * c.ctas_per_sm;
-  const double waves = blocks <= slots ? 1.0 : static_cast<double>(ceil_div(static_cast<int64_t>(blocks), static_cast<int64_t>(slots))) * slots / blocks;
-  const double tokens = c.tokens;
-  const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup;
-  const double tiles_groups = static_cast<double>(row_tiles * token_tiles * p.groups);
-  const double l2_us = tiles_groups * bytes / (p.device.dram_bytes_per_us * kCosts.l2_over_dram);
-  // Instructions of a record: unpacking, products and scaling, on four schedulers.
-  const double products = c.act_bits == 0 ? 90.0 + 16.0 * tokens / 8 + (p.per_group() ? 16.0 * tokens / 8 : 0.0)
-                                          : 330.0 + 8.0 * kPlanes * c.act_bits;
-  const double sm_us = p.clocks_us(tiles_groups * c.rows / kRecordRows * products / (4.0 * p.device.num_sms)) * waves;
-  return kCosts.launch + std::max({l2_us * waves, sm_us, p.dram_us() * waves}) + (plan.splits > 1 ? kCosts.reduction : 0.0);
+  const int64_t tiles = ceil_div(p.desc.n, c.rows) * ceil_div(p.m, c.tokens);
+  const double waves = static_cast<double>(tiles * plan.splits) / (static_cast<double>(p.device.num_sms) * c.ctas_per_sm);
+  const double idle = waves <= 1 ? 1.0 : std::ceil(waves) / waves;  // of the last wave
+  const double work = static_cast<double>(tiles * p.groups);
+  const double rows = c.rows, tokens = c.tokens;
+  // A tile's group: products at what mma.sync reaches beside unpacking; for bits, its MMAs and transposes.
+  double clocks = 2 * rows * std::max(tokens, 16.0) * kGroup / (p.per_group() ? 1700 : 2050);
+  if (c.act_bits != 0) clocks = rows / kRecordRows * (110 + 2.0 * kPlanes * c.act_bits);
+  const double sm_us = p.clocks_us(work * clocks / p.device.num_sms) * idle;
+  // Activations that each warp loads for itself weigh less than those that the block waits for together.
+  const double act_bytes = tokens * kGroup * (p.per_group() ? 1.0 : 0.5);
+  const double bytes = work * (kRecordBytes * rows / kRecordRows + act_bytes) - p.weight_bytes;
+  const double memory_us = p.memory_us(p.weight_bytes) * (1 + 0.3 * (idle - 1)) + 0.07 * p.memory_us(bytes);
+  const double ramp_us = 0.02 * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
+  return kLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 2.0 : 0.0);
 }
 
 // Splitting K costs mma a second kernel: only where tiles leave a good part of the GPU idle.

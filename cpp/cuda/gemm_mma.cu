@@ -219,13 +219,11 @@ class Kernel {
     blocks_ = static_cast<int>(min(static_cast<int64_t>(kC.blocks), max(p_.row_blocks - block, int64_t{0})));
     group_ = fetch_group_ = step * kC.warps_k + warp_k_;
     act_fetch_group_ = step * kC.warps_k;
-    fetch_records_ =
-        p_.records + record_index(block, group_, p_.row_blocks, p_.groups) * kRecordBytes + lane_ * 16;
-    fetch_stride_ = kC.warps_k * static_cast<int>(blocks_of_tile(block, p_.row_blocks)) * kRecordBytes;
     static_assert(kTileBlocks % kC.blocks == 0, "a warp's records of a group lie side by side");
-    // Two lanes a block: its 32 bytes of scales.
-    fetch_scales_ = reinterpret_cast<const uint8_t*>(p_.scales) +
-                    ((block + lane_ / 2) * p_.groups + group_) * kRecordScaleBytes + lane_ % 2 * 16;
+    const int64_t record = record_index(block, group_, p_.row_blocks, p_.groups);
+    fetch_stride_ = kC.warps_k * static_cast<int>(blocks_of_tile(block, p_.row_blocks));
+    fetch_records_ = p_.records + record * kRecordBytes + lane_ * 16;
+    fetch_scales_ = reinterpret_cast<const uint8_t*>(p_.scales) + record * kRecordScaleBytes + lane_ * 16;
     first_tile_ = static_cast<int64_t>(blockIdx.z) * kC.token_tiles;
     tiles_ = static_cast<int>(min(static_cast<int64_t>(kC.token_tiles), p_.token_tiles - first_tile_));
 #pragma unroll
@@ -257,8 +255,8 @@ class Kernel {
       if (kPerGroup && lane_ < 2 * blocks_) ptx::cp_async_16(to + kC.blocks * kRecordBytes, fetch_scales_);
     }
     fetch_group_ += kC.warps_k;
-    fetch_records_ += fetch_stride_;
-    fetch_scales_ += kC.warps_k * kRecordScaleBytes;
+    fetch_records_ += fetch_stride_ * kRecordBytes;
+    fetch_scales_ += fetch_stride_ * kRecordScaleBytes;
   }
 
   // All threads together: the codes and scales of a step's groups, [warps_k][token tiles].
@@ -439,7 +437,7 @@ class Kernel {
   int blocks_;  // of 16 rows that there are
   // Where the copies and the work are.
   const uint8_t* fetch_records_;
-  int fetch_stride_;
+  int fetch_stride_;  // records
   const uint8_t* fetch_scales_;
   int fetch_group_, fetches_left_, act_fetch_group_, act_fetches_left_;
   int64_t first_tile_;  // of tokens

@@ -50,11 +50,13 @@ struct Config {
   constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * kRecordBytes; }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
-  constexpr int act_scale_bytes() const { return groups_a_stage * tokens * 4; }
+  // Of the weights, then of the activations.
+  constexpr int weight_scale_bytes() const { return groups_a_stage * kTileBlocks * kRecordScaleBytes; }
+  constexpr int scale_bytes() const { return weight_scale_bytes() + groups_a_stage * tokens * 4; }
   constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
   constexpr int staging_bytes() const { return kConsumers * 4 * chunk_tokens() * kRecordRows * 4; }
   constexpr int shared_bytes() const {
-    return stages * (stage_bytes() + act_scale_bytes() + 2 * 8) + staging_bytes();
+    return stages * (stage_bytes() + scale_bytes() + 2 * 8) + staging_bytes();
   }
 };
 
@@ -157,13 +159,13 @@ class Kernel {
     return {row_block, max(1, min(kTileBlocks, p_.row_blocks - row_block)), token * (kC.tokens / kTokenTile)};
   }
 
-  // ---- Shared memory: stages (records, activations), scales of the activations, staging of outputs, barriers ----
+  // ---- Shared memory: stages (records, activations), their scales, staging of outputs, barriers ----
 
   __device__ uint32_t weights(int stage) const { return base_ + stage * kC.stage_bytes(); }
   __device__ uint32_t acts(int stage) const { return weights(stage) + kC.weight_bytes(); }
-  static constexpr int kActScalesAt = kC.stages * kC.stage_bytes();
-  __device__ uint32_t act_scales(int stage) const { return base_ + kActScalesAt + stage * kC.act_scale_bytes(); }
-  static constexpr int kStagingAt = kActScalesAt + kC.stages * kC.act_scale_bytes();
+  static constexpr int kScalesAt = kC.stages * kC.stage_bytes();
+  __device__ uint32_t scales(int stage) const { return base_ + kScalesAt + stage * kC.scale_bytes(); }
+  static constexpr int kStagingAt = kScalesAt + kC.stages * kC.scale_bytes();
   static constexpr int kBarriersAt = kStagingAt + kC.staging_bytes();
   __device__ uint32_t full(int stage) const { return base_ + kBarriersAt + stage * 8; }
   __device__ uint32_t empty(int stage) const { return full(stage) + kC.stages * 8; }
@@ -204,9 +206,14 @@ class Kernel {
       const int blocks = max(0, min(kTileBlocks, p_.row_blocks - tile.row_block));  // none past the last
       const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
       const int act = act_tiles * (kTileGroupBytes + (kPerGroup ? kTokenTile * 4 : 0));
-      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(groups * (blocks * kRecordBytes + act)));
+      constexpr int kRecord = kRecordBytes + (kPerGroup ? kRecordScaleBytes : 0);
+      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(groups * (blocks * kRecord + act)));
       if (blocks == 0) return;
       const int64_t record = tile.row_block * static_cast<int64_t>(p_.groups) + step * kGroupsAStage * blocks;
+      if constexpr (kPerGroup) {
+        ptx::bulk_copy(scales(stage), p_.scales + record * kRecordRows,
+                       static_cast<uint32_t>(groups * blocks * kRecordScaleBytes), full(stage));
+      }
       ptx::bulk_copy(weights(stage), p_.records + record * kRecordBytes,
                      static_cast<uint32_t>(groups * blocks * kRecordBytes), full(stage));
     });
@@ -243,8 +250,8 @@ class Kernel {
     if (which == 1) {
       produce_activations(p_.codes, kTileGroupBytes, acts(0), kC.stage_bytes());
     } else {
-      produce_activations(reinterpret_cast<const uint8_t*>(p_.act_scales), kTokenTile * 4, act_scales(0),
-                          kC.act_scale_bytes());
+      produce_activations(reinterpret_cast<const uint8_t*>(p_.act_scales), kTokenTile * 4,
+                          scales(0) + kC.weight_scale_bytes(), kC.scale_bytes());
     }
   }
 
@@ -288,27 +295,9 @@ class Kernel {
     }
   }
 
-  // The scales of this lane's two rows for the groups of a step.
-  struct RowScales {
-    uint16_t low[kGroupsAStage], high[kGroupsAStage];
-  };
-  __device__ __forceinline__ RowScales row_scales(const Tile& tile, int step) const {
-    RowScales scales{};
-    const int block = tile.row_block + warp_;
-    if (step >= step_end_ || block >= p_.row_blocks) return scales;
-#pragma unroll
-    for (int g = 0; g < kGroupsAStage; ++g) {
-      if (g >= groups_of(step)) continue;
-      const int64_t at = (block * static_cast<int64_t>(p_.groups) + step * kGroupsAStage + g) * kRecordRows + lane_ / 4;
-      scales.low[g] = __ldg(p_.scales + at);
-      scales.high[g] = __ldg(p_.scales + at + 8);
-    }
-    return scales;
-  }
-
   // One step: starts the products of `now`, and unpacks the next step's fragments beside them.
   __device__ __forceinline__ void advance(const Tile& tile, int step, Place& place, const Fragments& now,
-                                          Fragments& next, RowScales& scales, Sum (&sums)[kSums]) const {
+                                          Fragments& next, Sum (&sums)[kSums]) const {
     const int stage = place.stage;
     const int before = stage == 0 ? kC.stages - 1 : stage - 1;
     place.advance();
@@ -328,7 +317,6 @@ class Kernel {
       ptx::named_barrier_arrive(kTurn + 1 - warp_ / 4, kConsumers * kWarpGroup);
       // Every warp of the group has started this step, so none reads the step before any more.
       if (step > step_begin_) release(before);
-      const RowScales ahead = row_scales(tile, step + 1);
       if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
       ptx::wgmma_wait<0>();
 #pragma unroll
@@ -336,11 +324,11 @@ class Kernel {
         ptx::hold(dots[g]);
         if (g > 0 && g >= groups_of(step)) continue;
         constexpr float kFactor = 1.0f / kCodeFactor;
-        const float low = __half2float(__ushort_as_half(scales.low[g])) * kFactor;
-        const float high = __half2float(__ushort_as_half(scales.high[g])) * kFactor;
+        const uint8_t* of_stage = shared_ + kScalesAt + stage * kC.scale_bytes();
+        const auto* of_rows = reinterpret_cast<const __half*>(of_stage) + (g * tile.blocks + warp_) * kRecordRows + lane_ / 4;
+        const float low = __half2float(of_rows[0]) * kFactor, high = __half2float(of_rows[8]) * kFactor;
         const auto* of_tokens =
-            reinterpret_cast<const float2*>(shared_ + kActScalesAt + stage * kC.act_scale_bytes()) +
-            g * (kC.tokens / 2) + lane_ % 4;
+            reinterpret_cast<const float2*>(of_stage + kC.weight_scale_bytes()) + g * (kC.tokens / 2) + lane_ % 4;
 #pragma unroll
         for (int j = 0; j < kC.tokens / 8; ++j) {
           const float2 act = of_tokens[4 * j];
@@ -350,7 +338,6 @@ class Kernel {
           sums[4 * j + 3] += static_cast<float>(dots[g][4 * j + 3]) * (high * act.y);
         }
       }
-      scales = ahead;
     } else {
       ptx::wgmma_fence();
 #pragma unroll
@@ -380,14 +367,13 @@ class Kernel {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0;
       Fragments even, odd;
-      RowScales scales = kPerGroup ? row_scales(tile, step_begin_) : RowScales{};
       unpack_stage(tile, place, step_begin_, even);
       // Only now, when the first activations have come, are their scales there.
       float token_scales[kTokenScales];
       if constexpr (!kPerGroup) load_token_scales(tile, token_scales);
       for (int step = step_begin_; step < step_end_; step += 2) {
-        advance(tile, step, place, even, odd, scales, sums);
-        if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, scales, sums);
+        advance(tile, step, place, even, odd, sums);
+        if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, sums);
       }
       if constexpr (!kPerGroup) {
         ptx::wgmma_wait<0>();
@@ -420,7 +406,7 @@ class Kernel {
   static constexpr int kTokenScales = (kC.tokens + kWarpGroup - 1) / kWarpGroup;
 
   __device__ float* shared_token_scales() const {
-    return reinterpret_cast<float*>(shared_ + kActScalesAt) + warp_ / 4 * kC.tokens;
+    return reinterpret_cast<float*>(shared_ + kScalesAt) + warp_ / 4 * kC.tokens;
   }
   __device__ __forceinline__ void load_token_scales(const Tile& tile, float (&scales)[kTokenScales]) const {
 #pragma unroll
@@ -430,7 +416,7 @@ class Kernel {
     }
   }
   __device__ __forceinline__ void share_token_scales(const float (&scales)[kTokenScales]) const {
-    static_assert(kConsumers * kC.tokens * 4 <= kC.stages * kC.act_scale_bytes(), "room for the tokens' scales");
+    static_assert(kConsumers * kC.tokens * 4 <= kC.stages * kC.scale_bytes(), "room for the tokens' scales");
 #pragma unroll
     for (int i = 0; i < kTokenScales; ++i) {
       const int token = i * kWarpGroup + static_cast<int>(threadIdx.x) % kWarpGroup;
@@ -458,7 +444,7 @@ class Kernel {
   // The parts of K meet: each thread block of the cluster adds up and stores some of the chunks.
   __device__ void add_up_parts(const Tile& tile, const Sum (&sums)[kSums]) const {
     constexpr int kAll = kConsumers * kWarpGroup;
-    static_assert(kSums * kAll * 4 <= kActScalesAt, "sums go where the ring was");
+    static_assert(kSums * kAll * 4 <= kScalesAt, "sums go where the ring was");
     ptx::named_barrier(kAllConsumers, kAll);  // nobody here reads the ring any more, and every copy to it has arrived
     auto* mine = reinterpret_cast<Sum*>(shared_) + threadIdx.x;
 #pragma unroll

@@ -57,7 +57,7 @@ __global__ void prepack_kernel(Args a) {
   if (lane >= kRecordRows || (!a.per_group && group != 0)) return;
   const int64_t scale_row = row_block * kRecordRows + lane;
   const uint16_t scale = scale_row < a.n ? a.scales[scale_row * a.row_scales + (a.per_group ? group : 0)] : uint16_t{0};
-  a.record_scales[(row_block * a.row_scales + (a.per_group ? group : 0)) * kRecordRows + lane] = scale;
+  a.record_scales[record_index(row_block, a.per_group ? group : 0, a.row_blocks, a.row_scales) * kRecordRows + lane] = scale;
 }
 
 // One thread builds a byte of each plane: 8 codes of a row.
@@ -90,8 +90,8 @@ __global__ void unprepack_kernel(Args a) {
   }
   if (byte != 0 || (!a.per_group && group != 0)) return;
   const int64_t at = a.per_group ? group : 0;
-  a.scales[row * a.row_scales + at] =
-      a.record_scales[(row / kRecordRows * a.row_scales + at) * kRecordRows + row_in_block];
+  const int64_t block = record_index(row / kRecordRows, at, a.row_blocks, a.row_scales);
+  a.scales[row * a.row_scales + at] = a.record_scales[block * kRecordRows + row_in_block];
 }
 
 Args args_of(const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales, const void* prepacked) {
