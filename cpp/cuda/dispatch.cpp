@@ -17,7 +17,7 @@
 namespace flexq::cuda {
 namespace {
 
-constexpr double kLaunchUs = 3.0;
+constexpr double kMmaLaunchUs = 3.0, kWgmmaLaunchUs = 5.0;
 // Bytes that tiles bring in from L2 compete with the weights from memory: so much of the time to read them from there.
 constexpr double kL2Share = 0.24;
 
@@ -50,7 +50,7 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
   const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
   const double l2_us = kL2Share * p.memory_us(static_cast<double>(blocks) * work * bytes);
-  return kLaunchUs + std::max({sm_us, l2_us, p.memory_us(p.weight_bytes)}) +
+  return kWgmmaLaunchUs + std::max({sm_us, l2_us, p.memory_us(p.weight_bytes)}) +
          p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4 + (plan.splits > 1 ? 1.0 : 0.0);
 }
 
@@ -70,7 +70,7 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   const double bytes = work * (kRecordBytes * rows / kRecordRows + act_bytes) - p.weight_bytes;
   const double memory_us = p.memory_us(p.weight_bytes) * (1 + 0.3 * (idle - 1)) + 0.07 * p.memory_us(bytes);
   const double ramp_us = 0.02 * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
-  return kLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 2.0 : 0.0);
+  return kMmaLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 2.0 : 0.0);
 }
 
 // Splitting K costs mma a second kernel: only where tiles leave a good part of the GPU idle.

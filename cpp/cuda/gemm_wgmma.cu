@@ -120,7 +120,7 @@ class Kernel {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kC.stages; ++stage) {
         ptx::mbarrier_init(full(stage), 1);
-        ptx::mbarrier_init(empty(stage), static_cast<uint32_t>(kConsumers * p_.multicast));
+        ptx::mbarrier_init(empty(stage), static_cast<uint32_t>(kConsumers * 4 * p_.multicast));
       }
       ptx::fence_mbarrier_init();
     }
@@ -287,80 +287,118 @@ class Kernel {
            static_cast<uint64_t>(kTileGroupBytes >> 4) << 32;
   }
 
+  // This warp is done with a stage, here and at the peers that filled it too.
   __device__ __forceinline__ void release(int stage) const {
-    // One thread a warp group and peer.
-    const int thread = static_cast<int>(threadIdx.x) % kWarpGroup;
-    if (thread < p_.multicast) {
-      ptx::mbarrier_arrive_remote(empty(stage), static_cast<uint32_t>(part_ * p_.multicast + thread));
+    __syncwarp();
+    if (lane_ < p_.multicast) {
+      ptx::mbarrier_arrive_remote(empty(stage), static_cast<uint32_t>(part_ * p_.multicast + lane_));
     }
   }
 
-  // One step: starts the products of `now`, and unpacks the next step's fragments beside them.
+  // ---- Scheme channel: sums over all of K, in the tensor cores ----
+
+  // Starts the products of `now`, and unpacks the next step's fragments beside them.
   __device__ __forceinline__ void advance(const Tile& tile, int step, Place& place, const Fragments& now,
                                           Fragments& next, Sum (&sums)[kSums]) const {
     const int stage = place.stage;
-    const int before = stage == 0 ? kC.stages - 1 : stage - 1;
     place.advance();
-    if constexpr (kPerGroup) {
-      int32_t dots[kGroupsAStage][kSums];
-      // The groups take turns: the tensor cores work for one while the other scales its sums.
-      ptx::named_barrier(kTurn + warp_ / 4, kConsumers * kWarpGroup);
+    ptx::wgmma_fence();
 #pragma unroll
-      for (int g = 0; g < kGroupsAStage; ++g) ptx::hold(dots[g]);
-      ptx::wgmma_fence();
+    for (int g = 0; g < kGroupsAStage; ++g) {
 #pragma unroll
-      for (int g = 0; g < kGroupsAStage; ++g) {
+      for (int s = 0; s < 4; ++s) ptx::wgmma_s8<true>(sums, now.a[g][s], b_operand(stage, g, s));
+    }
+    ptx::wgmma_commit();
+    // The tensor cores have this step's products to do while those of the step before are seen off.
+    ptx::wgmma_wait<1>();
+    if (step > step_begin_) release(stage == 0 ? kC.stages - 1 : stage - 1);
+    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
+  }
+
+  __device__ __forceinline__ void add_up_channel(const Tile& tile, Place& place, Fragments& even, Fragments& odd,
+                                                 Sum (&sums)[kSums]) const {
+    for (int step = step_begin_; step < step_end_; step += 2) {
+      advance(tile, step, place, even, odd, sums);
+      if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, sums);
+    }
+    ptx::wgmma_wait<0>();
+    ptx::hold(sums);
+    release(place.stage == 0 ? kC.stages - 1 : place.stage - 1);
+  }
+
+  // ---- Scheme group: a stage in two parts, the second in the tensor cores while the first one's sums are scaled ----
+
+  // A part is one of two groups or, of a single group, half of the tokens.
+  static constexpr int kPartTokens = kC.tokens * kGroupsAStage / 2;
+  static constexpr int kPartSums = kPartTokens / 2;
+  static constexpr int group_of_part(int part) { return kGroupsAStage == 2 ? part : 0; }
+  static constexpr int token_of_part(int part) { return kGroupsAStage == 2 ? 0 : part * kPartTokens; }
+
+  template <int kPart>
+  __device__ __forceinline__ void start(int stage, const Fragments& fragments, int32_t (&dots)[kPartSums]) const {
+    constexpr int g = group_of_part(kPart);
+    ptx::wgmma_fence();
+    // Tokens are 128 bytes apart, in units of 16.
+    constexpr uint64_t kFirst = token_of_part(kPart) * kGroup / 16;
+    ptx::wgmma_s8<false>(dots, fragments.a[g][0], b_operand(stage, g, 0) + kFirst);
 #pragma unroll
-        for (int s = 0; s < 4; ++s) ptx::wgmma_s8(dots[g], now.a[g][s], b_operand(stage, g, s), s > 0);
-      }
-      ptx::wgmma_commit();
-      ptx::named_barrier_arrive(kTurn + 1 - warp_ / 4, kConsumers * kWarpGroup);
-      // Every warp of the group has started this step, so none reads the step before any more.
-      if (step > step_begin_) release(before);
-      if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
-      ptx::wgmma_wait<0>();
+    for (int s = 1; s < 4; ++s) ptx::wgmma_s8<true>(dots, fragments.a[g][s], b_operand(stage, g, s) + kFirst);
+    ptx::wgmma_commit();
+  }
+
+  template <int kPart>
+  __device__ __forceinline__ void scale(const Tile& tile, int step, int stage, const int32_t (&dots)[kPartSums],
+                                        Sum (&sums)[kSums]) const {
+    constexpr int g = group_of_part(kPart);
+    if (g > 0 && g >= groups_of(step)) return;
+    constexpr float kFactor = 1.0f / kCodeFactor;
+    const uint8_t* of_stage = shared_ + kScalesAt + stage * kC.scale_bytes();
+    const auto* of_rows =
+        reinterpret_cast<const __half*>(of_stage) + (g * tile.blocks + warp_) * kRecordRows + lane_ / 4;
+    const float low = __half2float(of_rows[0]) * kFactor, high = __half2float(of_rows[8]) * kFactor;
+    const auto* of_tokens = reinterpret_cast<const float2*>(of_stage + kC.weight_scale_bytes()) +
+                            (g * kC.tokens + token_of_part(kPart)) / 2 + lane_ % 4;
 #pragma unroll
-      for (int g = 0; g < kGroupsAStage; ++g) {
-        ptx::hold(dots[g]);
-        if (g > 0 && g >= groups_of(step)) continue;
-        constexpr float kFactor = 1.0f / kCodeFactor;
-        const uint8_t* of_stage = shared_ + kScalesAt + stage * kC.scale_bytes();
-        const auto* of_rows = reinterpret_cast<const __half*>(of_stage) + (g * tile.blocks + warp_) * kRecordRows + lane_ / 4;
-        const float low = __half2float(of_rows[0]) * kFactor, high = __half2float(of_rows[8]) * kFactor;
-        const auto* of_tokens =
-            reinterpret_cast<const float2*>(of_stage + kC.weight_scale_bytes()) + g * (kC.tokens / 2) + lane_ % 4;
-#pragma unroll
-        for (int j = 0; j < kC.tokens / 8; ++j) {
-          const float2 act = of_tokens[4 * j];
-          sums[4 * j] += static_cast<float>(dots[g][4 * j]) * (low * act.x);
-          sums[4 * j + 1] += static_cast<float>(dots[g][4 * j + 1]) * (low * act.y);
-          sums[4 * j + 2] += static_cast<float>(dots[g][4 * j + 2]) * (high * act.x);
-          sums[4 * j + 3] += static_cast<float>(dots[g][4 * j + 3]) * (high * act.y);
-        }
-      }
-    } else {
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int g = 0; g < kGroupsAStage; ++g) {
-#pragma unroll
-        for (int s = 0; s < 4; ++s) ptx::wgmma_s8(sums, now.a[g][s], b_operand(stage, g, s), 1);
-      }
-      ptx::wgmma_commit();
-      // The tensor cores have this step's products to do while those of the step before are seen off.
-      ptx::wgmma_wait<1>();
-      if (step > step_begin_) release(before);
-      if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
+    for (int j = 0; j < kPartTokens / 8; ++j) {
+      const float2 act = of_tokens[4 * j];
+      constexpr int kFirst = token_of_part(kPart) / 2;
+      sums[kFirst + 4 * j] += static_cast<float>(dots[4 * j]) * (low * act.x);
+      sums[kFirst + 4 * j + 1] += static_cast<float>(dots[4 * j + 1]) * (low * act.y);
+      sums[kFirst + 4 * j + 2] += static_cast<float>(dots[4 * j + 2]) * (high * act.x);
+      sums[kFirst + 4 * j + 3] += static_cast<float>(dots[4 * j + 3]) * (high * act.y);
     }
   }
 
-  // Barriers of the thread block: each consumer's turn, a consumer's warps alone, all consumers.
-  static constexpr int kTurn = 1, kAlone = kTurn + kConsumers, kAllConsumers = kAlone + kConsumers;
+  __device__ __forceinline__ void advance_parts(const Tile& tile, int step, Place& place, const Fragments& now,
+                                                Fragments& next, Sum (&sums)[kSums]) const {
+    const int stage = place.stage;
+    place.advance();
+    int32_t first[kPartSums], second[kPartSums];
+    start<0>(stage, now, first);
+    start<1>(stage, now, second);
+    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
+    ptx::wgmma_wait<1>();
+    ptx::hold(first);
+    scale<0>(tile, step, stage, first, sums);
+    ptx::wgmma_wait<0>();
+    ptx::hold(second);
+    scale<1>(tile, step, stage, second, sums);
+    release(stage);
+  }
+
+  __device__ __forceinline__ void add_up_groups(const Tile& tile, Place& place, Fragments& even, Fragments& odd,
+                                                Sum (&sums)[kSums]) const {
+    for (int step = step_begin_; step < step_end_; step += 2) {
+      advance_parts(tile, step, place, even, odd, sums);
+      if (step + 1 < step_end_) advance_parts(tile, step + 1, place, odd, even, sums);
+    }
+  }
+
+  // Barriers of the thread block: a consumer's warps alone, all consumers.
+  static constexpr int kAlone = 1, kAllConsumers = kAlone + kConsumers;
 
   __device__ void consume() {
     Place place;
-    if constexpr (kPerGroup) {  // the first turn is the first group's
-      if (warp_ / 4 == 1) ptx::named_barrier_arrive(kTurn, kConsumers * kWarpGroup);
-    }
     for (int index = first_tile_; index < p_.tiles; index += tile_stride_) {
       const Tile tile = tile_at(index);
       Sum sums[kSums];
@@ -368,20 +406,15 @@ class Kernel {
       for (int i = 0; i < kSums; ++i) sums[i] = 0;
       Fragments even, odd;
       unpack_stage(tile, place, step_begin_, even);
-      // Only now, when the first activations have come, are their scales there.
-      float token_scales[kTokenScales];
-      if constexpr (!kPerGroup) load_token_scales(tile, token_scales);
-      for (int step = step_begin_; step < step_end_; step += 2) {
-        advance(tile, step, place, even, odd, sums);
-        if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, sums);
+      if constexpr (kPerGroup) {
+        add_up_groups(tile, place, even, odd, sums);
+      } else {
+        // Only now, when the first activations have come, are their scales there.
+        float token_scales[kTokenScales];
+        load_token_scales(tile, token_scales);
+        add_up_channel(tile, place, even, odd, sums);
+        share_token_scales(token_scales);
       }
-      if constexpr (!kPerGroup) {
-        ptx::wgmma_wait<0>();
-        ptx::hold(sums);
-      }
-      ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);  // all of its warps are done with the last step and tile
-      release(place.stage == 0 ? kC.stages - 1 : place.stage - 1);
-      if constexpr (!kPerGroup) share_token_scales(token_scales);
       if (p_.splits == 1) {
         const Rows rows = rows_of(tile);
 #pragma unroll
@@ -417,6 +450,7 @@ class Kernel {
   }
   __device__ __forceinline__ void share_token_scales(const float (&scales)[kTokenScales]) const {
     static_assert(kConsumers * kC.tokens * 4 <= kC.stages * kC.scale_bytes(), "room for the tokens' scales");
+    ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);  // the tile before has been stored
 #pragma unroll
     for (int i = 0; i < kTokenScales; ++i) {
       const int token = i * kWarpGroup + static_cast<int>(threadIdx.x) % kWarpGroup;
