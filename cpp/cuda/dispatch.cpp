@@ -17,10 +17,9 @@
 namespace flexq::cuda {
 namespace {
 
-constexpr double kMmaLaunchUs = 3.0, kWgmmaLaunchUs = 5.0;
-// Bytes that tiles bring in from L2 compete with the weights from memory: so much of the time to read them from there.
-constexpr double kL2Share = 0.24;
-
+// Up to so many tokens mma.sync was never behind.
+constexpr int64_t kMmaTokens = 16;
+constexpr double kMmaLaunchUs = 3.0, kWgmmaLaunchUs = 6.0;
 struct Problem {
   const Device& device;
   const flexq_weight_desc& desc;
@@ -40,18 +39,22 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const auto tokens = static_cast<double>(c.tokens);
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
   const auto waves = static_cast<double>(ceil_div(blocks, p.device.num_sms));
-  // Of a group: 4 clocks a token are the tensor cores', the rest is not hidden behind them.
-  double group_clocks = p.per_group() ? 250 + 5 * tokens : 130 + 4 * tokens;
+  // Of a group: under 4 clocks a token are the tensor cores' own, the rest is not hidden behind them.
+  double group_clocks = p.per_group() ? 330 + 6.4 * tokens : 150 + 3.85 * tokens;
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
-  const bool relief = c.tokens == 256 && waves > 1;
-  if (relief != (plan.multicast > 1)) group_clocks *= 1.05;
+  const bool relief = c.tokens == 256 && waves > 2;
+  if (relief != (plan.multicast > 1)) group_clocks *= 1.04;
   const double output_clocks = 600 + 17 * tokens;
-  const double parts_clocks = plan.splits > 1 ? 600 + 44 * tokens : 0;
+  const double parts_clocks = plan.splits > 1 ? 1500 + 40 * tokens : 0;
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
+  // Weights from memory, and what every tile brings in from L2.
   const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
-  const double l2_us = kL2Share * p.memory_us(static_cast<double>(blocks) * work * bytes);
-  return kWgmmaLaunchUs + std::max({sm_us, l2_us, p.memory_us(p.weight_bytes)}) +
-         p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4 + (plan.splits > 1 ? 1.0 : 0.0);
+  const double idle = std::max(0.0, 1 - static_cast<double>(blocks) / p.device.num_sms);
+  const double memory_us = (1 + 0.1 * idle) * 0.87 * p.memory_us(p.weight_bytes) +
+                           0.072 * p.memory_us(static_cast<double>(blocks) * work * bytes);
+  const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
+  return kWgmmaLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 1.0 : 0.0) +
+         (plan.multicast > 1 && !relief ? 1.0 : 0.0);
 }
 
 double mma_us(const Problem& p, const GemmPlan& plan) {
@@ -68,7 +71,9 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   // Activations that each warp loads for itself weigh less than those that the block waits for together.
   const double act_bytes = tokens * kGroup * (p.per_group() ? 1.0 : 0.5);
   const double bytes = work * (kRecordBytes * rows / kRecordRows + act_bytes) - p.weight_bytes;
-  const double memory_us = p.memory_us(p.weight_bytes) * (1 + 0.3 * (idle - 1)) + 0.07 * p.memory_us(bytes);
+  const double again = 0.5 * static_cast<double>(ceil_div(p.m, c.tokens) - 1);  // weights for more tiles of tokens
+  const double memory_us =
+      p.memory_us(p.weight_bytes) * (1 + again + 0.3 * (idle - 1)) + 0.07 * p.memory_us(bytes);
   const double ramp_us = 0.02 * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
   return kMmaLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 2.0 : 0.0);
 }
@@ -86,35 +91,32 @@ int mma_splits(const Problem& p, const MmaShape& c) {
 Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
   const int64_t groups = num_groups(desc.k);
   const Problem p{device, desc, m, groups, static_cast<double>(WeightLayout(desc).size)};
+  const auto add = [&](const GemmPlan& plan) {
+    items_[count_++] = {plan, plan.family == GemmPlan::kMma ? mma_us(p, plan) : wgmma_us(p, plan)};
+  };
   for (int i = 0; i < num_mma_configs(); ++i) {
     const MmaShape c = mma_shape(i);
     const bool bits = c.act_bits != 0;
     if (bits && (c.act_bits != act_bits || m > c.tokens)) continue;
-    const GemmPlan plan{GemmPlan::kMma, i, mma_splits(p, c), 1};
-    add(plan, mma_us(p, plan));
+    add({GemmPlan::kMma, i, mma_splits(p, c), 1});
   }
-  for (int i = 0; device.has_wgmma && i < num_wgmma_configs(); ++i) {
+  for (int i = 0; device.has_wgmma && m > kMmaTokens && i < num_wgmma_configs(); ++i) {
     const WgmmaShape c = wgmma_shape(i);
     if (p.per_group() && !c.per_group) continue;
-    // Nobody wants more columns than there are tokens, nor the narrowest for many.
-    if (c.tokens >= 2 * m && c.tokens > 8) continue;
-    if (m >= 256 && c.tokens < 64) continue;
-    for (const int multicast : {1, 2}) {
-      if (c.tokens / kTokenTile % multicast != 0 || (multicast > 1 && desc.n <= c.rows)) continue;
-      for (const int splits : {1, 2, 3, 4}) {
-        if (multicast * splits > 4 || splits * c.groups_a_stage > groups) continue;
-        const GemmPlan plan{GemmPlan::kWgmma, i, splits, multicast};
-        add(plan, wgmma_us(p, plan));
-      }
+    // Nobody wants more columns than there are tokens, nor few columns for many tokens.
+    if (c.tokens >= 2 * m || (m >= 256 && c.tokens < 64)) continue;
+    const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);
+    add({GemmPlan::kWgmma, i, 1, 1});
+    if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
+    // Parts of K only while all of them are at work at once, and clusters of them fit.
+    for (const int splits : {2, 3, 4}) {
+      if (tiles * splits <= device.num_sms && splits * c.groups_a_stage <= groups) add({GemmPlan::kWgmma, i, splits, 1});
     }
   }
   std::sort(items_.begin(), items_.begin() + static_cast<std::ptrdiff_t>(count_),
             [](const Candidate& a, const Candidate& b) { return a.microseconds < b.microseconds; });
 }
 
-void Candidates::add(const GemmPlan& plan, double microseconds) {
-  if (count_ < items_.size()) items_[count_++] = {plan, microseconds};
-}
 
 const Candidate& Candidates::named(const char* name) const {
   for (const Candidate& candidate : *this) {

@@ -1,4 +1,4 @@
-// y = x * w^T by a warp group's tensor core instructions (wgmma, sm_90a) on int8 codes: one token to many thousands.
+// y = x * w^T by a warp group's tensor core instructions (wgmma, sm_90a) on int8 codes: 16 tokens to many thousands.
 //
 // A thread block has tiles of 128 rows and up to 256 tokens. Producer warps fill a ring of stages with weight records
 // and activation tiles just as they lie in memory, by bulk copies that report their bytes to the stage's barrier. One
@@ -62,7 +62,6 @@ struct Config {
 
 // Of these, dispatch.cpp picks.
 constexpr Config kConfigs[] = {
-    {.tokens = 8, .groups_a_stage = 2, .stages = 8, .per_group = true},
     {.tokens = 16, .groups_a_stage = 2, .stages = 7, .per_group = true},
     {.tokens = 32, .groups_a_stage = 2, .stages = 6, .per_group = true},
     {.tokens = 64, .groups_a_stage = 2, .stages = 5, .per_group = true},
