@@ -108,10 +108,14 @@ void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, i
     size_t workspace_bytes = 0;
     flexq::check(flexq_gemm_workspace_size(&with, &desc, 8, m, &workspace_bytes));
     auto* workspace = allocate<uint8_t>(workspace_bytes);
-    const double gemm = microseconds(handle, rounds, [&](int j) {
-      flexq::check(flexq_gemm(&with, &desc, weights[static_cast<size_t>(j) % weights.size()], bytes, &act, quantized,
-                              act_bytes, nullptr, FLEXQ_F32, y, FLEXQ_BF16, desc.n, workspace, workspace_bytes));
-    }, 3);
+    const double gemm = microseconds(
+        handle, rounds,
+        [&](int j) {
+          flexq::check(flexq_gemm(&with, &desc, weights[static_cast<size_t>(j) % weights.size()], bytes, &act,
+                                  quantized, act_bytes, nullptr, FLEXQ_F32, y, FLEXQ_BF16, desc.n, workspace,
+                                  workspace_bytes));
+        },
+        3);
     std::printf("%lld,%lld,%s,%lld,%d,%s,%.2f,%.2f\n", static_cast<long long>(desc.n), static_cast<long long>(desc.k),
                 desc.scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel", static_cast<long long>(m), i, infos[i].name,
                 infos[i].estimated_microseconds, gemm);

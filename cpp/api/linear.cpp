@@ -97,12 +97,8 @@ flexq_status flexq_silu_mul_quantize(const flexq_stream* stream, const flexq_act
     check_matrix(gate, "gate", desc->m, desc->k, ld_gate, "ld_gate", dtype_size(dtype));
     check_matrix(up, "up", desc->m, desc->k, ld_up, "ld_up", dtype_size(dtype));
     check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
-    const ActivationSource source{.kind = ActivationSource::kSiluMul,
-                                  .dtype = dtype,
-                                  .x = gate,
-                                  .ldx = ld_gate,
-                                  .other = up,
-                                  .ld_other = ld_up};
+    const ActivationSource source{
+        .kind = ActivationSource::kSiluMul, .dtype = dtype, .x = gate, .ldx = ld_gate, .other = up, .ld_other = ld_up};
     if (desc->m > 0) backend.quantize_activation(*stream, *desc, source, quantized);
   });
 }

@@ -18,6 +18,11 @@ void check(cudaError_t error, const char* what) {
 namespace {
 
 constexpr int kOldestMajor = 8;
+#if defined(FLEXQ_HAS_SM90A)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;  // this build has no code for sm_90a
+#endif
 // Sums are of 4 * code in int32 here, where the CPU's are of code.
 constexpr int64_t kMaxChannelK = int64_t{1} << 17;
 
@@ -50,9 +55,9 @@ Device device_of(const flexq_stream& stream) {
   const int32_t device = stream.device_index;
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   // Two transfers a clock (kHz) of so many bits; nine tenths of that can be had.
-  const double peak = 2e-3 * attribute(cudaDevAttrMemoryClockRate, device) *
-                      (attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0);
-  return {attribute(cudaDevAttrMultiProcessorCount, device), major >= 9, major == 9, 0.9 * peak,
+  const double peak =
+      2e-3 * attribute(cudaDevAttrMemoryClockRate, device) * (attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0);
+  return {attribute(cudaDevAttrMultiProcessorCount, device), major >= 9, kHasWgmma && major == 9, 0.9 * peak,
           1e-3 * attribute(cudaDevAttrClockRate, device)};
 }
 

@@ -2,8 +2,8 @@
 // GPU and says where the model is wrong.
 //
 // A GEMM takes as long as the slower of reading the weights from memory and a multiprocessor's own work on its tiles,
-// wave by wave. The constants are fitted to measurements on an H100 (docs/kernels.md); they are clocks where the work is
-// a multiprocessor's, and scale with the device's bandwidth, clock and number of multiprocessors.
+// wave by wave. The constants are fitted to measurements on an H100 (docs/kernels.md); they are clocks where the work
+// is a multiprocessor's, and scale with the device's bandwidth, clock and number of multiprocessors.
 #include "cuda/dispatch.h"
 
 #include <algorithm>
@@ -60,7 +60,8 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
 double mma_us(const Problem& p, const GemmPlan& plan) {
   const MmaShape c = mma_shape(plan.config);
   const int64_t tiles = ceil_div(p.desc.n, c.rows) * ceil_div(p.m, c.tokens);
-  const double waves = static_cast<double>(tiles * plan.splits) / (static_cast<double>(p.device.num_sms) * c.ctas_per_sm);
+  const double waves =
+      static_cast<double>(tiles * plan.splits) / (static_cast<double>(p.device.num_sms) * c.ctas_per_sm);
   const double idle = waves <= 1 ? 1.0 : std::ceil(waves) / waves;  // of the last wave
   const double work = static_cast<double>(tiles * p.groups);
   const double rows = c.rows, tokens = c.tokens;
@@ -72,8 +73,7 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   const double act_bytes = tokens * kGroup * (p.per_group() ? 1.0 : 0.5);
   const double bytes = work * (kRecordBytes * rows / kRecordRows + act_bytes) - p.weight_bytes;
   const double again = 0.5 * static_cast<double>(ceil_div(p.m, c.tokens) - 1);  // weights for more tiles of tokens
-  const double memory_us =
-      p.memory_us(p.weight_bytes) * (1 + again + 0.3 * (idle - 1)) + 0.07 * p.memory_us(bytes);
+  const double memory_us = p.memory_us(p.weight_bytes) * (1 + again + 0.3 * (idle - 1)) + 0.07 * p.memory_us(bytes);
   const double ramp_us = 0.02 * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
   return kMmaLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 2.0 : 0.0);
 }
@@ -110,13 +110,13 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
     // Parts of K only while all of them are at work at once, and clusters of them fit.
     for (const int splits : {2, 3, 4}) {
-      if (tiles * splits <= device.num_sms && splits * c.groups_a_stage <= groups) add({GemmPlan::kWgmma, i, splits, 1});
+      if (tiles * splits <= device.num_sms && splits * c.groups_a_stage <= groups)
+        add({GemmPlan::kWgmma, i, splits, 1});
     }
   }
   std::sort(items_.begin(), items_.begin() + static_cast<std::ptrdiff_t>(count_),
             [](const Candidate& a, const Candidate& b) { return a.microseconds < b.microseconds; });
 }
-
 
 const Candidate& Candidates::named(const char* name) const {
   for (const Candidate& candidate : *this) {

@@ -101,10 +101,10 @@ struct Params {
   int64_t n;
   int64_t row_blocks;
   int groups;
-  int steps;        // of a tile: ceil(groups / warps_k)
-  int64_t m;        // tokens
+  int steps;            // of a tile: ceil(groups / warps_k)
+  int64_t m;            // tokens
   int64_t token_tiles;  // of 8, all of them
-  void* partials;  // [splits][tiles][sums], where K is split
+  void* partials;       // [splits][tiles][sums], where K is split
   bool overlapped;
 };
 
@@ -414,8 +414,8 @@ class Kernel {
     }
     __syncthreads();
     const int64_t tile = static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
-    Sum* partials = static_cast<Sum*>(p_.partials) +
-                    (blockIdx.y * static_cast<int64_t>(gridDim.z) * gridDim.x + tile) * kC.sums();
+    Sum* partials =
+        static_cast<Sum*>(p_.partials) + (blockIdx.y * static_cast<int64_t>(gridDim.z) * gridDim.x + tile) * kC.sums();
     for (int i = static_cast<int>(threadIdx.x); i < tiles_ * kTokenTile * kC.rows(); i += kC.threads()) {
       Sum sum = sums_[i];
 #pragma unroll

@@ -42,10 +42,10 @@ constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kSharedLimit = 227 * 1024;
 
 struct Config {
-  int tokens;           // of a tile: wgmma's n
-  int groups_a_stage;   // of 128 k
+  int tokens;          // of a tile: wgmma's n
+  int groups_a_stage;  // of 128 k
   int stages;
-  bool per_group;       // there is room for two sets of sums
+  bool per_group;  // there is room for two sets of sums
 
   constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * kRecordBytes; }
@@ -55,9 +55,7 @@ struct Config {
   constexpr int scale_bytes() const { return weight_scale_bytes() + groups_a_stage * tokens * 4; }
   constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
   constexpr int staging_bytes() const { return kConsumers * 4 * chunk_tokens() * kRecordRows * 4; }
-  constexpr int shared_bytes() const {
-    return stages * (stage_bytes() + scale_bytes() + 2 * 8) + staging_bytes();
-  }
+  constexpr int shared_bytes() const { return stages * (stage_bytes() + scale_bytes() + 2 * 8) + staging_bytes(); }
 };
 
 // Of these, dispatch.cpp picks.
@@ -103,7 +101,11 @@ class Kernel {
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
 
   __device__ Kernel(const Params& params, uint8_t* shared)
-      : p_(params), shared_(shared), base_(ptx::shared_address(shared)), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) {
+      : p_(params),
+        shared_(shared),
+        base_(ptx::shared_address(shared)),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32) {
     const uint32_t rank = ptx::cluster_rank();
     peer_ = static_cast<int>(rank) % p_.multicast;
     part_ = static_cast<int>(rank) / p_.multicast;
@@ -219,7 +221,8 @@ class Kernel {
   }
 
   // This thread block's share of each group's rows of `tile_bytes` for 8 tokens, to all its peers.
-  __device__ __forceinline__ void produce_activations(const uint8_t* from, int tile_bytes, uint32_t to0, int stage_bytes) const {
+  __device__ __forceinline__ void produce_activations(const uint8_t* from, int tile_bytes, uint32_t to0,
+                                                      int stage_bytes) const {
     const int first = peer_ * share_;
     const auto peers = static_cast<uint16_t>(((1 << p_.multicast) - 1) << (part_ * p_.multicast));
     produce([&](const Tile& tile, int step, int stage) {
@@ -443,7 +446,8 @@ class Kernel {
   __device__ __forceinline__ void load_token_scales(const Tile& tile, float (&scales)[kTokenScales]) const {
 #pragma unroll
     for (int i = 0; i < kTokenScales; ++i) {
-      const int64_t token = static_cast<int64_t>(tile.token_tile) * kTokenTile + i * kWarpGroup + threadIdx.x % kWarpGroup;
+      const int64_t token =
+          static_cast<int64_t>(tile.token_tile) * kTokenTile + i * kWarpGroup + threadIdx.x % kWarpGroup;
       scales[i] = token < p_.m ? __ldcg(p_.act_scales + token) : 0.0f;
     }
   }
@@ -556,7 +560,7 @@ class Kernel {
   int warp_, lane_;
   int peer_;   // among those that share activations
   int share_;  // of their tiles of 8 tokens
-  int part_;  // of K
+  int part_;   // of K
   int step_begin_, step_end_;
   int first_tile_, tile_stride_;
 };
@@ -575,7 +579,7 @@ using KernelFunction = void (*)(Params);
 
 template <bool kPerGroup, size_t... kConfig>
 std::array<KernelFunction, sizeof...(kConfig)> kernels_of(std::index_sequence<kConfig...>) {
-  return {gemm_wgmma_kernel<static_cast<int>(kConfig), kPerGroup && kConfigs[kConfig].per_group>...};
+  return {gemm_wgmma_kernel < static_cast<int>(kConfig), kPerGroup && kConfigs[kConfig].per_group > ...};
 }
 
 template <bool kPerGroup>

@@ -60,7 +60,7 @@ struct GemmPlan {
 // gemm_mma.cu: mma.sync, s8 or b1; sm_80 and later.
 struct MmaShape {
   const char* product;
-  int act_bits;  // that it takes, 0 for any
+  int act_bits;      // that it takes, 0 for any
   int rows, tokens;  // of a tile
   int ctas_per_sm;
   int warps_k;

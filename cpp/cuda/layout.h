@@ -17,8 +17,8 @@ namespace flexq::cuda {
 // Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
 // (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/kernels.md).
 // Records lie in tiles of 128 rows, [N / 128][G][8], the last one with as many as there are: a tile's groups are one
-// stretch of memory for the copy engine. Scales follow the last record, fp16, 16 for each record (group) or block of rows
-// (channel) in the same order. Records alone are whole lines of 128 bytes.
+// stretch of memory for the copy engine. Scales follow the last record, fp16, 16 for each record (group) or block of
+// rows (channel) in the same order. Records alone are whole lines of 128 bytes.
 inline constexpr int kRecordRows = 16;
 inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;

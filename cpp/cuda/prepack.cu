@@ -57,7 +57,8 @@ __global__ void prepack_kernel(Args a) {
   if (lane >= kRecordRows || (!a.per_group && group != 0)) return;
   const int64_t scale_row = row_block * kRecordRows + lane;
   const uint16_t scale = scale_row < a.n ? a.scales[scale_row * a.row_scales + (a.per_group ? group : 0)] : uint16_t{0};
-  a.record_scales[record_index(row_block, a.per_group ? group : 0, a.row_blocks, a.row_scales) * kRecordRows + lane] = scale;
+  a.record_scales[record_index(row_block, a.per_group ? group : 0, a.row_blocks, a.row_scales) * kRecordRows + lane] =
+      scale;
 }
 
 // One thread builds a byte of each plane: 8 codes of a row.
@@ -68,8 +69,7 @@ __global__ void unprepack_kernel(Args a) {
   const int64_t group = index / kPlaneBytes % a.groups;
   const int64_t row = index / kPlaneBytes / a.groups;
   const int row_in_block = static_cast<int>(row % kRecordRows);
-  const uint8_t* record =
-      a.records + record_index(row / kRecordRows, group, a.row_blocks, a.groups) * kRecordBytes;
+  const uint8_t* record = a.records + record_index(row / kRecordRows, group, a.row_blocks, a.groups) * kRecordBytes;
   const auto* words = reinterpret_cast<const uint32_t*>(record);
   unsigned planes[kPlanes] = {};
   for (int quad = 0; quad < 2; ++quad) {

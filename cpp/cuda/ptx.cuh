@@ -39,10 +39,9 @@ __device__ inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], 
 
 // d += popcount(a & b) for a 16x128 (row-major) and b 128x8 (column-major) of single bits.
 __device__ inline void mma_m16n8k128_b1(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a0), "r"(a1), "r"(b));
+  asm volatile("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a0), "r"(a1), "r"(b));
 }
 
 // Four matrices of 8 rows x 16 bytes; lane i gives the address of row i % 8 of matrix i / 8, and gets bytes
@@ -90,8 +89,8 @@ __device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) 
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the same barrier of thread block `rank` of the cluster. Without a scope of the cluster, which would cost a fence of
-// the whole GPU: what the arrival frees is written by the copy engine alone.
+// At the same barrier of thread block `rank` of the cluster. Without a scope of the cluster, which would cost a fence
+// of the whole GPU: what the arrival frees is written by the copy engine alone.
 __device__ inline void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"
@@ -124,8 +123,8 @@ __device__ inline void bulk_copy(uint32_t shared, const void* global, uint32_t b
 __device__ inline void bulk_copy_multicast(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
                                            uint16_t mask) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(shared),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared),
       "l"(global), "r"(bytes), "r"(barrier), "h"(mask)
       : "memory");
 }
@@ -187,8 +186,8 @@ __device__ inline void hold(int32_t (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
-// d += a * b, or d = a * b without kAdd, for a 64x32 in registers and b 32xN in shared memory, int8; kCount = N / 2 is a
-// thread's part of d.
+// d += a * b, or d = a * b without kAdd, for a 64x32 in registers and b 32xN in shared memory, int8; kCount = N / 2 is
+// a thread's part of d.
 template <bool kAdd, int kCount>
 __device__ void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b);
 
@@ -202,25 +201,28 @@ __device__ void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t 
 #define FLEXQ_R8 FLEXQ_R4 ",%4,%5,%6,%7"
 #define FLEXQ_R16 FLEXQ_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define FLEXQ_R32 FLEXQ_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define FLEXQ_R64 FLEXQ_R32 \
+#define FLEXQ_R64                                                    \
+  FLEXQ_R32                                                          \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
   ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define FLEXQ_R128 FLEXQ_R64 \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
-  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95" \
+#define FLEXQ_R128                                                               \
+  FLEXQ_R64                                                                      \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"             \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"             \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
   ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-#define FLEXQ_WGMMA_CASE(kAdd, c, n, count, a0, a1, a2, a3, b, p)                                                      \
-  template <>                                                                                                         \
-  __device__ inline void wgmma_s8<kAdd, count>(int32_t (&d)[count], const uint32_t (&a)[4], uint64_t desc) {          \
-    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %" #p ", 0;\n\t"                                           \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" FLEXQ_R##count "}, {%" #a0 ",%" #a1 ",%" #a2  \
-                 ",%" #a3 "}, %" #b ", add;\n\t}"                                                                     \
-                 : FLEXQ_D##count(c, d, 0)                                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "n"(kAdd));                                 \
+#define FLEXQ_WGMMA_CASE(kAdd, c, n, count, a0, a1, a2, a3, b, p)                                            \
+  template <>                                                                                                \
+  __device__ inline void wgmma_s8<kAdd, count>(int32_t (&d)[count], const uint32_t (&a)[4], uint64_t desc) { \
+    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %" #p                                             \
+                 ", 0;\n\t"                                                                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" FLEXQ_R##count                     \
+                 "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", add;\n\t}"                              \
+                 : FLEXQ_D##count(c, d, 0)                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "n"(kAdd));                        \
   }
-#define FLEXQ_WGMMA(...)                       \
+#define FLEXQ_WGMMA(...)                    \
   FLEXQ_WGMMA_CASE(true, "+r", __VA_ARGS__) \
   FLEXQ_WGMMA_CASE(false, "=r", __VA_ARGS__)
 FLEXQ_WGMMA(8, 4, 4, 5, 6, 7, 8, 9)

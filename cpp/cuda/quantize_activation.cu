@@ -351,7 +351,8 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
     const Scale scale = scale_of(largest, a.rotate, a.qmax);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (i < rounds && own + i * stride < a.groups) part.store_codes(a, token, own + i * stride, kept[i], scale.inverse);
+      if (i < rounds && own + i * stride < a.groups)
+        part.store_codes(a, token, own + i * stride, kept[i], scale.inverse);
     }
     for (int64_t round = kKept; round < rounds; ++round) {
       const int64_t group = own + round * stride;

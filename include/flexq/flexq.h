@@ -200,9 +200,9 @@ FLEXQ_API flexq_status flexq_quantize_activation(const flexq_stream* stream, con
 
 /* flexq_quantize_activation of what comes before a linear layer in a transformer, in one pass; each step is rounded to
  * `dtype` where separate operations would store it.
- *   rms_norm: h = x + residual (or x if `residual` is NULL), quantized is h / sqrt(mean(h^2) + eps) * weight. `sum` gets
- *   h, or is NULL; it may be x or residual. weight: [k].  silu_mul: quantized is silu(gate) * up.
- *   x, residual, sum, gate, up: [m][k] of `dtype`, rows ld* apart. */
+ *   rms_norm: h = x + residual (or x if `residual` is NULL), quantized is h / sqrt(mean(h^2) + eps) * weight. `sum`
+ * gets h, or is NULL; it may be x or residual. weight: [k].  silu_mul: quantized is silu(gate) * up. x, residual, sum,
+ * gate, up: [m][k] of `dtype`, rows ld* apart. */
 FLEXQ_API flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_activation_desc* desc,
                                                const void* x, int64_t ldx, const void* residual, int64_t ld_residual,
                                                const void* weight, float eps, flexq_dtype dtype, void* sum,

@@ -91,7 +91,9 @@ class ThreadPool {
 
 // A flexq_stream; does not own what it names.
 struct Stream : flexq_stream {
-  static Stream cpu(const flexq_executor* executor = nullptr) { return Stream{{FLEXQ_CPU, 0, nullptr, executor, nullptr}}; }
+  static Stream cpu(const flexq_executor* executor = nullptr) {
+    return Stream{{FLEXQ_CPU, 0, nullptr, executor, nullptr}};
+  }
   static Stream cpu(const ThreadPool& pool) { return cpu(pool.executor()); }
   static Stream cuda(int32_t device_index, void* cuda_stream) {
     return Stream{{FLEXQ_CUDA, device_index, cuda_stream, nullptr, nullptr}};

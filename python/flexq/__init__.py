@@ -14,6 +14,8 @@ from flexq.ops import (
     prepack,
     quantize_activation,
     quantize_weight,
+    rms_norm_quantize,
+    silu_mul_quantize,
     unpack_codes,
     unprepack,
 )
@@ -40,7 +42,9 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "quantize_weight",
+    "rms_norm_quantize",
     "save_model",
+    "silu_mul_quantize",
     "unpack_codes",
     "unprepack",
 ]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexq import ops
+from flexq import _core, ops
 from flexq.patch import Progress
+from flexq.streams import stream_for
 
 CPU_SHAPES = ((4096, 14336), (11008, 4096))
 CPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -26,7 +27,7 @@ CUDA_SHAPES = (
     (4096, 4096),
     (6144, 4096),
 )
-CUDA_TOKENS = (1, 2, 4, 8, 16, 32)
+CUDA_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DEFAULT_CONFIGS = ((8, "group"), (6, "group"), (8, "channel"))
 _ROTATION = "hadamard128"
 _SECONDS_PER_POINT = 0.6
@@ -108,9 +109,11 @@ class _CpuPeers:
 
 
 class _CudaPeers:
-    """cuBLAS through PyTorch. int8 and fp8 are given activations that are quantized already."""
+    """cuBLAS through PyTorch, and Humming where it is installed. cuBLAS int8 and fp8 are given activations that are
+    quantized already; Humming quantizes them, as FlexQ does."""
 
     def __init__(self, weight: torch.Tensor):
+        self.humming = self._humming(weight)
         self.half = self._copies(weight.bfloat16())
         self.int8 = self._copies((weight / weight.abs().max() * 127).round().to(torch.int8))
         self.fp8 = self._copies((weight / weight.abs().max() * 448).to(torch.float8_e4m3fn))
@@ -120,6 +123,35 @@ class _CudaPeers:
     def _copies(weight: torch.Tensor) -> list[torch.Tensor]:
         count = max(2, int(_ROTATED_BYTES / weight.nbytes) + 1)
         return [weight, *(weight.clone() for _ in range(count - 1))]
+
+    @staticmethod
+    def _humming(weight: torch.Tensor) -> dict[str, list[nn.Module]]:
+        """W6A8 and W6A16 with a scale per group of 128, one layer a copy of the weight."""
+        try:
+            from humming.layer import HummingLayer
+        except ImportError:
+            return {}
+        n, k = weight.shape
+        copies = max(2, int(_ROTATED_BYTES / (n * k * 49 / 64)) + 1)
+        inputs = {"W6A8": {"dtype": "int8", "group_size": ops.GROUP_SIZE}, "W6A16": None}
+        layers: dict[str, list[nn.Module]] = {}
+        for name, config in inputs.items():
+            try:
+                for _ in range(copies):
+                    layer = HummingLayer(
+                        shape_n=n,
+                        shape_k=k,
+                        weight_config={"dtype": "int6", "group_size": ops.GROUP_SIZE},
+                        input_config=None if config is None else dict(config),
+                        torch_dtype=torch.bfloat16,
+                    ).to(weight.device)
+                    layer.load_from_unquantized(weight.bfloat16())
+                    layer.transform()
+                    layers.setdefault(f"Humming {name}", []).append(layer)
+            except Exception as error:  # whatever a version of it does not do is left out, and said
+                warnings.warn(f"Humming {name} is left out: {error}", stacklevel=2)
+                layers.pop(f"Humming {name}", None)
+        return layers
 
     def kernels(self, x: torch.Tensor) -> _Kernels:
         half = x.bfloat16()
@@ -142,6 +174,9 @@ class _CudaPeers:
                 continue  # a shape or GPU that it does not do
             runs = [lambda w=w, function=function: function(w) for w in weights]
             kernels[name] = _Kernel(runs, weights[0].nbytes)
+        for name, layers in self.humming.items():
+            size = sum(p.nbytes for p in layers[0].parameters())
+            kernels[name] = _Kernel([lambda layer=layer: layer(half) for layer in layers], size)
         return kernels
 
 
@@ -169,11 +204,35 @@ def _graph_seconds(kernels: _Kernels) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def _triton_read() -> Callable[[torch.Tensor], Any] | None:
+    """A kernel that does nothing but read a tensor of int32; None without Triton."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit
+    def read(data, sums, size, block: tl.constexpr):
+        index = tl.program_id(0) * block + tl.arange(0, block)
+        values = tl.load(data + index, mask=index < size, other=0)
+        tl.store(sums + tl.program_id(0), tl.sum(values))
+
+    block = 8192
+
+    def run(data: torch.Tensor) -> torch.Tensor:
+        programs = -(-data.numel() // block)
+        sums = torch.empty(programs, dtype=torch.int32, device=data.device)
+        read[(programs,)](data, sums, data.numel(), block, num_warps=8)
+        return sums
+
+    return run
+
+
 def read_bandwidth(size: int, device: str = "cpu") -> float:
     """Bytes per second at which `device` reads buffers of `size` bytes: the roof of a memory-bound kernel.
 
-    The best of PyTorch's reductions, which on a GPU and buffers below 100 MB stay behind what a kernel made for it
-    reads; benchmarks/cuda_linear.cu has one.
+    On a GPU the best of PyTorch's reductions and, where Triton is, a kernel that only reads.
     """
     if device == "cpu":
         data = torch.ones(size // 4, dtype=torch.int32)
@@ -184,13 +243,16 @@ def read_bandwidth(size: int, device: str = "cpu") -> float:
             times.append(time.perf_counter() - begin)
         return size / min(times)
     copies = max(2, int(_ROTATED_BYTES / size) + 1)
-    buffers = [torch.ones(size // 4, device=device) for _ in range(copies)]
+    buffers = [torch.ones(size // 4, dtype=torch.float32, device=device) for _ in range(copies)]
     halves = [(b[: size // 8], b[size // 8 : 2 * (size // 8)]) for b in buffers]
-    reductions = {
+    readers = {
         "sum": _Kernel([lambda b=b: b.sum() for b in buffers], size),
         "dot": _Kernel([lambda h=h: torch.dot(*h) for h in halves], size),
     }
-    return size / min(_graph_seconds(reductions).values())
+    read = _triton_read()
+    if read is not None:
+        readers["read"] = _Kernel([lambda b=b: read(b.view(torch.int32)) for b in buffers], size)
+    return size / min(_graph_seconds(readers).values())
 
 
 def _cpu_seconds(kernels: _Kernels) -> dict[str, float]:
@@ -231,7 +293,7 @@ def bench_linear(
         device: "cpu" or "cuda".
         configs: (act_bits, scheme) of our kernels.
         peers: also time PyTorch's float32, bfloat16 and dynamic int8; on a GPU cuBLAS's bfloat16, int8 and fp8, the
-            last two without the quantization of their activations.
+            last two without the quantization of their activations, and Humming if it is installed.
         progress: wraps the loop over points, e.g. `tqdm.tqdm`.
     """
     on_gpu = device != "cpu"
@@ -261,6 +323,118 @@ def bench_linear(
                 size, gops = kernels[name].weight_bytes, 2e-9 * m * n * k / value
                 points.append(Point(name, n, k, m, str(dtype).removeprefix("torch."), value * 1e6, size, floor, gops))
     return points
+
+
+@dataclass
+class Choice:
+    """What the library's dispatcher chose for a GEMM, and what else could have run it.
+
+    Args:
+        n, k, m, act_bits, scheme: the GEMM.
+        kernels: name, the model's microseconds and measured ones; the choice first.
+    """
+
+    n: int
+    k: int
+    m: int
+    act_bits: int
+    scheme: str
+    kernels: list[tuple[str, float, float]]
+
+    @property
+    def best(self) -> tuple[str, float, float]:
+        return min(self.kernels, key=lambda kernel: kernel[2])
+
+    @property
+    def regret(self) -> float:
+        """How much longer the choice takes than the best, as a share."""
+        return self.kernels[0][2] / self.best[2] - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Kernels that the model puts further behind than this are not worth a measurement.
+_EXPLAIN_WITHIN = 2.0
+
+
+def _candidates(
+    m: int, n: int, k: int, bits: int, scheme: str, packed: list[torch.Tensor]
+) -> tuple[list[tuple[str, float]], _Kernels]:
+    """Names and estimates of what could run the GEMM and is not out of the question, and how to run each."""
+    where = packed[0].device
+    quantized = ops.quantize_activation(torch.randn(m, k, device=where, dtype=torch.bfloat16), bits, scheme, _ROTATION)
+    y = torch.empty(m, n, device=where, dtype=torch.bfloat16)
+    desc = _core.WeightDesc(n, k, scheme, _ROTATION)
+    act_desc = _core.ActivationDesc(m, k, bits, scheme, _ROTATION)
+    candidates = _core.gemm_kernels(stream_for(where), desc, bits, m)
+    candidates = [c for c in candidates if c[1] <= _EXPLAIN_WITHIN * candidates[0][1]]
+
+    def runner(name: str) -> Callable[[torch.Tensor], Callable[[], None]]:
+        size = _core.gemm_workspace_size(stream_for(where).with_kernel(name), desc, bits, m)
+        workspace = torch.empty(size, dtype=torch.uint8, device=where)
+
+        def run(weight: torch.Tensor) -> None:
+            _core.gemm(
+                stream_for(where).with_kernel(name), desc, weight.data_ptr(), weight.numel(), act_desc,
+                quantized.data_ptr(), quantized.numel(), 0, 0, y.data_ptr(), 2, n, workspace.data_ptr(), size,
+            )  # fmt: skip
+
+        return lambda weight: lambda: run(weight)
+
+    kernels = {}
+    for name, _ in candidates:
+        bind = runner(name)
+        kernels[name] = _Kernel([bind(weight) for weight in packed], packed[0].numel())
+    return candidates, kernels
+
+
+def explain_linear(
+    shapes: Sequence[tuple[int, int]] | None = None,
+    tokens: Sequence[int] | None = None,
+    device: str = "cuda",
+    configs: Sequence[tuple[int, str]] = DEFAULT_CONFIGS,
+    progress: Progress | None = None,
+) -> list[Choice]:
+    """Measure the GEMM alone with every kernel that could run it: is the choice right on this device?
+
+    Args:
+        as for `bench_linear`.
+    """
+    on_gpu = device != "cpu"
+    shapes = shapes or (CUDA_SHAPES if on_gpu else CPU_SHAPES)
+    tokens = tokens or (CUDA_TOKENS if on_gpu else CPU_TOKENS)
+    where = torch.device(device)
+    choices = []
+    todo = [(shape, config, m) for shape in shapes for config in configs for m in tokens]
+    current, packed = None, []
+    with torch.inference_mode():
+        for (n, k), (bits, scheme), m in progress(todo) if progress else todo:
+            if (n, k, scheme) != current:
+                current = (n, k, scheme)
+                copies = max(2, int(_ROTATED_BYTES / (n * k * 49 / 64)) + 1) if on_gpu else 1
+                packed = _packed(torch.randn(n, k, device=where) / k**0.5, scheme, copies)
+            candidates, kernels = _candidates(m, n, k, bits, scheme, packed)
+            seconds = _graph_seconds(kernels) if on_gpu else _cpu_seconds(kernels)
+            measured = [(name, estimate, seconds[name] * 1e6) for name, estimate in candidates]
+            choices.append(Choice(n, k, m, bits, scheme, measured))
+    return choices
+
+
+def explain_table(choices: Sequence[Choice]) -> str:
+    """A row a GEMM: the choice, its time and the model's, the fastest, and what choosing that would save."""
+    rows = [["N x K", "M", "format", "chosen", "us", "model", "fastest", "us", "saves"]]
+    for c in choices:
+        name, estimate, measured = c.kernels[0]
+        saves = f"{100 * (1 - c.best[2] / measured):.0f}%" if c.best[0] != name else ""
+        chosen = [f"{c.n}x{c.k}", str(c.m), f"W6A{c.act_bits} {c.scheme}", name, f"{measured:.1f}", f"{estimate:.1f}"]
+        rows.append([*chosen, c.best[0], f"{c.best[2]:.1f}", saves])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    worst = max((c.regret for c in choices), default=0.0)
+    changes = sum(c.best[0] != c.kernels[0][0] for c in choices)
+    note = f"GEMM alone; by these measurements {changes} of {len(choices)} choices would change, the worst by"
+    return "\n".join([*lines, f"{note} {100 * worst:.0f}%"])
 
 
 def table(points: Sequence[Point]) -> str:

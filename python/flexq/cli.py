@@ -319,6 +319,13 @@ def _bench_linear(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.device != "cpu":
         _core.check_device(args.device)
+    if args.explain:
+        choices = bench.explain_linear(
+            args.shape, args.tokens, args.device, progress=_progress("benchmark", args.quiet)
+        )
+        if not args.json:
+            print(bench.explain_table(choices))
+        return {"choices": [c.to_dict() for c in choices]}
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     points = bench.bench_linear(
         args.shape,
@@ -441,6 +448,7 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("float32", "bfloat16", "float16")
     p.add_argument("--dtype", choices=dtypes, help="of x and y (default: float32, on a GPU bfloat16)")
     p.add_argument("--no-peers", action="store_true", help="FlexQ alone")
+    p.add_argument("--explain", action="store_true", help="instead: every kernel that could run each GEMM, measured")
     p.add_argument("--plot", metavar="PNG", help="also draw throughput against M (needs matplotlib)")
     return parser
 

@@ -197,6 +197,67 @@ def _quantize_activation(x, act_bits, scheme, rotation):
     return quantized
 
 
+def _fake_rms_norm_quantize(x, residual, weight, eps, act_bits, scheme, rotation):
+    return _fake_quantize_activation(x, act_bits, scheme, rotation), torch.empty_like(x)
+
+
+@_define(
+    "rms_norm_quantize(Tensor x, Tensor? residual, Tensor weight, float eps, int act_bits, str scheme, str rotation)"
+    " -> (Tensor, Tensor)",
+    _fake_rms_norm_quantize,
+)
+def _rms_norm_quantize(x, residual, weight, eps, act_bits, scheme, rotation):
+    shape, dtype = x.shape, _dtype("x", x.dtype)
+    x, m, ldx = _matrix(x)
+    k = shape[-1]
+    address, ld_residual = 0, 0
+    if residual is not None:
+        _require(
+            residual.shape == shape and residual.dtype == x.dtype and residual.device == x.device,
+            f"residual must be like x, {x.dtype} {list(shape)}, got {residual.dtype} {list(residual.shape)}",
+        )
+        residual, _, ld_residual = _matrix(residual)
+        address = residual.data_ptr()
+    _require(
+        weight.shape == (k,) and weight.dtype == x.dtype and weight.device == x.device and weight.is_contiguous(),
+        f"weight must be contiguous {x.dtype} [{k}] on {x.device}, got {weight.dtype} {list(weight.shape)}",
+    )
+    desc = _activation_desc(m, k, act_bits, scheme, rotation)
+    stream = stream_for(x.device)
+    quantized = _bytes(_core.activation_size(stream, desc), x)
+    total = torch.empty(shape, dtype=x.dtype, device=x.device)
+    _core.rms_norm_quantize(
+        stream, desc, x.data_ptr(), ldx, address, ld_residual, weight.data_ptr(), eps, dtype, total.data_ptr(), k,
+        *_buffer("quantized", quantized),
+    )  # fmt: skip
+    return quantized, total
+
+
+def _fake_silu_mul_quantize(gate, up, act_bits, scheme, rotation):
+    return _fake_quantize_activation(gate, act_bits, scheme, rotation)
+
+
+@_define(
+    "silu_mul_quantize(Tensor gate, Tensor up, int act_bits, str scheme, str rotation) -> Tensor",
+    _fake_silu_mul_quantize,
+)
+def _silu_mul_quantize(gate, up, act_bits, scheme, rotation):
+    _require(
+        up.shape == gate.shape and up.dtype == gate.dtype and up.device == gate.device,
+        f"up must be like gate, {gate.dtype} {list(gate.shape)}, got {up.dtype} {list(up.shape)}",
+    )
+    dtype = _dtype("gate", gate.dtype)
+    gate, m, ld_gate = _matrix(gate)
+    up, _, ld_up = _matrix(up)
+    desc = _activation_desc(m, gate.shape[-1], act_bits, scheme, rotation)
+    stream = stream_for(gate.device)
+    quantized = _bytes(_core.activation_size(stream, desc), gate)
+    _core.silu_mul_quantize(
+        stream, desc, gate.data_ptr(), ld_gate, up.data_ptr(), ld_up, dtype, *_buffer("quantized", quantized)
+    )
+    return quantized
+
+
 def _fake_activation_codes(quantized, m, k, act_bits, scheme, rotation):
     codes = quantized.new_empty((m, num_groups(k) * GROUP_SIZE), dtype=torch.int8)
     return codes, quantized.new_empty((m, _num_scales(k, scheme)), dtype=torch.float32)
@@ -335,6 +396,34 @@ def quantize_activation(
 ) -> torch.Tensor:
     """Quantize x [..., K] to the private form (uint8 bytes) that `gemm` takes; several weights can share it."""
     return torch.ops.flexq.quantize_activation(x, act_bits, scheme, rotation)
+
+
+def rms_norm_quantize(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    act_bits: int = 8,
+    scheme: str = "group",
+    rotation: str = "hadamard128",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize the RMS norm of h = x + residual (h = x without one) in one pass: (quantized, h).
+
+    h / sqrt(mean(h^2) + eps) * weight, each step rounded to x's dtype as separate operations round it. `weight` is [K];
+    where a model multiplies by 1 + weight, pass that.
+    """
+    return torch.ops.flexq.rms_norm_quantize(x, residual, weight, eps, act_bits, scheme, rotation)
+
+
+def silu_mul_quantize(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    act_bits: int = 8,
+    scheme: str = "group",
+    rotation: str = "hadamard128",
+) -> torch.Tensor:
+    """Quantize silu(gate) * up, both [..., K], in one pass; each step is rounded to their dtype."""
+    return torch.ops.flexq.silu_mul_quantize(gate, up, act_bits, scheme, rotation)
 
 
 def activation_codes(

@@ -115,7 +115,7 @@ class Reference {
     const int64_t groups = (c.k + kGroup - 1) / kGroup, kp = groups * kGroup;
     const bool grouped = c.scheme == FLEXQ_SCHEME_GROUP;
     const int64_t stride = std::max<int64_t>(1, c.m / 40);
-    for (int64_t i = 0; i < c.m; i += c.m - i > stride && i + 2 * stride > c.m ? c.m - 1 - i : stride) {
+    for (int64_t i = 0; i<c.m; i += c.m - i> stride && i + 2 * stride > c.m ? c.m - 1 - i : stride) {
       tokens_.push_back(i);
       for (int64_t j = 0; j < c.n; ++j) {
         double sum = c.bias ? bias[static_cast<size_t>(j)] : 0.0, size = std::abs(sum);
@@ -236,8 +236,8 @@ void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others)
     const DeviceArray<uint8_t> workspace(bytes);
     const DeviceArray<uint8_t> y(y_bytes), again(y_bytes), separate(y_bytes);
     for (const auto* out : {&y, &again}) {
-      flexq::check(flexq_linear(&stream, &desc, packed.data(), packed.size(), c.act_bits, c.m, device_x.data(),
-                                c.dtype, ldx, b, FLEXQ_F32, out->data(), c.dtype, ldy, workspace.data(), bytes));
+      flexq::check(flexq_linear(&stream, &desc, packed.data(), packed.size(), c.act_bits, c.m, device_x.data(), c.dtype,
+                                ldx, b, FLEXQ_F32, out->data(), c.dtype, ldy, workspace.data(), bytes));
     }
     flexq::check(flexq_gemm_workspace_size(&stream, &desc, c.act_bits, c.m, &bytes));
     flexq::check(flexq_gemm(&stream, &desc, packed.data(), packed.size(), &act, device_act.data(), device_act.size(), b,
@@ -333,8 +333,8 @@ void test_fused(const Gpu& gpu) {
       run(gpu.cuda, device_x.data(), device_other.data(), device_weight.data(), out.data(), quantized.data(), bytes);
       const DeviceArray<int8_t> device_codes(codes.size());
       const DeviceArray<float> device_scales(num_scales);
-      flexq::check(flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, device_codes.data(),
-                                           device_scales.data()));
+      flexq::check(
+          flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, device_codes.data(), device_scales.data()));
       if (norm) {
         const std::vector<uint8_t> got = out.host();
         const size_t element = dtype == FLEXQ_F32 ? 4 : 2;

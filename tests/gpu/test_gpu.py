@@ -35,7 +35,7 @@ def layer(n=200, k=576, config=None, bias=True) -> tuple[flexq.Linear, flexq.Lin
 @pytest.mark.parametrize("rotation", ("none", "hadamard128"))
 @pytest.mark.parametrize("bits", (6, 8))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
-@pytest.mark.parametrize("m", (1, 8, 9, 33))
+@pytest.mark.parametrize("m", (1, 8, 9, 33, 200))
 def test_equals_the_cpu(m, dtype, bits, rotation, scheme):
     cpu, gpu = layer(config=flexq.LayerConfig(act_bits=bits, rotation=rotation, scheme=scheme))
     x = torch.randn(m, 576).to(dtype)
@@ -74,6 +74,47 @@ def test_captured_in_a_graph():
             assert torch.equal(y, gpu(x))
 
 
+@pytest.mark.parametrize("m", (1, 40, 300))
+def test_two_graphs_share_no_workspace(m):
+    _, gpu = layer(n=1000, k=2048)
+    gpu.to(torch.bfloat16)
+    inputs = [torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    expected = [gpu(x) for x in inputs]
+    graphs, outputs = [], []
+    for x in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(gpu(x))
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(10):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, want) for y, want in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+@pytest.mark.parametrize("m", (1, 40))
+def test_fused_quantizers_equal_the_cpus(m, scheme, dtype):
+    torch.manual_seed(0)
+    x, other, weight = (torch.randn(*s).to(dtype) for s in ((m, 1100), (m, 1100), (1100,)))
+    for name, arguments in (("rms_norm_quantize", (x, other, weight, 1e-5)), ("silu_mul_quantize", (x, other))):
+        results = []
+        for device in ("cpu", "cuda"):
+            moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+            quantized = getattr(flexq, name)(*moved, 8, scheme)
+            if isinstance(quantized, tuple):
+                quantized, total = quantized
+                assert torch.equal(total.cpu(), x + other)
+            results.append([t.cpu() for t in flexq.activation_codes(quantized, m, 1100, 8, scheme, "hadamard128")])
+        torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-2, atol=1e-7)
+        different = (results[1][0] - results[0][0]).abs()
+        assert different.max() <= 2 and (different > 0).float().mean() < 0.05
+
+
 def test_two_streams_at_once():
     _, gpu = layer(n=3000, k=4096)
     inputs = [torch.randn(5, 4096, device="cuda") for _ in range(2)]
@@ -90,9 +131,9 @@ def test_two_streams_at_once():
 
 
 def test_same_bits_on_every_run():
-    for n, k in ((256, 8192), (8192, 1024)):
+    for n, k in ((256, 8192), (8192, 1024), (1000, 4096)):
         _, gpu = layer(n, k)
-        for m in (1, 16, 32):
+        for m in (1, 16, 32, 100, 1000):
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             gpu.to(torch.bfloat16)
             first = gpu(x)

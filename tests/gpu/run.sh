@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Tests, sanitizers and benchmarks of the CUDA backend on a machine with a Hopper GPU and PyTorch for it, each into a file:
+#   tests/gpu/run.sh RESULTS [BUILD]
+# BUILD (default build/cuda) is a build with tests and benchmarks. The Python package is built here.
+set -uo pipefail
+results=$(mkdir -p "$1" && cd "$1" && pwd)
+build=${2:-build/cuda}
+cd "$(dirname "$0")/../.."
+
+run() {  # name seconds command...
+  local name=$1 seconds=$2
+  shift 2
+  local begin=$SECONDS
+  timeout "$seconds" "$@" > "$results/$name.txt" 2>&1
+  local status=$?
+  printf '%-10s rc %-3s %4s s  %s\n' "$name" "$status" $((SECONDS - begin)) "$(tail -n 1 "$results/$name.txt" | cut -c1-120)"
+}
+
+nvidia-smi -L
+run install 150 python3 -m pip install -q --no-deps --no-build-isolation --target "$results/site" . \
+  -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real
+export PYTHONPATH=$results/site
+run pytest 120 python3 -m pytest -q -p no:cacheprovider tests/gpu
+run contract 150 "$build/tests/test_cuda"
+run kernels 100 "$build/benchmarks/cuda_linear"
+run linear 150 python3 -m flexq.cli bench linear --device cuda --quiet \
+  --tokens 1 8 16 32 64 128 256 1024 4096
+run memcheck 90 compute-sanitizer --tool memcheck "$build/tests/test_cuda" --quick
+run racecheck 90 compute-sanitizer --tool racecheck "$build/tests/test_cuda" --quick
