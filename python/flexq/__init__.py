@@ -1,6 +1,7 @@
 """FlexQ: large language models with 6-bit weights and 6- or 8-bit activations."""
 
 from flexq._core import version as _version
+from flexq.calibrate import calibrate_model
 from flexq.checkpoint import CheckpointError, quantize_checkpoint, save_model
 from flexq.integrations.transformers import FlexQConfig  # registers the quantization method "flexq"
 from flexq.linear import Linear
@@ -32,6 +33,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "activation_codes",
+    "calibrate_model",
     "dequantize_weight",
     "gemm",
     "linear",

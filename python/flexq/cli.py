@@ -77,6 +77,10 @@ def _plan(args: argparse.Namespace):
 
     settings = {name: getattr(args, name) for name in ("act_bits", "scheme", "rotation")}
     settings = {name: value for name, value in settings.items() if value is not None}
+    if args.plan == "best":
+        if args.calibrate is None:
+            raise UsageError("recipe best rounds with a text in view: give one with --calibrate")
+        args.plan = None
     if args.plan is not None and settings:
         option = "--" + next(iter(settings)).replace("_", "-")
         raise UsageError(f"{option} and --plan exclude each other; edit the plan instead")
@@ -98,17 +102,23 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output or f"{source.name.rstrip('/').rpartition('/')[2].removesuffix('.gguf')}-flexq")
     # What is loaded whole anyway serves as the reference of the comparison too.
     reference = load_model(source) if args.compare and source.folder is None else None
-    record = quantize_checkpoint(
-        source,
-        output,
-        plan,
-        args.include,
-        args.skip,
-        int(args.shard_size * 1e9),
-        args.overwrite,
-        _progress("quantizing", args.quiet),
-        reference,
-    )
+    if args.calibrate is None and (args.budget is not None or args.target_kl is not None):
+        raise UsageError("--budget and --target-kl measure layers on a text: give one with --calibrate")
+    if args.calibrate is not None:
+        reference = reference or load_model(source)
+        record = _quantize_calibrated(args, source, output, plan, reference)
+    else:
+        record = quantize_checkpoint(
+            source,
+            output,
+            plan,
+            args.include,
+            args.skip,
+            int(args.shard_size * 1e9),
+            args.overwrite,
+            _progress("quantizing", args.quiet),
+            reference,
+        )
     seconds = time.perf_counter() - begin
     size = sum(f.stat().st_size for f in output.iterdir())
     layers = [c for c in record.layers.values() if c is not None]
@@ -133,6 +143,89 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+# Tokens a window, and windows, on which layers are measured: long enough to rank them, short enough for every layer.
+_PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
+
+
+def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, reference):
+    """Compensated rounding on the calibration text, then the activations' bits that --budget or --target-kl ask for."""
+    from flexq import sensitivity
+    from flexq.calibrate import calibrate_model
+    from flexq.checkpoint import save_model
+    from flexq.eval import read_text, windows_of
+    from flexq.models import load_tokenizer
+    from flexq.patch import shared_copy
+
+    if output.exists() and not args.overwrite:
+        raise FileExistsError(f"{output} exists; choose another name or overwrite it")  # before the long work
+    tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
+    windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows)
+    model = calibrate_model(
+        shared_copy(reference), windows, plan, args.include, args.skip, _progress("calibrating", args.quiet)
+    )
+    if args.budget is not None or args.target_kl is not None:
+        probes = windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:]
+        ranking = sensitivity.measure(model, reference, probes, _progress("measuring layers", args.quiet))
+        how: dict[str, Any] = {"ranked_by": "KL per parameter, measured"}
+        if args.budget is not None:
+            at_8 = sensitivity.within_budget(ranking, args.budget)
+            how["budget"] = args.budget
+        else:
+            divergence = sensitivity.Divergence(reference, probes)
+            at_8, reached = sensitivity.for_target(model, divergence, ranking, args.target_kl)
+            how |= {"target_kl": args.target_kl, "measured_kl": reached}
+        sensitivity.apply(model, sensitivity.plan_of(model, at_8, how))
+        share = sum(r.parameters for r in ranking if r.name in at_8) / sum(r.parameters for r in ranking)
+        _note(args, f"{len(at_8)} of {len(ranking)} layers keep A8: {100 * share:.1f}% of the parameters")
+        device = "cuda" if next(model.parameters()).is_cuda else "cpu"
+        _note(args, f"A6 is no faster than A8 on {device}: only a smaller activation is gained where it is chosen")
+    model.flexq_plan.produced_by |= {"recipe": "best", "source": source.name}
+    save_model(model, output, tokenizer, int(args.shard_size * 1e9), args.overwrite)
+    return model.flexq_plan
+
+
+def _sensitivity(args: argparse.Namespace) -> dict[str, Any]:
+    from flexq import sensitivity
+    from flexq.eval import read_text, windows_of
+    from flexq.models import find_model, is_quantized, load_model, load_tokenizer
+    from flexq.patch import quantize_model, shared_copy
+
+    source = find_model(args.model)
+    reference_source = source
+    if is_quantized(source):
+        name = args.reference or _recorded_source(source)
+        if name is None:
+            raise UsageError("this checkpoint does not say what it was made from; give --reference")
+        reference_source = find_model(name)
+    tokenizer = load_tokenizer(reference_source)
+    windows = windows_of(tokenizer, read_text(args.text), args.window_length)[-args.windows :]
+    reference = load_model(reference_source, args.dtype, args.device)
+    quantized = load_model(source, args.dtype, args.device) if is_quantized(source) else None
+    model = quantized or quantize_model(shared_copy(reference), progress=_progress("quantizing", args.quiet))
+    ranking = sensitivity.measure(model, reference, windows, _progress("measuring layers", args.quiet))
+    about = {"model": source.name, "windows": len(windows), "window_length": args.window_length}
+    if args.output:
+        sensitivity.save(ranking, args.output, **about)
+    if args.plot:
+        sensitivity.plot(ranking, args.plot)
+    if not args.json:
+        shown = ranking if args.all else ranking[:20]
+        rows = [["layer", "parameters", "KL added by A6", "+-", "KL / million"]]
+        for layer in shown:
+            per_million = f"{1e6 * layer.density:.2e}"
+            rows.append([layer.name, f"{layer.parameters:,}", f"{layer.kl:.2e}", f"{layer.spread:.0e}", per_million])
+        print(_table(rows))
+        if len(shown) < len(ranking):
+            print(f"... and {len(ranking) - len(shown)} more (--all)")
+        points = sensitivity.curve(ranking)
+        for budget in (0.05, 0.1, 0.2, 0.3):
+            left = min(kl for share, kl in points if share <= budget)
+            print(
+                f"{100 * budget:3.0f}% of the parameters at A8: {100 * left / points[0][1]:.0f}% of the added KL left"
+            )
+    return {**about, "layers": [vars(layer) for layer in ranking]}
+
+
 def _compare(args: argparse.Namespace, source, output: Path, plan, reference) -> list[dict[str, Any]]:
     """The unquantized model, the recipes, and the checkpoint just written, on the same text."""
     from flexq.eval import COMPARED_RECIPES, LABELS, evaluate, plot, with_recipe
@@ -141,7 +234,8 @@ def _compare(args: argparse.Namespace, source, output: Path, plan, reference) ->
 
     windows = _evaluation_windows(args, load_tokenizer(output_source := find_model(output)))
     reference = reference if reference is not None else load_model(source)
-    written = next((name for name, recipe in RECIPES.items() if recipe == plan), None)
+    rounded = args.calibrate is None  # to nearest, as the recipes are
+    written = next((name for name, recipe in RECIPES.items() if rounded and recipe == plan), None)
     models = {}
     for name in COMPARED_RECIPES:
         if name != written:
@@ -404,10 +498,21 @@ def _parser() -> argparse.ArgumentParser:
     p = command("quantize", _quantize, "Quantize a model into a folder that transformers loads after `import flexq`.")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("-o", "--output", metavar="DIR", help="new folder (default: the model's name + '-flexq')")
-    p.add_argument("--plan", metavar="PLAN", help="w6a8 (default), w6a6, paper, or a plan's JSON file")
+    p.add_argument("--plan", metavar="PLAN", help="w6a8 (default; also fast), w6a6, rtn, paper, best, or a JSON file")
     p.add_argument("--act-bits", type=int, choices=(6, 8), help="activation bits of every layer")
     p.add_argument("--scheme", choices=("group", "channel"), help="scales per group of 128, or per row and token")
     p.add_argument("--rotation", choices=("none", "hadamard128"), help="of each group of 128")
+    p.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="TEXT",
+        help="round with a text in view (recipe best); without a file, the shipped excerpt of WikiText-2",
+    )
+    p.add_argument("--calibration-windows", type=_positive, default=16, metavar="N", help="of it (default: 16)")
+    bits = p.add_mutually_exclusive_group()
+    bits.add_argument("--budget", type=float, metavar="SHARE", help="A8 for this share of the parameters, else A6")
+    bits.add_argument("--target-kl", type=_positive_float, metavar="KL", help="A8 where it takes to reach this KL")
     p.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers; may be repeated")
     p.add_argument("--shard-size", type=_positive_float, default=2.0, metavar="GB", help="of a file (default: 2)")
@@ -422,6 +527,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--reference", metavar="MODEL", help="unquantized model (default: what a checkpoint was made from)")
     p.add_argument("--recipes", nargs="+", metavar="RECIPE", help="also quantize the reference: w8a8 paper w6a6 w6a8")
     _add_evaluation(p, None)
+    _add_loading(p)
+
+    p = command("sensitivity", _sensitivity, "What 6-bit instead of 8-bit activations cost, layer by layer, measured.")
+    p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    p.add_argument("--reference", metavar="MODEL", help="unquantized model (default: what a checkpoint was made from)")
+    p.add_argument("-o", "--output", metavar="JSON", help="write the ranking there")
+    p.add_argument("--all", action="store_true", help="print every layer, not just the first 20")
+    p.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: an excerpt of WikiText-2)")
+    p.add_argument("--window-length", type=_positive, default=512, metavar="N", help="tokens (default: 512)")
+    p.add_argument("--windows", type=_positive, default=4, metavar="N", help="from the text's end (default: 4)")
+    p.add_argument("--plot", metavar="PNG", help="also draw heat map and curve (needs matplotlib)")
     _add_loading(p)
 
     p = command("generate", _generate, "Continue a prompt.")

@@ -166,5 +166,7 @@ RECIPES = {
         {"*down_proj": LayerConfig(act_bits=8, rotation="none")},
         {"recipe": "paper"},
     ),
+    "rtn": Plan(LayerConfig(rotation="none"), produced_by={"recipe": "rtn"}),
 }
+RECIPES["fast"] = RECIPES["w6a8"]
 DEFAULT_RECIPE = "w6a8"

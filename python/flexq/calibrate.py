@@ -1,0 +1,183 @@
+"""`calibrate_model`: quantizes a model block by block, each on the inputs that the already quantized blocks give."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq.linear import Linear
+from flexq.patch import Progress, record_plan, replace_module, resolve_plan
+from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+from flexq.rounding import Hessian, compensated_round
+
+DEFAULT_WINDOWS = 16
+
+
+class _Reached(Exception):
+    """What was wanted has been reached; the rest of the model need not run."""
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stack of blocks that the hidden state goes through, by structure: the longest list of modules with linears.
+
+    Raises:
+        ValueError: there is none.
+    """
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(any(isinstance(m, (nn.Linear, Linear)) for m in block.modules()) for block in module)
+    ]
+    if not stacks:
+        raise ValueError(
+            "the model has no stack of blocks with linear layers, so it cannot be calibrated block by block"
+        )
+    return max(stacks, key=lambda stack: (len(stack[1]), -stack[0].count(".")))
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _inputs_of_first_block(model: nn.Module, block: nn.Module, windows: Sequence[torch.Tensor]):
+    """What the first block is called with: a hidden state, other arguments and keywords for each window."""
+    calls = []
+
+    def keep(_, args, kwargs):
+        calls.append((args[0], args[1:], kwargs))
+        raise _Reached
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    device = next(model.parameters()).device
+    try:
+        for window in windows:
+            with contextlib.suppress(_Reached):
+                model(window.to(device), use_cache=False)
+    finally:
+        handle.remove()
+    return calls
+
+
+def _run(block: nn.Module, call) -> torch.Tensor:
+    hidden, args, kwargs = call
+    return _hidden(block(hidden, *args, **kwargs))
+
+
+def _stages(block: nn.Module, layers: dict[str, nn.Linear], call) -> list[list[str]]:
+    """The block's layers in the order in which they run, those that share an input together."""
+    stages: list[list[str]] = []
+    last: list[torch.Tensor | None] = [None]
+
+    def record(name):
+        def hook(_, args):
+            if last[0] is not args[0]:
+                stages.append([])
+                last[0] = args[0]
+            if not any(name in stage for stage in stages):
+                stages[-1].append(name)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        _run(block, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = {name for stage in stages for name in stage}
+    return [*filter(None, stages), *([name] for name in layers if name not in reached)]
+
+
+def _hessians(block: nn.Module, layers: dict[str, nn.Linear], calls) -> dict[str, Hessian]:
+    """One for all layers of a stage, which share their input, from every window."""
+    first = next(iter(layers))
+    shared = Hessian(layers[first].in_features, layers[first].weight.device)
+
+    def add(_, args):
+        try:
+            shared.add(args[0])
+        except ValueError as error:
+            raise ValueError(f"layer {first}: {error}") from None
+        raise _Reached  # what comes after is not needed
+
+    handle = layers[first].register_forward_pre_hook(add)
+    try:
+        for call in calls:
+            with contextlib.suppress(_Reached):
+                _run(block, call)
+    finally:
+        handle.remove()
+    return dict.fromkeys(layers, shared)
+
+
+def calibrate_model(
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    plan: Plan | str | dict[str, Any] = DEFAULT_RECIPE,
+    include: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+    damping: float = 0.01,
+    passes: int = 1,
+) -> nn.Module:
+    """Quantize the linear layers of a transformers model in place with compensated rounding, and return it.
+
+    Block by block, and within a block layer by layer in the order in which they run, each is rounded for the inputs
+    that everything before it gives once quantized. If it fails or is interrupted, the model is left as it was.
+
+    Args:
+        model: on the CPU or a CUDA device.
+        windows: token ids, int64 [1, L] each, as `flexq.eval.windows_of` cuts them; 16 of 2048 do well.
+        plan, include, skip: as for `quantize_model`.
+        progress: wraps the loop over layers, e.g. `tqdm.tqdm`.
+        damping, passes: of `flexq.rounding.compensated_round`.
+
+    Raises:
+        ValueError: no windows, no stack of blocks, a plan that does not fit, or weights or inputs that are not finite;
+            the message names the layer.
+    """
+    if not windows:
+        raise ValueError("calibration needs at least one window of text")
+    resolved = resolve_plan(model, plan, include, skip)
+    stack, blocks = decoder_blocks(model)
+    before: dict[str, nn.Linear] = {}
+    steps = iter(progress(list(resolved)) if progress else resolved)  # one a layer, whatever their order
+
+    def quantize(name: str, hessian: Hessian, config: LayerConfig) -> None:
+        linear = model.get_submodule(name)
+        try:
+            planes, scales = compensated_round(linear.weight, hessian, config, damping, passes)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
+        before[name] = linear
+        replace_module(model, name, Linear.from_canonical(planes, scales, linear, config))
+        next(steps, None)
+
+    try:
+        with torch.no_grad():
+            calls = _inputs_of_first_block(model, blocks[0], windows)
+            for index, block in enumerate(blocks):
+                prefix = f"{stack}.{index}."
+                layers = {n: model.get_submodule(n) for n in resolved if n.startswith(prefix)}
+                for stage in _stages(block, layers, calls[0]) if layers else ():
+                    hessians = _hessians(block, {n: layers[n] for n in stage}, calls)
+                    for name in stage:
+                        quantize(name, hessians[name], resolved[name])
+                calls = [(_run(block, call), *call[1:]) for call in calls]
+            for name in resolved:
+                if name not in before:  # outside the stack: nothing is known of its inputs
+                    linear = model.get_submodule(name)
+                    quantize(name, Hessian(linear.in_features, linear.weight.device), resolved[name])
+            next(steps, None)
+    except BaseException:
+        for name, linear in before.items():
+            replace_module(model, name, linear)
+        raise
+    model.flexq_plan = record_plan(model, Plan.of(plan))
+    tokens = sum(w.numel() for w in windows)
+    model.flexq_plan.produced_by.update({"rounding": "compensated", "calibration_tokens": tokens})
+    return model

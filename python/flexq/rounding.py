@@ -1,0 +1,179 @@
+"""Compensated rounding of weights to 6-bit codes, given how the layer's inputs correlate.
+
+Each code is rounded in turn and its error made up for in those still to come, as in GPTQ (arXiv 2210.17323), columns by
+falling Hessian diagonal, against scales that are fixed beforehand for least error in the Hessian's metric; then every
+code is revisited with all others fixed (coordinate descent). All of it in the rotated basis, in which the weight is
+stored.
+"""
+
+import functools
+
+import torch
+
+from flexq import ops
+from flexq.plan import LayerConfig
+
+_MIN_CODE, _MAX_CODE = -32, 31
+# Shares of absmax / 31 that are tried as a scale.
+_RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
+_BLOCK = 128  # columns after which the columns to come are brought up to date at once
+
+
+class Hessian:
+    """Sum of x x^T over a layer's inputs x [..., K], float32 [K, K]."""
+
+    def __init__(self, k: int, device: torch.device):
+        self.sum = torch.zeros(k, k, device=device)
+        self.count = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """ValueError if x holds a NaN or Inf."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not torch.isfinite(rows).all():
+            raise ValueError("the calibration text gives inputs that are not finite")
+        self.sum.addmm_(rows.T, rows)
+        self.count += len(rows)
+
+    def mean(self, rotation: str) -> torch.Tensor:
+        """[Kp, Kp], Kp = K padded to whole groups, in the basis of the rotation; the identity if nothing was seen."""
+        if self.count == 0:
+            return torch.eye(_padded(len(self.sum)), device=self.sum.device)
+        mean = _pad(_pad(self.sum / self.count).T)
+        return rotate(rotate(mean, rotation).T, rotation)
+
+
+def _padded(k: int) -> int:
+    return ops.num_groups(k) * ops.GROUP_SIZE
+
+
+def _pad(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, _padded(x.shape[1]) - x.shape[1]))
+
+
+@functools.lru_cache(maxsize=4)
+def _hadamard(device: torch.device) -> torch.Tensor:
+    """The rotation of docs/numerics.md as a matrix."""
+    h = torch.ones(1, 1, device=device)
+    while len(h) < ops.GROUP_SIZE:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / ops.GROUP_SIZE**0.5
+
+
+def rotate(x: torch.Tensor, rotation: str) -> torch.Tensor:
+    """Rows [R, Kp] of whole groups in the basis of the rotation."""
+    if rotation == "none":
+        return x
+    return (x.view(len(x), x.shape[1] // ops.GROUP_SIZE, ops.GROUP_SIZE) @ _hadamard(x.device)).reshape(x.shape)
+
+
+def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, scheme: str) -> torch.Tensor:
+    """fp16 [N, G] or [N, 1], stored values: of `_RATIOS` the one of least squared error weighted by `importance` [Kp].
+
+    Raises:
+        ValueError: a scale that float16 cannot hold.
+    """
+    width = ops.GROUP_SIZE if scheme == "group" else weight.shape[1]
+    groups = weight.view(len(weight), weight.shape[1] // width, width)
+    importance = importance.view(-1, width)
+    largest = groups.abs().amax(-1)
+    best_error = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest)
+    for ratio in _RATIOS:
+        scale = (largest * (ratio / _MAX_CODE)).half().float()
+        codes = (groups / scale.where(scale > 0, 1.0).unsqueeze(-1)).round_().clamp_(_MIN_CODE, _MAX_CODE)
+        error = ((groups - codes * scale.unsqueeze(-1)).square_() * importance).sum(-1)
+        better = error < best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
+    if not torch.isfinite(best).all() or ((best == 0) & (largest > 0)).any():
+        raise ValueError("a weight that float16 scales cannot hold")
+    return best.half()
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse; damped more, if need be, until there is one."""
+    diagonal = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    eye = torch.eye(len(hessian), device=hessian.device, dtype=torch.float64)
+    for _ in range(6):
+        damped = hessian.double() + damping * diagonal.double() * eye
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return upper.float()
+        damping *= 10
+    raise ValueError("the inputs' correlations cannot be inverted, however damped")
+
+
+def compensated_round(
+    weight: torch.Tensor, hessian: Hessian, config: LayerConfig, damping: float = 0.01, passes: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight [N, K] to canonical planes uint8 [N, G, 6, 16] and scales float16.
+
+    Args:
+        weight: floating point, on any device.
+        hessian: of the layer's inputs, on the same device.
+        config: scheme and rotation.
+        damping: share of the mean diagonal that is added to the diagonal; rank-deficient inputs get more if need be.
+        passes: of coordinate descent after the first rounding.
+
+    Raises:
+        ValueError: weights that are not finite or that float16 scales cannot hold.
+    """
+    w = weight.detach().float()
+    if not torch.isfinite(w).all():
+        raise ValueError("weights must be finite")
+    w = rotate(_pad(w), config.rotation)
+    h = hessian.mean(config.rotation)
+    importance = h.diagonal().clamp(min=0)
+    scales = _choose_scales(w, importance + damping * importance.mean(), config.scheme)
+    width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
+    # Columns in the order of their rounding, each with its scale; transposed, so that a column is one stretch of memory.
+    order = torch.argsort(importance, descending=True, stable=True)
+    step = scales.float().repeat_interleave(width, 1).T[order].contiguous()
+    target = w.T[order].contiguous()
+    h = h[order][:, order].contiguous()
+    codes = _round_in_turn(target, step, _inverse_factor(h, damping))
+    for _ in range(passes):
+        _descend(target, step, h, codes)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    planes = ops.pack_codes(codes[back].T.to(torch.int8).cpu())
+    return planes.to(weight.device), scales
+
+
+def _nearest(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    return (values / step.where(step > 0, 1.0)).round_().clamp_(_MIN_CODE, _MAX_CODE) * (step > 0)
+
+
+def _round_in_turn(target: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Codes as floats [Kp, N]; `factor` is the upper Cholesky factor of the inverse Hessian."""
+    left = target.clone()
+    codes = torch.empty_like(left)
+    diagonal = factor.diagonal().tolist()
+    for begin in range(0, len(left), _BLOCK):
+        end = min(begin + _BLOCK, len(left))
+        block, errors = left[begin:end], torch.empty_like(left[begin:end])
+        for i, j in enumerate(range(begin, end)):
+            codes[j] = _nearest(block[i], step[j])
+            errors[i] = (block[i] - codes[j] * step[j]) / diagonal[j]
+            block[i + 1 :].addr_(factor[j, j + 1 : end], errors[i], alpha=-1)
+        left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes
+
+
+def _descend(target: torch.Tensor, step: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
+    """Each column in turn to its best codes while the others stay: one pass, in place."""
+    error = target - codes * step
+    diagonal = hessian.diagonal().tolist()
+    for begin in range(0, len(target), _BLOCK):
+        end = min(begin + _BLOCK, len(target))
+        gradient = hessian[begin:end] @ error
+        changes = torch.zeros_like(gradient)
+        for i, j in enumerate(range(begin, end)):
+            if diagonal[j] <= 0:
+                continue
+            best = _nearest(codes[j] * step[j] + gradient[i] / diagonal[j], step[j])
+            changes[i] = (codes[j] - best) * step[j]  # of the error
+            codes[j] = best
+            gradient[i:].addr_(hessian[begin + i : end, j], changes[i])
+        error[begin:end] += changes

@@ -1,0 +1,276 @@
+"""Which layers need 8-bit activations: the effect of each one's A6 on the model's output, measured.
+
+The effect is the mean KL divergence of the next-token distribution from the unquantized model's, with the layer at A6
+less that with it at A8, everything else at A8. Weights are the same at both, so nothing is quantized anew.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq.calibrate import decoder_blocks
+from flexq.linear import Linear
+from flexq.patch import Progress, record_plan
+from flexq.plan import Plan
+
+FORMAT = "flexq-sensitivity"
+VERSION = 1
+
+
+@dataclass
+class LayerSensitivity:
+    """One layer's figures.
+
+    Args:
+        name: of the layer.
+        parameters: of its weight.
+        kl: added to the model's KL divergence by A6 here instead of A8, in nats a token.
+        spread: standard error of `kl` over the windows; 0 for a single one.
+    """
+
+    name: str
+    parameters: int
+    kl: float
+    spread: float
+
+    @property
+    def density(self) -> float:
+        """KL for each parameter: what 8 bits here are worth."""
+        return self.kl / max(self.parameters, 1)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Linear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    if not layers:
+        raise ValueError("the model has no quantized layer; quantize it first")
+    return layers
+
+
+@contextlib.contextmanager
+def act_bits(layers: Sequence[Linear], bits: int) -> Iterator[None]:
+    """Layers with activations of `bits` for a while."""
+    before = [layer.config for layer in layers]
+    for layer in layers:
+        layer.config = replace(layer.config, act_bits=bits)
+    try:
+        yield
+    finally:
+        for layer, config in zip(layers, before, strict=True):
+            layer.config = config
+
+
+class Divergence:
+    """KL divergence of a quantized model's next-token distribution from the unquantized one's, window by window."""
+
+    def __init__(self, reference: nn.Module, windows: Sequence[torch.Tensor]):
+        self.windows = list(windows)
+        self.log_p = [_log_probabilities(reference, window) for window in self.windows]
+
+    def __call__(self, model: nn.Module) -> list[float]:
+        return [self.of(_log_probabilities(model, window), i) for i, window in enumerate(self.windows)]
+
+    def of(self, log_q: torch.Tensor, window: int) -> float:
+        log_p = self.log_p[window].to(log_q.device)
+        return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item() / len(log_q)
+
+
+@torch.inference_mode()
+def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+    device = next(model.parameters()).device
+    return model(window.to(device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+@contextlib.contextmanager
+def _starting_at(blocks: nn.ModuleList, index: int, hidden: torch.Tensor) -> Iterator[None]:
+    """A forward pass of the model begins with block `index`, whose hidden state is given."""
+    skipped = list(blocks)[:index]
+
+    def enter(_, args, kwargs):
+        return (hidden, *args[1:]), kwargs
+
+    handle = blocks[index].register_forward_pre_hook(enter, with_kwargs=True)
+    for block in skipped:
+        block.forward = lambda hidden, *args, **kwargs: hidden
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in skipped:
+            del block.forward
+
+
+def _hidden_states(model: nn.Module, blocks: nn.ModuleList, window: torch.Tensor) -> list[torch.Tensor]:
+    """What goes into each block."""
+    states: list[torch.Tensor] = []
+    handles = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in blocks]
+    try:
+        _log_probabilities(model, window)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
+def measure(
+    model: nn.Module, reference: nn.Module, windows: Sequence[torch.Tensor], progress: Progress | None = None
+) -> list[LayerSensitivity]:
+    """The sensitivity of every quantized layer, most KL for a parameter first.
+
+    Args:
+        model: quantized; whatever its activations' bits are, they are left as they are.
+        reference: the same model unquantized.
+        windows: token ids [1, L] each; two of 512 rank layers well enough, more make `spread` smaller.
+        progress: wraps the loop over layers, e.g. `tqdm.tqdm`.
+
+    Raises:
+        ValueError: no quantized layer, or no windows.
+    """
+    if not windows:
+        raise ValueError("sensitivity needs at least one window of text")
+    layers = quantized_layers(model)
+    stack, blocks = decoder_blocks(model)
+    divergence = Divergence(reference, windows)
+    results = []
+    with act_bits(list(layers.values()), 8), torch.inference_mode():
+        base = divergence(model)
+        states = [_hidden_states(model, blocks, window) for window in windows]
+        for name, layer in progress(list(layers.items())) if progress else layers.items():
+            index = int(name.removeprefix(f"{stack}.").partition(".")[0]) if name.startswith(f"{stack}.") else 0
+            added = []
+            with act_bits([layer], 6):
+                for i, window in enumerate(windows):
+                    with _starting_at(blocks, index, states[i][index]):
+                        added.append(divergence.of(_log_probabilities(model, window), i) - base[i])
+            each = torch.tensor(added, dtype=torch.float64)
+            spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
+            results.append(LayerSensitivity(name, layer.in_features * layer.out_features, each.mean().item(), spread))
+    return sorted(results, key=lambda layer: -layer.density)
+
+
+def plan_of(model: nn.Module, at_8: Sequence[str], how: dict[str, Any]) -> Plan:
+    """The model's plan with 8-bit activations in `at_8` and 6-bit ones elsewhere."""
+    recorded = record_plan(model, getattr(model, "flexq_plan", Plan()))
+    wanted = set(at_8)
+    layers = {
+        name: None if config is None else replace(config, act_bits=8 if name in wanted else 6)
+        for name, config in recorded.layers.items()
+    }
+    return Plan(replace(recorded.defaults, act_bits=6), layers, {**recorded.produced_by, **how})
+
+
+def within_budget(ranking: Sequence[LayerSensitivity], budget: float) -> list[str]:
+    """The layers to keep at A8 when they may hold a share `budget` (0 to 1) of the parameters."""
+    if not 0 <= budget <= 1:
+        raise ValueError(f"budget must be a share from 0 to 1, got {budget}")
+    left = budget * sum(layer.parameters for layer in ranking)
+    chosen = []
+    for layer in ranking:
+        if layer.kl > 0 and layer.parameters <= left:
+            chosen.append(layer.name)
+            left -= layer.parameters
+    return chosen
+
+
+def for_target(
+    model: nn.Module, divergence: Divergence, ranking: Sequence[LayerSensitivity], target_kl: float
+) -> tuple[list[str], float]:
+    """The shortest prefix of the ranking whose layers at A8 bring the measured KL to `target_kl`, and the KL it has.
+
+    Raises:
+        ValueError: not even all of them do; says how near they come.
+    """
+    layers = quantized_layers(model)
+
+    def kl_with(count: int) -> float:
+        at_8 = {layer.name for layer in ranking[:count]}
+        with (
+            act_bits([layers[n] for n in layers if n not in at_8], 6),
+            act_bits([layers[n] for n in at_8], 8),
+        ):
+            each = divergence(model)
+        return sum(each) / len(each)
+
+    best = kl_with(len(ranking))
+    if best > target_kl:
+        raise ValueError(f"KL {target_kl} cannot be met: with A8 in every layer it is {best:.5f}")
+    low, high = -1, len(ranking)  # the target is missed at low, met at high
+    kl = {high: best}
+    while high - low > 1:
+        middle = (low + high) // 2
+        kl[middle] = kl_with(middle)
+        if kl[middle] <= target_kl:
+            high = middle
+        else:
+            low = middle
+    return [layer.name for layer in ranking[:high]], kl[high]
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Give a quantized model's layers the activations' bits of `plan`, in place."""
+    for name, layer in quantized_layers(model).items():
+        config = plan.config_for(name)
+        if config is None or replace(config, act_bits=layer.config.act_bits) != layer.config:
+            raise ValueError(f"plan and model differ in more than act_bits at layer {name}")
+        layer.config = config
+    model.flexq_plan = plan
+    return model
+
+
+def save(ranking: Sequence[LayerSensitivity], path: str | Path, **about: Any) -> None:
+    data = {"format": FORMAT, "version": VERSION, **about, "layers": [asdict(layer) for layer in ranking]}
+    Path(path).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def load(path: str | Path) -> list[LayerSensitivity]:
+    """ValueError for a file that `save` did not write."""
+    try:
+        data = json.loads(Path(path).read_text())
+        if data["format"] != FORMAT or data["version"] != VERSION:
+            raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+        return [LayerSensitivity(**layer) for layer in data["layers"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a sensitivity file of this version: {error}") from None
+
+
+def curve(ranking: Sequence[LayerSensitivity]) -> list[tuple[float, float]]:
+    """(share of the parameters at A8, KL that is left of all layers' together), from none to all."""
+    total = sum(layer.parameters for layer in ranking)
+    share, left = 0, sum(layer.kl for layer in ranking)
+    points = [(0.0, left)]
+    for layer in ranking:
+        share += layer.parameters
+        left -= layer.kl
+        points.append((share / total, left))
+    return points
+
+
+def plot(ranking: Sequence[LayerSensitivity], path: str | Path, block_of: Callable[[str], int] | None = None) -> None:
+    """A heat map of KL, blocks by kinds of layer, and the curve of KL against the share at A8, to an image file."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'") from None
+    block_of = block_of or (lambda name: next((int(part) for part in name.split(".") if part.isdigit()), 0))
+    kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in sorted(ranking, key=lambda x: x.name)))
+    count = max(block_of(layer.name) for layer in ranking) + 1
+    grid = torch.zeros(len(kinds), count)
+    for layer in ranking:
+        grid[kinds.index(layer.name.rpartition(".")[2]), block_of(layer.name)] = max(layer.kl, 0.0)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), width_ratios=(2, 1), layout="constrained")
+    image = axes[0].imshow(grid.sqrt(), aspect="auto", cmap="viridis")
+    axes[0].set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="block", title="KL added by A6 (square root)")
+    figure.colorbar(image, ax=axes[0])
+    axes[1].plot(*zip(*curve(ranking), strict=True))
+    axes[1].set(xlabel="share of parameters at A8", ylabel="KL left (sum over layers)", title="what 8 bits buy")
+    axes[1].grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

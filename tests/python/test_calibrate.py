@@ -1,0 +1,193 @@
+"""Compensated rounding and calibration, on matrices and on small random models of several architectures."""
+
+import flexq
+import pytest
+import torch
+from flexq import ops
+from flexq.linear import Linear
+from flexq.patch import quantize_model, shared_copy
+from flexq.plan import LayerConfig, Plan
+from flexq.rounding import Hessian, compensated_round, rotate
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+ARCHITECTURES = {
+    "llama": LlamaConfig(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=16),
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),  # biases
+    "qwen3": Qwen3Config(**SMALL, head_dim=20),  # norms of queries and keys, an odd head
+    "gemma2": Gemma2Config(**SMALL, head_dim=20),  # four norms a block, tied embeddings
+    "phi3": Phi3Config(**SMALL),  # one layer for q, k and v, one for gate and up
+}
+
+
+def model_of(name: str):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
+
+
+def windows(count: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 96, (1, 40), generator=generator) for _ in range(count)]
+
+
+def correlated(rows: int, k: int) -> torch.Tensor:
+    torch.manual_seed(2)
+    return torch.randn(rows, 12) @ torch.randn(12, k) + 0.3 * torch.randn(rows, k)
+
+
+def output_error(planes, scales, weight, x, config) -> float:
+    back = ops.dequantize_weight(planes, scales, weight.shape[1], config.scheme, config.rotation)
+    return (x @ (back - weight).T).square().mean().item()
+
+
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+@pytest.mark.parametrize("rotation", ("none", "hadamard128"))
+@pytest.mark.parametrize("k", (64, 100, 300))
+def test_beats_rounding_to_nearest_on_its_inputs(k, rotation, scheme):
+    config = LayerConfig(scheme=scheme, rotation=rotation)
+    weight, x = torch.randn(40, k), correlated(500, k)
+    hessian = Hessian(k, weight.device)
+    for part in x.split(100):
+        hessian.add(part)
+    rounded = compensated_round(weight, hessian, config)
+    nearest = ops.quantize_weight(weight, scheme, rotation)
+    assert rounded[0].shape == nearest[0].shape and rounded[1].shape == nearest[1].shape
+    assert output_error(*rounded, weight, x, config) < 0.6 * output_error(*nearest, weight, x, config)
+
+
+def test_a_second_pass_only_helps():
+    weight, x = torch.randn(30, 256), correlated(400, 256)
+    hessian = Hessian(256, weight.device)
+    hessian.add(x)
+    errors = [
+        output_error(*compensated_round(weight, hessian, LayerConfig(), passes=p), weight, x, LayerConfig())
+        for p in (0, 1, 2)
+    ]
+    assert errors[1] <= errors[0] and errors[2] <= errors[1]
+
+
+@pytest.mark.parametrize(
+    "x",
+    (
+        torch.randn(3, 200),  # fewer samples than inputs
+        torch.cat([torch.randn(50, 150), torch.zeros(50, 50)], 1),  # dead channels
+        torch.zeros(10, 200),  # nothing but dead channels
+        torch.ones(10, 200),  # rank one
+    ),
+)
+def test_deficient_inputs(x):
+    weight = torch.randn(20, 200)
+    hessian = Hessian(200, weight.device)
+    hessian.add(x)
+    config = LayerConfig()
+    planes, scales = compensated_round(weight, hessian, config)
+    assert torch.isfinite(ops.dequantize_weight(planes, scales, 200)).all()
+    nearest = ops.quantize_weight(weight)
+    assert output_error(planes, scales, weight, x, config) <= 1.01 * output_error(*nearest, weight, x, config)
+
+
+def test_zero_weights_and_no_rows():
+    hessian = Hessian(130, torch.device("cpu"))
+    hessian.add(torch.randn(20, 130))
+    planes, scales = compensated_round(torch.zeros(4, 130), hessian, LayerConfig())
+    assert not planes.any() and not scales.any()
+    planes, scales = compensated_round(torch.zeros(0, 130), hessian, LayerConfig())
+    assert planes.shape == (0, 2, 6, 16) and scales.shape == (0, 2)
+
+
+def test_rotation_is_the_librarys():
+    x = torch.randn(3, 256)
+    codes, scales = flexq.activation_codes(flexq.quantize_activation(x, 8), 3, 256, 8, "group", "hadamard128")
+    mine = rotate(x, "hadamard128").view(3, 2, 128)
+    theirs = codes.view(3, 2, 128) * scales.unsqueeze(-1)
+    assert ((mine - theirs).abs() <= 0.51 * scales.unsqueeze(-1)).all()
+
+
+def test_bad_values():
+    hessian = Hessian(128, torch.device("cpu"))
+    with pytest.raises(ValueError, match="not finite"):
+        hessian.add(torch.full((1, 128), torch.nan))
+    hessian.add(torch.randn(5, 128))
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="weights must be finite"):
+            compensated_round(torch.full((2, 128), value), hessian, LayerConfig())
+    with pytest.raises(ValueError, match="float16 scales cannot hold"):
+        compensated_round(torch.full((2, 128), 1e9), hessian, LayerConfig())
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.cat([model(w).logits for w in windows()])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_calibrated_models_are_closer_and_load_again(name, tmp_path):
+    model = model_of(name)
+    reference = logits(model)
+    nearest = logits(quantize_model(shared_copy(model)))
+    calibrated = flexq.calibrate_model(shared_copy(model), windows())
+    count = sum(isinstance(m, Linear) for m in calibrated.modules())
+    assert count == len(calibrated.flexq_plan.layers) > 0
+    out = logits(calibrated)
+    assert (out - reference).square().mean() < (nearest - reference).square().mean()
+    flexq.save_model(calibrated, tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    torch.testing.assert_close(logits(loaded), out)
+    assert loaded.flexq_plan.produced_by["rounding"] == "compensated"
+
+
+def test_layers_that_the_plan_leaves_stay():
+    plan = Plan(layers={"*.down_proj": None, "*.q_proj": LayerConfig(act_bits=6, scheme="channel")})
+    model = flexq.calibrate_model(model_of("llama"), windows(), plan)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert isinstance(mlp.down_proj, torch.nn.Linear) and attention.q_proj.config.scheme == "channel"
+
+
+def test_failure_leaves_the_model_as_it_was():
+    model = model_of("llama")
+    before = logits(model)
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        kept = weight[0, 0].item()
+        weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.up_proj: weights must be finite"):
+        flexq.calibrate_model(model, windows())
+    with torch.no_grad():
+        weight[0, 0] = kept
+    assert not any(isinstance(m, Linear) for m in model.modules())
+    assert torch.equal(logits(model), before)
+
+
+def test_inputs_that_are_not_finite_name_their_layer():
+    model = model_of("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = torch.inf
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.self_attn\.q_proj: the calibration text"):
+        flexq.calibrate_model(model, windows())
+
+
+def test_needs_text_and_blocks():
+    with pytest.raises(ValueError, match="at least one window"):
+        flexq.calibrate_model(model_of("llama"), [])
+    with pytest.raises(ValueError, match="no stack of blocks"):
+        flexq.calibrate_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), windows())
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        flexq.calibrate_model(model_of("llama"), windows(), Plan(layers={"nowhere": None}))
