@@ -38,7 +38,7 @@ constexpr int kRows = 64 * kConsumers;
 static_assert(kRows == kTileBlocks * kRecordRows, "a tile's records are one copy");
 constexpr int kMaxChunkTokens = 32;  // that the epilogue stores at a time
 // Of 65,536 registers: 168 a thread at launch, then as each role needs.
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+[[maybe_unused]] constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kSharedLimit = 227 * 1024;
 
 struct Config {

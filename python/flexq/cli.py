@@ -456,6 +456,13 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text}")
+    return value
+
+
 def _shape(text: str) -> tuple[int, int]:
     n, sep, k = text.lower().partition("x")
     if not sep or not (n.isdigit() and k.isdigit()) or int(n) < 1 or int(k) < 1:
@@ -511,7 +518,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--calibration-windows", type=_positive, default=16, metavar="N", help="of it (default: 16)")
     bits = p.add_mutually_exclusive_group()
-    bits.add_argument("--budget", type=float, metavar="SHARE", help="A8 for this share of the parameters, else A6")
+    bits.add_argument("--budget", type=_share, metavar="SHARE", help="A8 for this share of the parameters, else A6")
     bits.add_argument("--target-kl", type=_positive_float, metavar="KL", help="A8 where it takes to reach this KL")
     p.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers; may be repeated")

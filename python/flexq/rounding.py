@@ -127,7 +127,7 @@ def compensated_round(
     importance = h.diagonal().clamp(min=0)
     scales = _choose_scales(w, importance + damping * importance.mean(), config.scheme)
     width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
-    # Columns in the order of their rounding, each with its scale; transposed, so that a column is one stretch of memory.
+    # Columns in the order of their rounding, each with its scale; transposed, so that a column is a stretch of memory.
     order = torch.argsort(importance, descending=True, stable=True)
     step = scales.float().repeat_interleave(width, 1).T[order].contiguous()
     target = w.T[order].contiguous()

@@ -125,3 +125,38 @@ def test_version_and_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("flexq ")
     assert main([]) == 2
+
+
+def test_calibrated_with_a_budget(model, text, tmp_path):
+    out, plot, ranking = tmp_path / "out", tmp_path / "s.png", tmp_path / "s.json"
+    options = ["--calibrate", text, "--window-length", "32", "--calibration-windows", "4"]
+    # The text is one window of the length that layers are measured on.
+    code, printed, errors = run("quantize", model, "-o", out, *options, "--budget", "0.3", "--json", "--quiet")
+    assert code == 0, errors
+    assert json.loads(printed)["layers"] == 14 and "of the parameters" in errors
+    code, printed, errors = run("info", out, "--layers", "--json")
+    info = json.loads(printed)
+    assert code == 0 and info["produced_by"]["recipe"] == "best" and info["produced_by"]["budget"] == 0.3
+    assert len(info["layers"]) == 2  # A6 and A8
+    arguments = ["--text", text, "--window-length", "32", "--windows", "2", "-o", ranking, "--plot", plot]
+    code, printed, errors = run("sensitivity", out, *arguments)
+    assert code == 0 and "KL added by A6" in printed and plot.stat().st_size > 0, errors
+    assert len(json.loads(ranking.read_text())["layers"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    (
+        (["--budget", "0.3"], 2, "give one with --calibrate"),
+        (["--plan", "best"], 2, "give one with --calibrate"),
+        (["--calibrate", "TEXT", "--window-length", "5000"], 1, "fewer than one window"),
+        (["--calibrate", "TEXT", "--window-length", "32", "--target-kl", "1e-9"], 1, "cannot be met"),
+        (["--calibrate", "TEXT", "--window-length", "32", "--budget", "2"], 2, "must be a share from 0 to 1"),
+    ),
+)
+def test_calibration_that_cannot_be_done(model, text, tmp_path, arguments, code, message):
+    arguments = [text if a == "TEXT" else a for a in arguments]
+    out = tmp_path / "out"
+    got, _, errors = run("quantize", model, "-o", out, *arguments, "--quiet")
+    assert got == code and message in errors
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
