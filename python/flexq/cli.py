@@ -179,7 +179,7 @@ def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, r
         _note(args, f"{len(at_8)} of {len(ranking)} layers keep A8: {100 * share:.1f}% of the parameters")
         device = "cuda" if next(model.parameters()).is_cuda else "cpu"
         _note(args, f"A6 is no faster than A8 on {device}: only a smaller activation is gained where it is chosen")
-    model.flexq_plan.produced_by |= {"recipe": "best", "source": source.name}
+    model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})
     save_model(model, output, tokenizer, int(args.shard_size * 1e9), args.overwrite)
     return model.flexq_plan
 

@@ -1,0 +1,83 @@
+"""The tables of docs/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
+
+python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--plans]
+
+TEXT is WikiText-2's validation text: its first 16 windows of 2048 tokens calibrate, its last ones evaluate. --plans
+measures the layers' sensitivity and compares plans instead; takes longer.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+from flexq import sensitivity
+from flexq.calibrate import DEFAULT_WINDOWS, calibrate_model
+from flexq.eval import evaluate, windows_of
+from flexq.models import find_model, load_model, load_tokenizer
+from flexq.patch import quantize_model, shared_copy
+from flexq.plan import Plan
+
+
+def report(name, model, held_out, reference, share=None) -> None:
+    result = evaluate({name: model}, held_out, reference)[1]
+    extra = "" if share is None else f"  {100 * share:.0f}% of the parameters at A8"
+    print(f"{name:28} {100 * result.perplexity_change:+.2f}%  KL {result.kl:.4f}{extra}", flush=True)
+
+
+def recipes(reference, calibration, held_out) -> None:
+    for scheme in ("group", "channel"):
+        begin = time.perf_counter()
+        model = calibrate_model(shared_copy(reference), calibration, Plan.uniform(scheme=scheme))
+        print(f"calibrated, scheme {scheme}: {time.perf_counter() - begin:.0f} s", flush=True)
+        report(f"best W6A8 {scheme}", model, held_out, reference)
+        if scheme == "group":
+            with sensitivity.act_bits(list(sensitivity.quantized_layers(model).values()), 6):
+                report("best W6A6 group", model, held_out, reference)
+    for recipe in ("w6a8", "w6a6"):
+        report(f"fast {recipe}", quantize_model(shared_copy(reference), recipe), held_out, reference)
+
+
+def plans(reference, calibration, held_out, probes) -> None:
+    model = calibrate_model(shared_copy(reference), calibration)
+    begin = time.perf_counter()
+    ranking = sensitivity.measure(model, reference, probes)
+    print(f"measured {len(ranking)} layers: {time.perf_counter() - begin:.0f} s", flush=True)
+    layers = sensitivity.quantized_layers(model)
+    sizes = {layer.name: layer.parameters for layer in ranking}
+    total = sum(sizes.values())
+
+    def compare(name, at_8) -> None:
+        with (
+            sensitivity.act_bits([layer for n, layer in layers.items() if n not in at_8], 6),
+            sensitivity.act_bits([layer for n, layer in layers.items() if n in at_8], 8),
+        ):
+            report(name, model, held_out, reference, sum(sizes[n] for n in at_8) / total)
+
+    shuffled = list(ranking)
+    random.Random(0).shuffle(shuffled)
+    for budget in (0.3, 0.1):
+        compare(f"measured, {100 * budget:.0f}%", set(sensitivity.within_budget(ranking, budget)))
+        compare(f"random, {100 * budget:.0f}%", set(sensitivity.within_budget(shuffled, budget)))
+    compare("by kind: down_proj", {name for name in layers if name.endswith("down_proj")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", metavar="TEXT", type=Path)
+    parser.add_argument("--held-out", type=int, default=16, metavar="WINDOWS")
+    parser.add_argument("--plans", action="store_true")
+    args = parser.parse_args()
+    source = find_model("smollm2-135m")
+    reference, tokenizer = load_model(source), load_tokenizer(source)
+    text = args.text.read_text(encoding="utf-8")
+    windows = windows_of(tokenizer, text)
+    calibration, held_out = windows[:DEFAULT_WINDOWS], windows[-args.held_out :]
+    if args.plans:
+        plans(reference, calibration, held_out, windows_of(tokenizer, text[: len(text) // 2], 512)[-3:])
+    else:
+        recipes(reference, calibration, held_out)
+
+
+if __name__ == "__main__":
+    main()
