@@ -2,6 +2,7 @@
 #include "core/backend.h"
 
 #include <cstring>
+#include <vector>
 
 #include "core/error.h"
 #include "cuda/dispatch.h"
@@ -51,14 +52,25 @@ class DeviceScope {
   bool changed_ = false;
 };
 
-Device device_of(const flexq_stream& stream) {
-  const int32_t device = stream.device_index;
+Device query_device(int32_t device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   // Two transfers a clock (kHz) of so many bits; nine tenths of that can be had.
   const double peak =
       2e-3 * attribute(cudaDevAttrMemoryClockRate, device) * (attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0);
   return {attribute(cudaDevAttrMultiProcessorCount, device), major >= 9, kHasWgmma && major == 9, 0.9 * peak,
           1e-3 * attribute(cudaDevAttrClockRate, device)};
+}
+
+// Asked for once: the driver reads clock rates from the device, which is too slow for every call.
+const Device& device_of(const flexq_stream& stream) {
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "device count");
+    std::vector<Device> all;
+    for (int32_t device = 0; device < count; ++device) all.push_back(query_device(device));
+    return all;
+  }();
+  return devices.at(static_cast<size_t>(stream.device_index));
 }
 
 cudaStream_t handle(const flexq_stream& stream) { return static_cast<cudaStream_t>(stream.handle); }

@@ -64,7 +64,6 @@ struct MmaShape {
   int rows, tokens;  // of a tile
   int ctas_per_sm;
   int warps_k;
-  bool shared_act;
 };
 int num_mma_configs();
 MmaShape mma_shape(int config);

@@ -92,26 +92,25 @@ def _stages(block: nn.Module, layers: dict[str, nn.Linear], call) -> list[list[s
     return [*filter(None, stages), *([name] for name in layers if name not in reached)]
 
 
-def _hessians(block: nn.Module, layers: dict[str, nn.Linear], calls) -> dict[str, Hessian]:
-    """One for all layers of a stage, which share their input, from every window."""
-    first = next(iter(layers))
-    shared = Hessian(layers[first].in_features, layers[first].weight.device)
+def _hessian(block: nn.Module, name: str, layer: nn.Linear, calls) -> Hessian:
+    """Of a layer's inputs, from every window."""
+    hessian = Hessian(layer.in_features, layer.weight.device)
 
     def add(_, args):
         try:
-            shared.add(args[0])
+            hessian.add(args[0])
         except ValueError as error:
-            raise ValueError(f"layer {first}: {error}") from None
+            raise ValueError(f"layer {name}: {error}") from None
         raise _Reached  # what comes after is not needed
 
-    handle = layers[first].register_forward_pre_hook(add)
+    handle = layer.register_forward_pre_hook(add)
     try:
         for call in calls:
             with contextlib.suppress(_Reached):
                 _run(block, call)
     finally:
         handle.remove()
-    return dict.fromkeys(layers, shared)
+    return hessian
 
 
 def calibrate_model(
@@ -164,9 +163,9 @@ def calibrate_model(
                 prefix = f"{stack}.{index}."
                 layers = {n: model.get_submodule(n) for n in resolved if n.startswith(prefix)}
                 for stage in _stages(block, layers, calls[0]) if layers else ():
-                    hessians = _hessians(block, {n: layers[n] for n in stage}, calls)
+                    hessian = _hessian(block, stage[0], layers[stage[0]], calls)  # they share their input
                     for name in stage:
-                        quantize(name, hessians[name], resolved[name])
+                        quantize(name, hessian, resolved[name])
                 calls = [(_run(block, call), *call[1:]) for call in calls]
             for name in resolved:
                 if name not in before:  # outside the stack: nothing is known of its inputs
