@@ -160,14 +160,14 @@ class CudaBackend final : public Backend {
 
   void gemm(const flexq_stream& stream, const GemmCall& call) const override {
     const DeviceScope scope(stream.device_index);
-    run(stream, call, false);
+    run(stream, call);
   }
 
   void linear(const flexq_stream& stream, const ActivationSource& source, const GemmCall& call) const override {
     const DeviceScope scope(stream.device_index);
     cuda::quantize_activation(handle(stream), device_of(stream), call.act_desc, source,
                               const_cast<void*>(call.quantized));
-    run(stream, call, true);
+    run(stream, call);
   }
 
  private:
@@ -183,13 +183,13 @@ class CudaBackend final : public Backend {
     return (stream.kernel == nullptr ? candidates.best() : candidates.named(stream.kernel)).plan;
   }
 
-  static void run(const flexq_stream& stream, const GemmCall& call, bool overlapped) {
+  static void run(const flexq_stream& stream, const GemmCall& call) {
     check_desc(call.desc);
     const GemmPlan chosen = plan(stream, call.desc, call.act_desc.act_bits, call.act_desc.m);
     const GemmArgs args{call.desc,       call.prepacked, call.act_desc, call.quantized, call.bias,
                         call.bias_dtype, call.y,         call.y_dtype,  call.ldy,       call.workspace};
     const auto gemm = chosen.family == GemmPlan::kMma ? gemm_mma : gemm_wgmma;
-    gemm(handle(stream), device_of(stream), args, chosen, overlapped);
+    gemm(handle(stream), device_of(stream), args, chosen);
   }
 };
 

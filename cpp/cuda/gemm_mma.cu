@@ -43,9 +43,7 @@ struct Config {
   constexpr int tokens() const { return kTokenTile * token_tiles; }
   constexpr int warp_rows() const { return kRecordRows * blocks; }
   constexpr int rows() const { return warp_rows() * warps_n; }
-  constexpr int stage_bytes(bool per_group) const {
-    return blocks * (kRecordBytes + (per_group ? kRecordScaleBytes : 0));
-  }
+  constexpr int stage_bytes(bool per_group) const { return blocks * record_and_scale_bytes(per_group); }
   constexpr int ring_bytes(bool per_group) const { return warps_n * warps_k * stages * stage_bytes(per_group); }
   constexpr int act_step_bytes(bool per_group) const {
     return warps_k * token_tiles * (kTileGroupBytes + (per_group ? kTokenTile * 4 : 0));
@@ -90,7 +88,7 @@ constexpr int kNumConfigs = static_cast<int>(std::size(kConfigs));
 
 struct Params {
   const uint8_t* records;
-  const uint16_t* scales;  // of the records, fp16
+  const uint16_t* scales;  // scheme channel's, fp16
   const uint8_t* codes;    // of the activations
   const float* act_scales;
   const void* bias;
@@ -105,7 +103,6 @@ struct Params {
   int64_t m;            // tokens
   int64_t token_tiles;  // of 8, all of them
   void* partials;       // [splits][tiles][sums], where K is split
-  bool overlapped;
 };
 
 // Bit c of byte i of plane p := bit p of byte i of word c: an 8x8 bit transpose in each byte.
@@ -188,7 +185,7 @@ class Kernel {
       fetch_weights(i);
       if (!kC.shared_act) ptx::cp_async_commit();
     }
-    if (p_.overlapped) ptx::wait_for_previous_kernel();
+    ptx::wait_for_previous_kernel();
     ptx::launch_dependents();
     if (kC.shared_act) {
       for (int i = 0; i < kC.stages - 1; ++i) {
@@ -220,10 +217,11 @@ class Kernel {
     group_ = fetch_group_ = step * kC.warps_k + warp_k_;
     act_fetch_group_ = step * kC.warps_k;
     static_assert(kTileBlocks % kC.blocks == 0, "a warp's records of a group lie side by side");
-    const int64_t record = record_index(block, group_, p_.row_blocks, p_.groups);
-    fetch_stride_ = kC.warps_k * static_cast<int>(blocks_of_tile(block, p_.row_blocks));
-    fetch_records_ = p_.records + record * kRecordBytes + lane_ * 16;
-    fetch_scales_ = reinterpret_cast<const uint8_t*>(p_.scales) + record * kRecordScaleBytes + lane_ * 16;
+    const auto of_tile = static_cast<int>(blocks_of_tile(block, p_.row_blocks));
+    fetch_records_ = p_.records + record_offset(block, group_, p_.row_blocks, p_.groups, kPerGroup) + lane_ * 16;
+    fetch_stride_ = kC.warps_k * of_tile * record_and_scale_bytes(kPerGroup);
+    const int in_tile = static_cast<int>(block % kTileBlocks);
+    scales_ahead_ = (of_tile - in_tile) * kRecordBytes + in_tile * kRecordScaleBytes;
     first_tile_ = static_cast<int64_t>(blockIdx.z) * kC.token_tiles;
     tiles_ = static_cast<int>(min(static_cast<int64_t>(kC.token_tiles), p_.token_tiles - first_tile_));
 #pragma unroll
@@ -252,11 +250,11 @@ class Kernel {
           }
         }
       }
-      if (kPerGroup && lane_ < 2 * blocks_) ptx::cp_async_16(to + kC.blocks * kRecordBytes, fetch_scales_);
+      if (kPerGroup && lane_ < 2 * blocks_)
+        ptx::cp_async_16(to + kC.blocks * kRecordBytes, fetch_records_ + scales_ahead_);
     }
     fetch_group_ += kC.warps_k;
-    fetch_records_ += fetch_stride_ * kRecordBytes;
-    fetch_scales_ += fetch_stride_ * kRecordScaleBytes;
+    fetch_records_ += fetch_stride_;
   }
 
   // All threads together: the codes and scales of a step's groups, [warps_k][token tiles].
@@ -437,8 +435,7 @@ class Kernel {
   int blocks_;  // of 16 rows that there are
   // Where the copies and the work are.
   const uint8_t* fetch_records_;
-  int fetch_stride_;  // records
-  const uint8_t* fetch_scales_;
+  int fetch_stride_, scales_ahead_;  // bytes
   int fetch_group_, fetches_left_, act_fetch_group_, act_fetches_left_;
   int64_t first_tile_;  // of tokens
   int tiles_;
@@ -513,7 +510,7 @@ size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, 
   return align_up(static_cast<size_t>(splits * row_tiles_of(c, desc) * token_tiles_of(c, m) * c.sums() * 4));
 }
 
-void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, bool overlapped) {
+void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
   const Config& c = kConfigs[plan.config];
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
   const ActivationLayout act(args.act);
@@ -537,12 +534,19 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
       .m = args.act.m,
       .token_tiles = act.tiles,
       .partials = args.workspace,
-      .overlapped = overlapped,
   };
   const int64_t row_tiles = row_tiles_of(c, args.desc), token_tiles = token_tiles_of(c, args.act.m);
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
-  const int shared = c.shared_bytes(per_group);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "gemm_mma shared memory");
+  int shared = c.shared_bytes(per_group);
+  if (device.has_sm90) {
+    // The next GEMM's thread blocks come while these are at work. Where there are fewer than fit, each takes so much
+    // shared memory that the early ones do not crowd the multiprocessors that have room first.
+    constexpr int kSharedOfSm = 228 * 1024, kReserved = 1024;
+    const int64_t share = ceil_div(row_tiles * token_tiles * plan.splits, device.num_sms);
+    if (share < c.ctas_per_sm) {
+      shared = std::max(shared, kSharedOfSm / (static_cast<int>(share) + 1) - kReserved + 128);
+    }
+  }
   constexpr int64_t kMaxGridZ = 65535;
   if (token_tiles > kMaxGridZ) {
     fail(FLEXQ_UNSUPPORTED, "at most ", kMaxGridZ * c.tokens(), " tokens at once on this GPU, got ", args.act.m);
@@ -552,7 +556,7 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
                        static_cast<unsigned>(token_tiles)),
           .block = dim3(static_cast<unsigned>(c.threads())),
           .shared_bytes = static_cast<size_t>(shared),
-          .overlapped = overlapped && device.has_sm90},
+          .overlapped = device.has_sm90},
          params);
   if (plan.splits == 1) return;
   const int64_t tiles = row_tiles * token_tiles;

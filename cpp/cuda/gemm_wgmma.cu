@@ -48,11 +48,9 @@ struct Config {
   bool per_group;  // there is room for two sets of sums
 
   constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
-  constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * kRecordBytes; }
+  constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * record_and_scale_bytes(true); }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
-  // Of the weights, then of the activations.
-  constexpr int weight_scale_bytes() const { return groups_a_stage * kTileBlocks * kRecordScaleBytes; }
-  constexpr int scale_bytes() const { return weight_scale_bytes() + groups_a_stage * tokens * 4; }
+  constexpr int scale_bytes() const { return groups_a_stage * tokens * 4; }  // of the activations
   constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
   constexpr int staging_bytes() const { return kConsumers * 4 * chunk_tokens() * kRecordRows * 4; }
   constexpr int shared_bytes() const { return stages * (stage_bytes() + scale_bytes() + 2 * 8) + staging_bytes(); }
@@ -69,7 +67,7 @@ constexpr Config kConfigs[] = {
 
 struct Params {
   const uint8_t* records;
-  const uint16_t* scales;  // of the records, fp16
+  const uint16_t* scales;  // scheme channel's, fp16
   const uint8_t* codes;
   const float* act_scales;
   const void* bias;
@@ -98,6 +96,7 @@ class Kernel {
   static constexpr Config kC = kConfigs[kConfig];
   static constexpr int kSums = kC.tokens / 2;  // a thread's
   static constexpr int kGroupsAStage = kC.groups_a_stage;
+  static constexpr int kRecord = record_and_scale_bytes(kPerGroup);
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
 
   __device__ Kernel(const Params& params, uint8_t* shared)
@@ -207,16 +206,13 @@ class Kernel {
       const int blocks = max(0, min(kTileBlocks, p_.row_blocks - tile.row_block));  // none past the last
       const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
       const int act = act_tiles * (kTileGroupBytes + (kPerGroup ? kTokenTile * 4 : 0));
-      constexpr int kRecord = kRecordBytes + (kPerGroup ? kRecordScaleBytes : 0);
-      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(groups * (blocks * kRecord + act)));
+      const int bytes = groups * blocks * kRecord;
+      ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(bytes + groups * act));
       if (blocks == 0) return;
-      const int64_t record = tile.row_block * static_cast<int64_t>(p_.groups) + step * kGroupsAStage * blocks;
-      if constexpr (kPerGroup) {
-        ptx::bulk_copy(scales(stage), p_.scales + record * kRecordRows,
-                       static_cast<uint32_t>(groups * blocks * kRecordScaleBytes), full(stage));
-      }
-      ptx::bulk_copy(weights(stage), p_.records + record * kRecordBytes,
-                     static_cast<uint32_t>(groups * blocks * kRecordBytes), full(stage));
+      ptx::bulk_copy(
+          weights(stage),
+          p_.records + tile_offset(tile.row_block, step * kGroupsAStage, p_.row_blocks, p_.groups, kPerGroup),
+          static_cast<uint32_t>(bytes), full(stage));
     });
   }
 
@@ -252,8 +248,7 @@ class Kernel {
     if (which == 1) {
       produce_activations(p_.codes, kTileGroupBytes, acts(0), kC.stage_bytes());
     } else {
-      produce_activations(reinterpret_cast<const uint8_t*>(p_.act_scales), kTokenTile * 4,
-                          scales(0) + kC.weight_scale_bytes(), kC.scale_bytes());
+      produce_activations(reinterpret_cast<const uint8_t*>(p_.act_scales), kTokenTile * 4, scales(0), kC.scale_bytes());
     }
   }
 
@@ -267,10 +262,11 @@ class Kernel {
   __device__ __forceinline__ void unpack_stage(const Tile& tile, const Place& place, int step,
                                                Fragments& fragments) const {
     ptx::mbarrier_wait(full(place.stage), place.parity);
-    const uint8_t* records = shared_ + place.stage * kC.stage_bytes() + warp_ * kRecordBytes;
+    const uint8_t* records = shared_ + place.stage * kC.stage_bytes();
 #pragma unroll
     for (int g = 0; g < kGroupsAStage; ++g) {
-      const auto* vectors = reinterpret_cast<const uint4*>(records + g * tile.blocks * kRecordBytes) + lane_;
+      const auto* vectors =
+          reinterpret_cast<const uint4*>(records + g * tile.blocks * kRecord + warp_ * kRecordBytes) + lane_;
       const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
       const bool there = g == 0 || g < groups_of(step);
 #pragma unroll
@@ -354,11 +350,11 @@ class Kernel {
     constexpr int g = group_of_part(kPart);
     if (g > 0 && g >= groups_of(step)) return;
     constexpr float kFactor = 1.0f / kCodeFactor;
-    const uint8_t* of_stage = shared_ + kScalesAt + stage * kC.scale_bytes();
+    const uint8_t* records = shared_ + stage * kC.stage_bytes() + g * tile.blocks * kRecord;
     const auto* of_rows =
-        reinterpret_cast<const __half*>(of_stage) + (g * tile.blocks + warp_) * kRecordRows + lane_ / 4;
+        reinterpret_cast<const __half*>(records + tile.blocks * kRecordBytes) + warp_ * kRecordRows + lane_ / 4;
     const float low = __half2float(of_rows[0]) * kFactor, high = __half2float(of_rows[8]) * kFactor;
-    const auto* of_tokens = reinterpret_cast<const float2*>(of_stage + kC.weight_scale_bytes()) +
+    const auto* of_tokens = reinterpret_cast<const float2*>(shared_ + kScalesAt + stage * kC.scale_bytes()) +
                             (g * kC.tokens + token_of_part(kPart)) / 2 + lane_ % 4;
 #pragma unroll
     for (int j = 0; j < kPartTokens / 8; ++j) {
@@ -604,8 +600,7 @@ WgmmaShape wgmma_shape(int config) {
   return {kRows, c.tokens, c.groups_a_stage, c.per_group};
 }
 
-void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan,
-                bool overlapped) {
+void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
   const Config& c = kConfigs[plan.config];
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
   const ActivationLayout act(args.act);
@@ -643,15 +638,13 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
       .splits = plan.splits,
   };
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
-  const int shared = c.shared_bytes();
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "gemm_wgmma shared memory");
   const int cluster = plan.multicast * plan.splits;
   const int64_t clusters = plan.splits > 1 ? tiles : std::min<int64_t>(tiles, std::max(device.num_sms / cluster, 1));
   launch(stream, "gemm_wgmma", kernel,
          {.grid = dim3(static_cast<unsigned>(clusters * cluster)),
           .block = dim3(kThreads),
-          .shared_bytes = static_cast<size_t>(shared),
-          .overlapped = overlapped,
+          .shared_bytes = static_cast<size_t>(c.shared_bytes()),
+          .overlapped = true,
           .cluster = static_cast<unsigned>(cluster)},
          params);
 }

@@ -54,8 +54,7 @@ struct GemmPlan {
   int multicast;  // thread blocks of a cluster that share their activations (wgmma)
 };
 
-// In both, `overlapped`: the kernel before it in the stream is the quantization of its activations, which it may start
-// beside.
+// Both start, and read weights, before what is ahead of them in the stream has finished (launch.h).
 
 // gemm_mma.cu: mma.sync, s8 or b1; sm_80 and later.
 struct MmaShape {
@@ -68,7 +67,7 @@ struct MmaShape {
 int num_mma_configs();
 MmaShape mma_shape(int config);
 size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits);
-void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, bool overlapped);
+void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
 // gemm_wgmma.cu: warp groups' wgmma on s8; sm_90a. No workspace.
 struct WgmmaShape {
@@ -78,6 +77,6 @@ struct WgmmaShape {
 };
 int num_wgmma_configs();
 WgmmaShape wgmma_shape(int config);
-void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan, bool overlapped);
+void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
 }  // namespace flexq::cuda

@@ -3,6 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "core/error.h"
 #include "cuda/kernels.h"
 
 namespace flexq::cuda {
@@ -12,31 +18,76 @@ struct Launch {
   dim3 block;
   size_t shared_bytes = 0;
   // The kernel may start before the one ahead of it in the stream has finished (programmatic dependent launch, sm_90),
-  // and itself waits for it before it touches what that one writes or reads.
+  // and itself waits for it before it touches what that one writes or reads. Weights are the exception: GEMMs fill
+  // their pipelines with them at once, perhaps beside the kernel before the last, so that memory does not rest between
+  // two layers. Whatever writes weights (prepack, copies) is launched without this, lets nobody start early, and is
+  // followed by a quantization at least before a GEMM reads them.
   bool overlapped = false;
   unsigned cluster = 1;  // thread blocks along x that share their shared memory (sm_90)
 };
 
-template <typename... Params, typename... Args>
-void launch(cudaStream_t stream, const char* what, void (*kernel)(Params...), const Launch& how, Args... args) {
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (how.overlapped) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+// The configuration and, in `attributes`, what it points to; asks for what the kernel must be allowed.
+template <typename... Params>
+cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
+  constexpr unsigned kPortableCluster = 8;
+  constexpr size_t kSharedUnasked = 48 * 1024;
+  if (how.shared_bytes > kSharedUnasked) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)),
+          "shared memory");
   }
-  if (how.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {how.cluster, 1, 1};
+  if (how.cluster > kPortableCluster) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
   }
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
   config.blockDim = how.block;
   config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = count;
+  if (how.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {how.cluster, 1, 1};
+  }
+  if (how.overlapped) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return config;
+}
+
+template <typename... Params, typename... Args>
+void launch(cudaStream_t stream, const char* what, void (*kernel)(Params...), const Launch& how, Args... args) {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = configure(kernel, how, attributes);
+  config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, args...), what);
+}
+
+// How many clusters (or single thread blocks) of such a launch the current device runs at a time, at least 1: how they
+// fit its clusters of multiprocessors only the driver knows. Asked once.
+template <typename... Params>
+int clusters_at_once(void (*kernel)(Params...), const Launch& how) {
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, unsigned, unsigned, size_t>, int> known;
+  const std::lock_guard lock(mutex);
+  const auto [entry, is_new] =
+      known.try_emplace({reinterpret_cast<const void*>(kernel), device, how.cluster, how.block.x, how.shared_bytes}, 1);
+  if (!is_new) return entry->second;
+  int count = 0;
+  if (how.cluster > 1) {
+    cudaLaunchAttribute attributes[2] = {};
+    const cudaLaunchConfig_t config = configure(kernel, how, attributes);
+    check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters at once");
+  } else {
+    int multiprocessors = 0;
+    check(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(how.block.x), how.shared_bytes),
+        "thread blocks at once");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    count *= multiprocessors;
+  }
+  return entry->second = std::max(count, 1);
 }
 
 }  // namespace flexq::cuda

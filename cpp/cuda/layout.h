@@ -17,8 +17,9 @@ namespace flexq::cuda {
 // Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
 // (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/kernels.md).
 // Records lie in tiles of 128 rows, [N / 128][G][8], the last one with as many as there are: a tile's groups are one
-// stretch of memory for the copy engine. Scales follow the last record, fp16, 16 for each record (group) or block of
-// rows (channel) in the same order. Records alone are whole lines of 128 bytes.
+// stretch of memory for the copy engine. Scales are fp16, 16 for a record. In scheme group they follow their 8 records,
+// since a second stream of 64 bytes at a time elsewhere costs memory more than their share; in scheme channel, [N /
+// 16], they follow the last record.
 inline constexpr int kRecordRows = 16;
 inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;
@@ -34,18 +35,32 @@ constexpr int64_t blocks_of_tile(int64_t block, int64_t row_blocks) {
   return left < kTileBlocks ? left : kTileBlocks;
 }
 
-constexpr int64_t record_index(int64_t block, int64_t group, int64_t row_blocks, int64_t groups) {
+// Of a record and its part of the scales, if they are side by side.
+constexpr int record_and_scale_bytes(bool per_group) { return kRecordBytes + (per_group ? kRecordScaleBytes : 0); }
+
+// Where the records of a tile's group begin.
+constexpr int64_t tile_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups, bool per_group) {
   const int64_t first = block / kTileBlocks * kTileBlocks;
-  return first * groups + group * blocks_of_tile(block, row_blocks) + (block - first);
+  return (first * groups + group * blocks_of_tile(block, row_blocks)) * record_and_scale_bytes(per_group);
+}
+constexpr int64_t record_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups, bool per_group) {
+  return tile_offset(block, group, row_blocks, groups, per_group) + block % kTileBlocks * kRecordBytes;
+}
+// Scheme group's.
+constexpr int64_t scales_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups) {
+  return tile_offset(block, group, row_blocks, groups, true) + blocks_of_tile(block, row_blocks) * kRecordBytes +
+         block % kTileBlocks * kRecordScaleBytes;
 }
 
 struct WeightLayout {
   explicit WeightLayout(const flexq_weight_desc& desc) {
     const auto row_blocks = static_cast<size_t>(num_row_blocks(desc));
-    scales = row_blocks * static_cast<size_t>(num_groups(desc.k)) * kRecordBytes;
-    size = align_up(scales + row_blocks * static_cast<size_t>(scales_per_row(desc)) * kRecordScaleBytes);
+    const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
+    scales =
+        row_blocks * static_cast<size_t>(num_groups(desc.k)) * static_cast<size_t>(record_and_scale_bytes(per_group));
+    size = align_up(scales + (per_group ? 0 : row_blocks * kRecordScaleBytes));
   }
-  size_t scales;  // offset
+  size_t scales;  // offset of scheme channel's
   size_t size;
 };
 

@@ -16,7 +16,15 @@ struct Args {
   uint8_t* planes;
   uint16_t* scales;
   uint8_t* records;
-  uint16_t* record_scales;
+  uint8_t* channel_scales;  // in scheme channel
+
+  __device__ uint8_t* record(int64_t row_block, int64_t group) const {
+    return records + record_offset(row_block, group, row_blocks, groups, per_group);
+  }
+  __device__ uint16_t* record_scales(int64_t row_block, int64_t group) const {
+    return reinterpret_cast<uint16_t*>(per_group ? records + scales_offset(row_block, group, row_blocks, groups)
+                                                 : channel_scales + row_block * kRecordScaleBytes);
+  }
 };
 
 // Byte and bit of code k in a plane of 16 bytes; rows past the last one are zeros.
@@ -43,7 +51,7 @@ __global__ void prepack_kernel(Args a) {
   const int64_t row_block = record / a.groups;
   const int64_t group = record % a.groups;
   const int64_t row = row_block * kRecordRows + lane / 4;
-  uint8_t* out = a.records + record_index(row_block, group, a.row_blocks, a.groups) * kRecordBytes;
+  uint8_t* out = a.record(row_block, group);
   for (int s = 0; s < 4; ++s) {
     const int k = 32 * s + 4 * (lane % 4);
     const uint32_t a0 = load_codes(a, row, group, k);
@@ -57,8 +65,7 @@ __global__ void prepack_kernel(Args a) {
   if (lane >= kRecordRows || (!a.per_group && group != 0)) return;
   const int64_t scale_row = row_block * kRecordRows + lane;
   const uint16_t scale = scale_row < a.n ? a.scales[scale_row * a.row_scales + (a.per_group ? group : 0)] : uint16_t{0};
-  a.record_scales[record_index(row_block, a.per_group ? group : 0, a.row_blocks, a.row_scales) * kRecordRows + lane] =
-      scale;
+  a.record_scales(row_block, group)[lane] = scale;
 }
 
 // One thread builds a byte of each plane: 8 codes of a row.
@@ -69,8 +76,7 @@ __global__ void unprepack_kernel(Args a) {
   const int64_t group = index / kPlaneBytes % a.groups;
   const int64_t row = index / kPlaneBytes / a.groups;
   const int row_in_block = static_cast<int>(row % kRecordRows);
-  const uint8_t* record = a.records + record_index(row / kRecordRows, group, a.row_blocks, a.groups) * kRecordBytes;
-  const auto* words = reinterpret_cast<const uint32_t*>(record);
+  const auto* words = reinterpret_cast<const uint32_t*>(a.record(row / kRecordRows, group));
   unsigned planes[kPlanes] = {};
   for (int quad = 0; quad < 2; ++quad) {
     const int k = 8 * byte + 4 * quad;
@@ -90,8 +96,7 @@ __global__ void unprepack_kernel(Args a) {
   }
   if (byte != 0 || (!a.per_group && group != 0)) return;
   const int64_t at = a.per_group ? group : 0;
-  const int64_t block = record_index(row / kRecordRows, at, a.row_blocks, a.row_scales);
-  a.scales[row * a.row_scales + at] = a.record_scales[block * kRecordRows + row_in_block];
+  a.scales[row * a.row_scales + at] = a.record_scales(row / kRecordRows, group)[row_in_block];
 }
 
 Args args_of(const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales, const void* prepacked) {
@@ -104,7 +109,7 @@ Args args_of(const flexq_weight_desc& desc, const uint8_t* planes, const uint16_
           const_cast<uint8_t*>(planes),
           const_cast<uint16_t*>(scales),
           records,
-          reinterpret_cast<uint16_t*>(records + WeightLayout(desc).scales)};
+          records + WeightLayout(desc).scales};
 }
 
 }  // namespace

@@ -20,6 +20,10 @@ __device__ inline void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
+// Of `bytes`, and zeros for the rest.
+__device__ inline void cp_async_16_or_zeros(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most kPending groups of this thread are still under way.
@@ -158,6 +162,15 @@ __device__ inline uint32_t load_remote(uint32_t shared, uint32_t rank) {
       : "r"(shared), "r"(rank)
       : "memory");
   return value;
+}
+
+__device__ inline void store_remote(uint32_t shared, uint32_t rank, uint32_t value) {
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+      "st.shared::cluster.u32 [remote], %2;\n\t}" ::"r"(shared),
+      "r"(rank), "r"(value)
+      : "memory");
 }
 
 // ---- Tensor cores: a warp group's asynchronous wgmma ----

@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kMaxTokenThreads = 512;
+constexpr int kMaxCluster = 16;
 
 struct Args {
   ActivationSource source;
@@ -31,6 +32,8 @@ struct Args {
   bool rotate;
   bool per_group;
   bool vectors;  // all rows are aligned for 16 bytes at a time
+  int cluster;   // thread blocks that share a tile of tokens, or a token
+  bool ahead;    // while they work on one, the next one is copied to shared memory
   uint8_t* codes;
   float* scales;
 };
@@ -122,6 +125,11 @@ struct Part {
     if (kKind == ActivationSource::kPlain || s.other == nullptr) return;
     float other[kValues];
     load<T>(a, s.other, s.ld_other, token, group, other);
+    fuse<T, kKind>(v, other);
+  }
+
+  template <typename T, ActivationSource::Kind kKind>
+  static __device__ void fuse(float (&v)[kValues], const float (&other)[kValues]) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       if constexpr (kKind == ActivationSource::kSiluMul) {
@@ -129,6 +137,56 @@ struct Part {
       } else {
         v[i] = rounded<T>(v[i] + other[i]);
       }
+    }
+  }
+
+  // The same ahead of time: asynchronous copies to this thread's own places in shared memory, vectors of a thread block
+  // side by side, from where take_source() has the values once they are there.
+  template <typename T>
+  static constexpr int kPieces = kValues * static_cast<int>(sizeof(T)) / 16;
+
+  template <typename T, ActivationSource::Kind kKind>
+  __device__ void fetch_source(const Args& a, int64_t token, int64_t group, uint4* places) const {
+    const ActivationSource& s = a.source;
+    fetch<T>(a, s.x, s.ldx, token, group, places);
+    if (kKind == ActivationSource::kPlain || s.other == nullptr) return;
+    fetch<T>(a, s.other, s.ld_other, token, group, places + kPieces<T> * blockDim.x);
+  }
+
+  template <typename T, ActivationSource::Kind kKind>
+  __device__ void take_source(const Args& a, const uint4* places, float (&v)[kValues]) const {
+    take<T>(places, v);
+    if (kKind == ActivationSource::kPlain || a.source.other == nullptr) return;
+    float other[kValues];
+    take<T>(places + kPieces<T> * blockDim.x, other);
+    fuse<T, kKind>(v, other);
+  }
+
+  // Zeros past the end of the row, and of all rows.
+  template <typename T>
+  __device__ void fetch(const Args& a, const void* rows, int64_t ld, int64_t token, int64_t group,
+                        uint4* places) const {
+    constexpr int kOfPiece = 16 / static_cast<int>(sizeof(T));
+    constexpr int kOfVector = kPieces<T> / kVectors;
+    const T* row = static_cast<const T*>(rows) + (token < a.m ? token * ld : 0);
+    const auto left = static_cast<int>(token < a.m ? min(a.k - group * kGroup, int64_t{kGroup}) : 0);
+#pragma unroll
+    for (int i = 0; i < kPieces<T>; ++i) {
+      const int at = k(i / kOfVector) + i % kOfVector * kOfPiece;
+      const int there = min(max(left - at, 0), kOfPiece);
+      ptx::cp_async_16_or_zeros(ptx::shared_address(places + i * blockDim.x),
+                                row + (there > 0 ? group * kGroup + at : 0), there * static_cast<int>(sizeof(T)));
+    }
+  }
+
+  template <typename T>
+  __device__ void take(const uint4* places, float (&v)[kValues]) const {
+    constexpr int kOfPiece = 16 / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kPieces<T>; ++i) {
+      const auto piece = *reinterpret_cast<const Vector<T, kOfPiece>*>(places + i * blockDim.x);
+#pragma unroll
+      for (int j = 0; j < kOfPiece; ++j) v[i * kOfPiece + j] = to_float(piece.value[j]);
     }
   }
 
@@ -226,9 +284,8 @@ __device__ void store_group(const Args& a, const Part<kLanes>& part, int64_t tok
 // 4 lanes: a warp for a tile of 8 tokens, which it writes whole.
 template <typename T, ActivationSource::Kind kKind, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32) quantize_groups(const __grid_constant__ Args a) {
-  ptx::wait_for_previous_kernel();
-  // Only now: the GEMM reads weights before it waits for this kernel, and whoever wrote them has finished.
   ptx::launch_dependents();
+  ptx::wait_for_previous_kernel();
   constexpr int kTokens = 32 / kLanes;
   const int lane = threadIdx.x % 32;
   const Part<kLanes> part(lane);
@@ -244,53 +301,141 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_groups(const __grid_cons
   }
 }
 
-// `value` of all threads of a block combined, in a fixed order; `combine` is a sum or maximum of what is 0 or more.
-template <typename V, typename Combine>
-__device__ V over_block(V value, const Combine& combine) {
-  __shared__ V of_warp[kMaxTokenThreads / 32];
-  const int lane = threadIdx.x % 32;
-  const auto over_warp = [&](V x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x = combine(x, __shfl_xor_sync(~0u, x, offset));
-    return x;
+// Values of tokens, combined over their warps and then over the thread blocks of the cluster, each in ascending order,
+// so that every run gives the same bits.
+template <int kLanes>
+class OverTokens {
+ public:
+  static constexpr int kTokens = 32 / kLanes;  // of a warp, a thread block and a cluster alike
+  struct Shared {
+    uint32_t of_warp[kMaxTokenThreads / 32][kTokens];
+    uint32_t of_block[kMaxCluster][kTokens];
   };
-  value = over_warp(value);
-  if (lane == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = over_warp(lane < static_cast<int>(blockDim.x / 32) ? of_warp[lane] : V{0});
-  __syncthreads();  // nobody writes for the next use while others read
-  return value;
+
+  __device__ explicit OverTokens(int cluster) : cluster_(cluster) {}
+
+  // `value` of all lanes that have this lane's token. Each use needs a `shared` of its own.
+  template <typename V, typename Combine>
+  __device__ V operator()(V value, Shared& shared, const Combine& combine) const {
+    static_assert(sizeof(V) == 4);
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+#pragma unroll
+    for (int stride = kLanes / 2; stride > 0; stride /= 2) value = combine(value, __shfl_xor_sync(~0u, value, stride));
+    if (lane % kLanes == 0) shared.of_warp[thread / 32][lane / kLanes] = reinterpret_cast<const uint32_t&>(value);
+    __syncthreads();
+    // A thread for each token and thread block that wants to know.
+    for (int i = thread; i < cluster_ * kTokens; i += static_cast<int>(blockDim.x)) {
+      const uint32_t bits =
+          combined<V, kMaxTokenThreads / 32>(shared.of_warp, static_cast<int>(blockDim.x / 32), i % kTokens, combine);
+      if (cluster_ == 1) {
+        shared.of_block[0][i] = bits;
+      } else {
+#if FLEXQ_SM90A
+        ptx::store_remote(ptx::shared_address(&shared.of_block[ptx::cluster_rank()][i % kTokens]),
+                          static_cast<uint32_t>(i / kTokens), bits);
+#endif
+      }
+    }
+    if (cluster_ == 1) {
+      __syncthreads();
+    } else {
+#if FLEXQ_SM90A
+      ptx::cluster_sync();
+#endif
+    }
+    const uint32_t bits = combined<V, kMaxCluster>(shared.of_block, cluster_, lane / kLanes, combine);
+    return reinterpret_cast<const V&>(bits);
+  }
+
+ private:
+  template <typename V, int kMost, typename Combine>
+  static __device__ uint32_t combined(const uint32_t (*values)[kTokens], int count, int token, const Combine& combine) {
+    V all = reinterpret_cast<const V&>(values[0][token]);
+#pragma unroll  // so that the loads do not wait for each other
+    for (int i = 1; i < kMost; ++i) {
+      if (i < count) all = combine(all, reinterpret_cast<const V&>(values[i][token]));
+    }
+    return reinterpret_cast<const uint32_t&>(all);
+  }
+
+  int cluster_;
+};
+
+// Groups of a warp that stay in registers while a statistic of the whole token is found: fusing needs registers of its
+// own.
+constexpr int kept_groups(ActivationSource::Kind kind, int lanes) {
+  if (lanes == 32) return 4;
+  return kind == ActivationSource::kPlain ? 2 : 1;
 }
 
-// Where the whole token decides (scheme channel, a norm): a thread block a token, 8 groups a warp. The first of them
-// stay in registers; groups beyond, where K is more than the block holds, are read again.
-template <typename T, ActivationSource::Kind kKind>
+// Where the whole token decides (scheme channel, a norm): a cluster of thread blocks for a tile of 8 tokens (4 lanes a
+// group) or for one token (32 lanes), its warps sharing the groups. Groups beyond what they keep are read again. Tiles
+// that a cluster takes one after the other are copied ahead.
+template <typename T, ActivationSource::Kind kKind, int kLanes>
 __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid_constant__ Args a) {
-  ptx::wait_for_previous_kernel();
-  ptx::launch_dependents();
-  constexpr int kLanes = 4;
   using Values = float[Part<kLanes>::kValues];
   constexpr bool kNorm = kKind == ActivationSource::kRmsNorm;
-  // Groups that four lanes keep in registers while the statistic is found; fusing needs registers of its own.
-  constexpr int kKept = kKind == ActivationSource::kPlain ? 2 : 1;
+  constexpr int kKept = kept_groups(kKind, kLanes);
+  constexpr bool kAhead = kLanes == 4;
+  const OverTokens<kLanes> over_token(a.cluster);
+  // Two of each: while the slowest thread block reads one tile's, the fastest may write the next one's.
+  __shared__ typename OverTokens<kLanes>::Shared for_norm[2], for_scale[2];
+  extern __shared__ uint4 staging[];
+  ptx::launch_dependents();
+  int rank = 0;
+#if FLEXQ_SM90A
+  if (a.cluster > 1) {
+    rank = static_cast<int>(ptx::cluster_rank());
+    ptx::cluster_meet();  // all have started: they can be written to
+  }
+#endif
+  ptx::wait_for_previous_kernel();
   const ActivationSource& s = a.source;
-  const Part<kLanes> part(static_cast<int>(threadIdx.x));
-  const int64_t own = threadIdx.x / kLanes;
-  const int64_t stride = blockDim.x / kLanes;
-  // Whole warps go round, so that shuffles find all their lanes.
-  const int64_t rounds = (a.groups + stride - 1) / stride;
-  for (int64_t token = blockIdx.x; token < a.m; token += gridDim.x) {
-    float squares = 0.0f;
-    const auto read = [&](int64_t group, Values& v) {
+  constexpr int kTokens = 32 / kLanes;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const Part<kLanes> part(lane);
+  const int warps = static_cast<int>(blockDim.x / 32);
+  const int64_t own = rank * warps + static_cast<int>(threadIdx.x / 32);
+  const int64_t stride = a.cluster * warps;
+  const int64_t rounds = (a.groups + stride - 1) / stride;  // the same for all, so that shuffles find all their lanes
+
+  constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
+  const auto places = [&](int i) {
+    return staging + static_cast<int64_t>(i * kInputs * Part<kLanes>::template kPieces<T>) * blockDim.x + threadIdx.x;
+  };
+  const auto fetch = [&](int64_t token) {
+    if constexpr (kAhead) {
 #pragma unroll
-      for (float& value : v) value = 0.0f;
-      if (group >= a.groups) return;
-      part.template load_source<T, kKind>(a, token, group, v);
+      for (int i = 0; i < kKept; ++i) {
+        part.template fetch_source<T, kKind>(a, token, min(own + i * stride, a.groups), places(i));
+      }
+      ptx::cp_async_commit();
+    }
+  };
+  const auto take = [&](int i, Values& v) {
+    if constexpr (kAhead) part.template take_source<T, kKind>(a, places(i), v);
+  };
+  const int64_t first = static_cast<int64_t>(blockIdx.x / a.cluster) * kTokens;
+  const int64_t tokens_apart = static_cast<int64_t>(gridDim.x / a.cluster) * kTokens;
+  if (kAhead && a.ahead) fetch(first + lane / kLanes);
+  int odd = 0;
+  for (int64_t tile = first; tile < a.m; tile += tokens_apart, odd ^= 1) {
+    const int64_t token = tile + lane / kLanes;
+    const bool there = token < a.m;
+    float squares = 0.0f;
+    const auto count = [&](int64_t group, const Values& v) {
       if constexpr (kNorm) {
 #pragma unroll
         for (const float value : v) squares += value * value;
         if (s.sum != nullptr) part.template save<T>(a, s.sum, s.ld_sum, token, group, v);
       }
+    };
+    const auto read = [&](int64_t group, Values& v) {
+#pragma unroll
+      for (float& value : v) value = 0.0f;
+      if (!there || group >= a.groups) return;
+      part.template load_source<T, kKind>(a, token, group, v);
+      count(group, v);
     };
     float norm = 1.0f;
     // From what was read, and perhaps stored in place, to what is quantized; the largest of the group.
@@ -304,30 +449,37 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
       return part.rotate_and_max(a, v);
     };
     const auto read_again = [&](int64_t group, Values& v) {
-      if (kNorm && s.sum != nullptr && group < a.groups) {
-        part.template load<T>(a, s.sum, s.ld_sum, token, group, v);
+      if (kNorm && s.sum != nullptr) {
+        if (there && group < a.groups) part.template load<T>(a, s.sum, s.ld_sum, token, group, v);
       } else {
-        const float before = squares;
-        read(group, v);
-        squares = before;
+        read(group, v);  // the squares are done with
       }
     };
 
     Values kept[kKept];
+    if (kAhead && a.ahead) {
+      ptx::cp_async_wait<0>();
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      if (i < rounds) read(own + i * stride, kept[i]);
+      for (int i = 0; i < kKept; ++i) {
+        take(i, kept[i]);
+        if (there && own + i * stride < a.groups) count(own + i * stride, kept[i]);
+      }
+      fetch(token + tokens_apart);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        if (i < rounds) read(own + i * stride, kept[i]);
+      }
     }
     if constexpr (kNorm) {
       for (int64_t round = kKept; round < rounds; ++round) {
         Values v;
         read(own + round * stride, v);
       }
-      squares = over_block(squares, [](float x, float y) { return x + y; });
+      squares = over_token(squares, for_norm[odd], [](float x, float y) { return x + y; });
       norm = rsqrtf(squares / static_cast<float>(a.k) + s.eps);
     }
     // Each group's values, ready to be quantized, and its largest.
-    int largest = 0;
     const auto each = [&](const auto& use) {
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
@@ -342,26 +494,27 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
     };
     if (a.per_group) {
       each([&](int64_t group, const Values& v, int of_group) {
-        if (group < a.groups) store_group(a, part, token, group, v, of_group);
+        if (there && group < a.groups) store_group(a, part, token, group, v, of_group);
       });
       continue;
     }
+    int largest = 0;
     each([&](int64_t, const Values&, int of_group) { largest = max(largest, of_group); });
-    largest = over_block(largest, [](int x, int y) { return max(x, y); });
+    largest = over_token(largest, for_scale[odd], [](int x, int y) { return max(x, y); });
     const Scale scale = scale_of(largest, a.rotate, a.qmax);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (i < rounds && own + i * stride < a.groups)
-        part.store_codes(a, token, own + i * stride, kept[i], scale.inverse);
+      const int64_t group = own + i * stride;
+      if (there && group < a.groups) part.store_codes(a, token, group, kept[i], scale.inverse);
     }
     for (int64_t round = kKept; round < rounds; ++round) {
       const int64_t group = own + round * stride;
       Values v = {};
       read_again(group, v);
       finish(group, v);
-      if (group < a.groups) part.store_codes(a, token, group, v, scale.inverse);
+      if (there && group < a.groups) part.store_codes(a, token, group, v, scale.inverse);
     }
-    if (threadIdx.x == 0) a.scales[token] = scale.scale;
+    if (there && own == 0 && part.lane == 0) a.scales[token] = scale.scale;
   }
 }
 
@@ -383,25 +536,50 @@ __global__ void export_kernel(int64_t m, int64_t groups, int64_t tiles, bool per
   }
 }
 
+// The thread blocks and warps that share the groups of a tile of tokens, or of one token: they keep them in registers
+// if they can, and are more where tiles are few.
+Launch spread(const Device& device, int64_t tiles, int64_t groups, int lanes, int kept) {
+  int cluster = 1, warps = kMaxTokenThreads / 32;
+  if (device.has_wgmma) {
+    if (lanes == 4 && kept > 1) warps = 8;  // of many registers: two thread blocks a multiprocessor
+    while (cluster < kMaxCluster && groups > cluster * warps * kept) cluster *= 2;
+    while (2 * cluster <= 8 && groups > cluster * warps && tiles * cluster * 2 <= device.num_sms) cluster *= 2;
+  }
+  const int64_t rounds = ceil_div(groups, cluster * warps);
+  warps = static_cast<int>(ceil_div(groups, cluster * rounds));
+  return {.grid = dim3(static_cast<unsigned>(cluster)),
+          .block = dim3(static_cast<unsigned>(32 * warps)),
+          .overlapped = device.has_sm90,
+          .cluster = static_cast<unsigned>(cluster)};
+}
+
 template <typename T, ActivationSource::Kind kKind>
 void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
-  constexpr int64_t kMaxGridY = 65535, kMaxGridX = 0x7fffffff;
-  Launch how{.overlapped = device.has_sm90};
+  const bool tiles = args.m >= kTokenTile;
   if (!args.per_group || kKind == ActivationSource::kRmsNorm) {
-    constexpr int64_t kGroupsAWarp = 8;
-    const int64_t threads = std::min<int64_t>(ceil_div(args.groups, kGroupsAWarp) * 32, kMaxTokenThreads);
-    how.block = dim3(static_cast<unsigned>(threads));
-    how.grid = dim3(static_cast<unsigned>(std::min(args.m, kMaxGridX)));
-    launch(stream, "quantize_activation", quantize_tokens<T, kKind>, how, args);
+    constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
+    const int lanes = tiles ? 4 : 32, kept = kept_groups(kKind, lanes);
+    const int64_t count = tiles ? args.tiles : args.m;
+    Launch how = spread(device, count, args.groups, lanes, kept);
+    const auto kernel = tiles ? quantize_tokens<T, kKind, 4> : quantize_tokens<T, kKind, 32>;
+    how.shared_bytes = tiles && args.vectors ? how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs : 0;
+    const int64_t at_once = std::min<int64_t>(count, clusters_at_once(kernel, how));
+    Args with = args;
+    with.cluster = static_cast<int>(how.cluster);
+    with.ahead = how.shared_bytes > 0 && at_once < count;
+    if (!with.ahead) how.shared_bytes = 0;
+    how.grid.x *= static_cast<unsigned>(at_once);
+    launch(stream, "quantize_activation", kernel, how, with);
     return;
   }
-  const bool tiles = args.m >= kTokenTile;
+  constexpr int64_t kMaxGridY = 65535;
   // While tiles are few, small thread blocks reach more multiprocessors.
   const int warps = tiles && args.tiles * args.groups < 8 * device.num_sms ? 2 : kWarps;
-  how.block = dim3(static_cast<unsigned>(32 * warps));
-  how.grid = dim3(static_cast<unsigned>(ceil_div(args.groups, warps)),
-                  static_cast<unsigned>(std::min(tiles ? args.tiles : args.m, kMaxGridY)));
-  launch(stream, "quantize_activation", tiles ? quantize_groups<T, kKind, 4> : quantize_groups<T, kKind, 32>, how,
+  launch(stream, "quantize_activation", tiles ? quantize_groups<T, kKind, 4> : quantize_groups<T, kKind, 32>,
+         {.grid = dim3(static_cast<unsigned>(ceil_div(args.groups, warps)),
+                       static_cast<unsigned>(std::min(tiles ? args.tiles : args.m, kMaxGridY))),
+          .block = dim3(static_cast<unsigned>(32 * warps)),
+          .overlapped = device.has_sm90},
          args);
 }
 
@@ -439,6 +617,8 @@ void quantize_activation(cudaStream_t stream, const Device& device, const flexq_
       .rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128,
       .per_group = desc.scheme == FLEXQ_SCHEME_GROUP,
       .vectors = vectors,
+      .cluster = 1,
+      .ahead = false,
       .codes = bytes,
       .scales = reinterpret_cast<float*>(bytes + layout.scales),
   };
