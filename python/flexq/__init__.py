@@ -3,6 +3,7 @@
 from flexq._core import version as _version
 from flexq.calibrate import calibrate_model
 from flexq.checkpoint import CheckpointError, quantize_checkpoint, save_model
+from flexq.fuse import fuse_model, unfuse_model
 from flexq.integrations.transformers import FlexQConfig  # registers the quantization method "flexq"
 from flexq.linear import Linear
 from flexq.models import ModelError, load_model
@@ -35,6 +36,7 @@ __all__ = [
     "activation_codes",
     "calibrate_model",
     "dequantize_weight",
+    "fuse_model",
     "gemm",
     "linear",
     "load_model",
@@ -47,6 +49,7 @@ __all__ = [
     "rms_norm_quantize",
     "save_model",
     "silu_mul_quantize",
+    "unfuse_model",
     "unpack_codes",
     "unprepack",
 ]

@@ -16,14 +16,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from flexq import ops
+from flexq.fuse import fuse_model, unfuse_model
 from flexq.linear import Linear
 from flexq.models import ModelError, ModelSource, find_model, is_quantized, load_config, load_model, load_tokenizer
-from flexq.patch import Progress, linear_layers, quantize_model, record_plan, resolve_plan, shared_copy
+from flexq.patch import (
+    Progress,
+    linear_layers,
+    lm_head_name,
+    quantize_model,
+    record_plan,
+    resolve_plan,
+    shared_copy,
+    untie_lm_head,
+)
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 
 INDEX = "model.safetensors.index.json"
 CHECKSUMS = "flexq.crc32"
 DEFAULT_SHARD_BYTES = 2 << 30
+_DTYPES = {"U8": "torch.uint8", "F16": "torch.float16"}  # of safetensors
 
 
 class CheckpointError(ValueError):
@@ -128,6 +139,12 @@ def save_model(
     """
     if not any(isinstance(m, Linear) for m in model.modules()):
         raise ValueError("the model has no quantized layer; call flexq.quantize_model first")
+    if getattr(model, "flexq_fusion", None) is not None:
+        unfuse_model(model)
+        try:
+            return save_model(model, folder, tokenizer, shard_bytes, overwrite)
+        finally:
+            fuse_model(model)
     plan = record_plan(model, getattr(model, "flexq_plan", Plan()))
     with new_folder(folder, overwrite) as aside:
         writer = _ShardWriter(aside, shard_bytes)
@@ -174,6 +191,12 @@ def _skeleton(config):
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _embedding_name(model) -> str:
+    """The tensor of the input embeddings; base models' checkpoints lack a prefix of it."""
+    embeddings = model.get_input_embeddings()
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)
 
 
 def _layer_of(tensor: str, layers: Iterable[str] | dict[str, Any], prefix: str) -> str | None:
@@ -237,6 +260,17 @@ def quantize_checkpoint(
     with new_folder(folder, overwrite) as aside:
         writer = _ShardWriter(aside, shard_bytes)
         done = set()
+
+        def quantize(layer: str, weight: torch.Tensor) -> None:
+            settings = resolved[layer]
+            try:
+                planes, scales = ops.quantize_weight(weight, settings.scheme, settings.rotation)
+            except ValueError as error:
+                raise ValueError(f"layer {layer}: {error}") from None
+            writer.add(f"{layer}.qweight", planes)
+            writer.add(f"{layer}.scales", scales)
+            done.add(layer)
+
         tensors = [(shard, name) for shard in shards for name in _tensor_names(shard)]
         for shard, name in progress(tensors) if progress else tensors:
             tensor = _read(shard, name)
@@ -244,14 +278,16 @@ def quantize_checkpoint(
             if layer is None:
                 writer.add(name, tensor)
                 continue
-            settings = resolved[layer]
-            try:
-                planes, scales = ops.quantize_weight(tensor, settings.scheme, settings.rotation)
-            except ValueError as error:
-                raise ValueError(f"layer {layer}: {error}") from None
-            writer.add(f"{layer}.qweight", planes)
-            writer.add(f"{layer}.scales", scales)
-            done.add(layer)
+            quantize(layer, tensor)
+        head = lm_head_name(skeleton)
+        if head in resolved:
+            untie_lm_head(skeleton)
+            config = skeleton.config
+            if head not in done:  # tied to the embeddings
+                embedding = _embedding_name(skeleton)
+                found = [(shard, name) for shard, name in tensors if embedding.endswith(name)]
+                if found:
+                    quantize(head, _read(*found[0]))
         left = [layer for layer in resolved if layer not in done]
         if left:
             raise ModelError(f"{source.name} holds no weight for layer {left[0]} (and {len(left) - 1} more)")
@@ -309,7 +345,8 @@ def read_plan(folder: str | Path) -> Plan:
 
 
 def verify(folder: str | Path) -> None:
-    """Check that a FlexQ checkpoint is what was written: every tensor there, of its shape and type, unchanged.
+    """Check that a FlexQ checkpoint is what was written: every tensor there, of its shape and type, and unchanged where
+    its file has checksums (those that transformers' `save_pretrained` wrote have none).
 
     Raises:
         CheckpointError: naming the file and tensor.
@@ -320,10 +357,13 @@ def verify(folder: str | Path) -> None:
     for file in _source_shards_of_checkpoint(folder):
         with _opened(file) as handle:
             metadata = handle.metadata() or {}
-            if CHECKSUMS not in metadata:
-                raise CheckpointError(f"{file.name} was not written by FlexQ: it has no checksums")
-            checksums = json.loads(metadata[CHECKSUMS])
             names = set(handle.keys())
+            if CHECKSUMS not in metadata:  # by `save_pretrained` of transformers
+                for name in names:
+                    part = handle.get_slice(name)
+                    seen[name] = (_DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+                continue
+            checksums = json.loads(metadata[CHECKSUMS])
             for name in sorted(set(checksums) | names):
                 if name not in names:
                     raise CheckpointError(f"{file.name}: tensor {name} is missing")

@@ -75,8 +75,12 @@ def _matrix(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     k = x.shape[-1]
     if x.is_contiguous():
         return x, x.numel() // k, k
-    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= k:
-        return x, x.shape[0], x.stride(0)
+    try:
+        rows = x.view(-1, k)
+    except RuntimeError:
+        rows = x
+    if rows.dim() == 2 and rows.stride(1) == 1 and rows.stride(0) >= k:
+        return rows, rows.shape[0], rows.stride(0)
     return x.contiguous(), x.numel() // k, k
 
 
@@ -279,7 +283,7 @@ def _fake_gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dty
 
 
 @_define(
-    "gemm(Tensor quantized, Tensor packed, Tensor? bias, int m, int n, int k, int act_bits, str scheme, str rotation,"
+    "gemm(Tensor quantized, Tensor packed, Tensor? bias, SymInt m, int n, int k, int act_bits, str scheme, str rotation,"
     " ScalarType dtype) -> Tensor",
     _fake_gemm,
 )

@@ -14,21 +14,42 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 """Wraps a sequence to show how far a loop over it is, as `tqdm.tqdm` does."""
 
 
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def lm_head_name(model: nn.Module) -> str | None:
+    """The layer that turns the last hidden states into logits, if it is an `nn.Linear`."""
+    head = _output_embeddings(model)
+    for name, module in model.named_modules():
+        is_head = module is head if head is not None else name.rpartition(".")[2] == "lm_head"
+        if is_head and type(module) is nn.Linear:
+            return name
+    return None
+
+
+def untie_lm_head(model: nn.Module) -> None:
+    """Once the LM head is quantized: it has a weight of its own, whatever the embeddings are."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.get_text_config(decoder=True).tie_word_embeddings = False
+        config.tie_word_embeddings = False
+
+
 def _embedding_weights(model: nn.Module) -> set[int]:
-    """Storage of the embeddings and of the LM head, which stay in floating point."""
+    """Storage of the embeddings and of the LM head."""
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if module is not None:
-            modules.append(module)
+    head = _output_embeddings(model)
+    if head is not None:
+        modules.append(head)
     return {id(m.weight) for m in modules if getattr(m, "weight", None) is not None}
 
 
 def linear_layers(
-    model: nn.Module, include: Sequence[str] | None = None, skip: Sequence[str] = ()
+    model: nn.Module, include: Sequence[str] | None = None, skip: Sequence[str] = (), lm_head: str | None = None
 ) -> dict[str, nn.Linear]:
     """The layers that `quantize_model` would replace, by name, in the model's order.
 
@@ -38,11 +59,14 @@ def linear_layers(
         model: any module; transformers models say what their LM head is, elsewhere it is a layer named "lm_head".
         include: patterns as in `fnmatch`; if given, only layers that match one.
         skip: patterns; layers that match one are left alone.
+        lm_head: its name, to have it among them.
     """
     kept = _embedding_weights(model)
     layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear or id(module.weight) in kept or name.rpartition(".")[2] == "lm_head":
+        if type(module) is not nn.Linear:
+            continue
+        if name != lm_head and (id(module.weight) in kept or name.rpartition(".")[2] == "lm_head"):
             continue
         if include is not None and not any(fnmatch.fnmatchcase(name, p) for p in include):
             continue
@@ -62,12 +86,15 @@ def resolve_plan(
     Raises:
         ValueError: no layer is left to quantize, a pattern matches nothing, or the plan names layers that do not exist.
     """
-    every = linear_layers(model)
+    plan, lm_head = Plan.of(plan), lm_head_name(model)
+    if lm_head not in plan.layers:
+        lm_head = None  # quantized only where a plan names it, not where a pattern matches it
+    every = linear_layers(model, lm_head=lm_head)
     for pattern in (*(include or ()), *skip):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in every):
             raise ValueError(f"pattern {pattern!r} matches no linear layer; the model's are {_some(every)}")
-    chosen = linear_layers(model, include, skip)
-    resolved = {n: c for n, c in Plan.of(plan).resolve(every).items() if n in chosen and c is not None}
+    chosen = linear_layers(model, include, skip, lm_head)
+    resolved = {n: c for n, c in plan.resolve(every).items() if n in chosen and c is not None}
     if not resolved:
         quantized = sum(isinstance(m, Linear) for m in model.modules())
         reason = f"{quantized} layers are quantized already" if quantized else f"its linear layers are {_some(every)}"
@@ -94,7 +121,7 @@ def quantize_model(
     skip: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Quantize the linear layers of `model` in place, all but the LM head, and return it.
+    """Quantize the linear layers of `model` in place, and return it: all but the LM head, unless the plan names it.
 
     A layer that appears at several names is quantized once and stays shared. If one cannot be quantized, or the work is
     interrupted, the model is left as it was; for that, the float weights are kept until all layers are done.
@@ -132,6 +159,8 @@ def quantize_model(
         for name, linear in before.items():
             replace_module(model, name, linear)
         raise
+    if isinstance(_output_embeddings(model), Linear):
+        untie_lm_head(model)
     model.flexq_plan = record_plan(model, Plan.of(plan))
     return model
 

@@ -1,0 +1,126 @@
+"""fuse_model: what it finds in the usual architectures, and that the model stays the same."""
+
+import flexq
+import pytest
+import torch
+from flexq.fuse import MergedLinear
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [0, 0, 0, 7, 8, 1, 2, 9]])
+MASK = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
+
+
+def random_model(kind: str, dtype=torch.float32, **overrides) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SHAPE | overrides))
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, 1.0, 0.1)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+
+
+def greedy(model, **options) -> torch.Tensor:
+    return model.generate(IDS, attention_mask=MASK, max_new_tokens=12, do_sample=False, **options)
+
+
+# Merged layers, MLPs, norms, residual sums: of two decoder layers and the LM head, which stays in floating point.
+WHOLE = (4, 2, 4, 2)
+FOUND = {
+    "llama": WHOLE,
+    "mistral": WHOLE,
+    "qwen2": WHOLE,
+    "qwen3": WHOLE,
+    "phi3": WHOLE,
+    "gemma2": (4, 0, 0, 0),  # GELU, and norms that round elsewhere
+    "gemma3_text": (4, 0, 0, 0),
+    "gpt_neox": (0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("kind", FOUND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_architectures(kind, dtype):
+    model = flexq.quantize_model(random_model(kind, dtype), "w6a8")
+    before, tokens = logits(model), greedy(model)
+    names = [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)]
+    fusion = flexq.fuse_model(model)
+    assert (len(fusion.merged), len(fusion.mlps), len(fusion.norms), len(fusion.layers)) == FOUND[kind], str(fusion)
+    assert (logits(model) - before).norm() <= 0.02 * before.norm()
+    assert torch.equal(greedy(model), tokens)
+    assert torch.equal(greedy(model, cache_implementation="static"), tokens)
+    flexq.unfuse_model(model)
+    assert torch.equal(logits(model), before)
+    assert [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)] == names
+
+
+def test_plans_that_differ_are_not_merged():
+    a6 = flexq.LayerConfig(act_bits=6)
+    model = flexq.quantize_model(random_model("llama"), flexq.Plan(layers={"*.0.*.k_proj": a6, "*.1.*.up_proj": a6}))
+    before = logits(model)
+    fusion = flexq.fuse_model(model)
+    assert ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"] in fusion.merged
+    assert fusion.mlps == ["model.layers.0.mlp"]
+    assert (logits(model) - before).norm() <= 0.02 * before.norm()
+
+
+def test_biases_and_partly_quantized():
+    model = random_model("llama", attention_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model.model.layers[0].self_attn.k_proj.bias = None
+    flexq.quantize_model(model, skip=["*.1.self_attn.q_proj"])
+    before = logits(model)
+    fusion = flexq.fuse_model(model)
+    assert len(fusion.norms) == 3  # the float q_proj needs its norm's output
+    assert (logits(model) - before).norm() <= 0.02 * before.norm()
+    flexq.unfuse_model(model)
+    assert model.model.layers[0].self_attn.k_proj.bias is None
+    assert torch.equal(logits(model), before)
+
+
+def test_a_fused_model_is_saved_as_it_was(tmp_path):
+    model = flexq.quantize_model(random_model("llama"), "w6a6")
+    before = logits(model)
+    flexq.fuse_model(model)
+    fused = logits(model)
+    flexq.save_model(model, tmp_path / "fused")
+    assert any(isinstance(m, MergedLinear) for m in model.modules())
+    assert torch.equal(logits(model), fused)
+    assert torch.equal(logits(flexq.load_model(tmp_path / "fused")), before)
+
+
+def test_twice_and_unquantized():
+    model = random_model("llama")
+    assert not flexq.fuse_model(model).merged
+    model = flexq.quantize_model(random_model("llama"))
+    flexq.fuse_model(model)
+    with pytest.raises(ValueError, match="fused already"):
+        flexq.fuse_model(model)
+
+
+def test_moves_between_dtypes():
+    model = flexq.quantize_model(random_model("llama"))
+    flexq.fuse_model(model)
+    model.to(torch.bfloat16)
+    reference = flexq.unfuse_model(flexq.quantize_model(random_model("llama"))).to(torch.bfloat16)
+    difference = logits(model).float() - logits(reference).float()
+    assert difference.norm() <= 0.05 * logits(reference).float().norm()

@@ -1,0 +1,102 @@
+"""FlexQ through transformers' own functions: quantizing while loading, saving, device maps, the LM head."""
+
+import flexq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from conftest import tiny_config
+
+IDS = torch.arange(20).view(1, -1)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def quantized_layers(model) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, flexq.Linear)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantizes_while_loading(tiny_folder, dtype):
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tiny_folder, dtype=dtype, quantization_config=flexq.FlexQConfig("w6a6")
+    )
+    reference = flexq.quantize_model(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype), "w6a6")
+    assert torch.equal(logits(loaded), logits(reference))
+    assert loaded.flexq_plan.layers == reference.flexq_plan.layers
+    assert all(m.is_prepacked for m in loaded.modules() if isinstance(m, flexq.Linear))
+    assert not any(p.device.type == "meta" for p in loaded.parameters())
+
+
+def test_layers_with_biases(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(attention_bias=True, mlp_bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=flexq.FlexQConfig())
+    assert torch.equal(logits(loaded), logits(flexq.quantize_model(model.eval())))
+
+
+def test_include_skip_and_device_map(tiny_folder):
+    config = flexq.FlexQConfig("w6a8", include=["*.mlp.*"], skip=["*.1.mlp.down_proj"])
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=config, device_map="cpu")
+    assert len(quantized_layers(loaded)) == 5
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=flexq.FlexQConfig(skip=["nothing"]))
+
+
+@pytest.mark.parametrize("shards", ["20KB", "5GB"])
+def test_save_pretrained_round_trip(tiny_folder, tmp_path, shards):
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=flexq.FlexQConfig("w6a6"))
+    loaded.save_pretrained(tmp_path / "saved", max_shard_size=shards)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(loaded))
+    assert again.config.quantization_config.plan == loaded.flexq_plan
+    assert torch.equal(logits(flexq.load_model(tmp_path / "saved")), logits(loaded))  # has no checksums
+    again.save_pretrained(tmp_path / "again", max_shard_size=shards)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(loaded))
+
+
+def test_dtype_of_a_quantized_checkpoint(tiny_llama, tmp_path):
+    flexq.save_model(flexq.quantize_model(tiny_llama), tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, device_map="cpu")
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    assert logits(loaded).dtype == torch.bfloat16
+
+
+def test_a_weight_that_cannot_be_quantized_stops_the_load(tiny_llama, tmp_path):
+    tiny_llama.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    tiny_llama.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="conversion"):  # transformers' own; its report names layer and cause
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=flexq.FlexQConfig())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lm_head(tmp_path, tied):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()
+    model.save_pretrained(tmp_path / "float")
+    plan = flexq.Plan(layers={"lm_head": flexq.LayerConfig(act_bits=8)})
+    embeddings = model.get_input_embeddings().weight.clone()
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=flexq.FlexQConfig(plan))
+    quantized = flexq.quantize_model(model, plan)
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk", plan)
+    flexq.save_model(quantized, tmp_path / "memory")
+
+    assert isinstance(quantized.lm_head, flexq.Linear)
+    assert torch.equal(quantized.get_input_embeddings().weight, embeddings)
+    expected = logits(quantized)
+    for other in (loaded, flexq.load_model(tmp_path / "disk"), flexq.load_model(tmp_path / "memory")):
+        assert isinstance(other.lm_head, flexq.Linear)
+        assert torch.equal(logits(other), expected)
+
+
+def test_a_pattern_leaves_the_lm_head(tiny_llama):
+    quantized = flexq.quantize_model(tiny_llama, flexq.Plan(layers={"*": flexq.LayerConfig(act_bits=6)}))
+    assert "lm_head" not in quantized_layers(quantized)
