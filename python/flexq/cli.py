@@ -139,7 +139,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     if args.compare:
         result["comparison"] = _compare(args, source, output, plan, reference)
     if args.generate is not None:
-        result["generation"] = _generate_text(args, str(output), args.generate, args.max_new_tokens)
+        result["generation"] = _generate_text(args, str(output), [args.generate], args.max_new_tokens)
     return result
 
 
@@ -306,29 +306,35 @@ def _reachable(model: str) -> bool:
     return Path(source.path).exists()
 
 
-def _generate_text(args: argparse.Namespace, model: str, prompt: str, max_new_tokens: int, **options) -> dict[str, Any]:
+def _generate_text(
+    args: argparse.Namespace, model: str, prompts: list[str], max_new_tokens: int, **options
+) -> dict[str, Any]:
     from flexq.generate import generate
     from flexq.models import find_model, load_model, load_tokenizer
 
     source = find_model(model)
     loaded = load_model(source, getattr(args, "dtype", "auto"), getattr(args, "device", "cpu"))
-    show = None
-    if not args.json:
-        print(f"\n{prompt}", end="", flush=True)
+    one, show = len(prompts) == 1, None
+    if one and not args.json:
+        print(f"\n{prompts[0]}", end="", flush=True)
         show = functools.partial(print, end="", flush=True)
     chat = getattr(args, "chat", False)
+    prompt = prompts[0] if one else prompts
     out = generate(loaded, load_tokenizer(source), prompt, max_new_tokens, chat, show, **options)
     if not args.json:
+        if not one:
+            print("\n\n".join(f"{p}{text}" for p, text in zip(prompts, out.text, strict=True)))
+        memory = f", {out.peak_memory_bytes / 1e9:.2f} GB of GPU memory" if out.peak_memory_bytes else ""
         print(
             f"\n\n[{out.new_tokens} tokens, the first after {out.first_token_seconds:.2f} s, then "
-            f"{out.tokens_per_second:.1f} tokens/s]"
+            f"{out.tokens_per_second:.1f} tokens/s{memory}]"
         )
     return {"prompt": prompt, **vars(out)}
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    options: dict[str, Any] = {}
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    options: dict[str, Any] = {"fuse": not args.no_fuse}
     if args.seed is not None:
         import torch
 
@@ -336,7 +342,13 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("temperature", "top_p", "top_k"):
         if getattr(args, name) is not None:
             options |= {name: getattr(args, name), "do_sample": True}
-    return _generate_text(args, args.model, prompt, args.max_new_tokens, **options)
+    if args.repetition_penalty is not None:
+        options["repetition_penalty"] = args.repetition_penalty
+    if args.cache is not None:
+        options["cache_implementation"] = args.cache
+    if args.no_compile:
+        options["disable_compile"] = True
+    return _generate_text(args, args.model, prompts, args.max_new_tokens, **options)
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
@@ -437,6 +449,32 @@ def _bench_linear(args: argparse.Namespace) -> dict[str, Any]:
         print(bench.table(points))
         print(f"{isa}, {where}, x and y in {points[0].dtype}")
     return {"isa": isa, "where": where, "points": [p.to_dict() for p in points]}
+
+
+def _bench_decode(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from flexq import _core, bench_decode
+
+    if args.device != "cpu":
+        _core.check_device(args.device)
+    points = bench_decode.bench_decode(
+        args.shape,
+        args.contenders,
+        args.batches,
+        args.contexts,
+        args.prefills,
+        args.device,
+        not args.no_breakdown,
+        None if args.memory_limit is None else args.memory_limit * 1e9,
+        _progress("benchmark", args.quiet),
+    )
+    if not points:
+        raise ValueError(f"no contender fits in memory at {args.shape}")
+    where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} threads"
+    if not args.json:
+        print(f"{args.shape}, {where}\n{bench_decode.table(points)}")
+    return {"where": where, "points": [p.to_dict() for p in points]}
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -547,15 +585,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--plot", metavar="PNG", help="also draw heat map and curve (needs matplotlib)")
     _add_loading(p)
 
-    p = command("generate", _generate, "Continue a prompt.")
+    p = command("generate", _generate, "Continue prompts.")
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    p.add_argument("prompt", metavar="PROMPT", help="text, or - to read it from standard input")
+    p.add_argument("prompt", nargs="+", metavar="PROMPT", help="text, or - to read it from standard input")
     p.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="(default: 64)")
     p.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     p.add_argument("--temperature", type=_positive_float, metavar="T", help="sample; without it, greedy")
     p.add_argument("--top-p", type=_positive_float, metavar="P", help="sample from the likeliest that sum to P")
     p.add_argument("--top-k", type=_positive, metavar="K", help="sample from the K likeliest")
     p.add_argument("--seed", type=int, help="of the sampling")
+    p.add_argument("--repetition-penalty", type=_positive_float, metavar="P", help="above 1: repeat less")
+    cache_help = "as transformers names it: dynamic, static, offloaded, ... (default: dynamic, on a GPU static)"
+    p.add_argument("--cache", metavar="KIND", help=cache_help)
+    p.add_argument("--no-compile", action="store_true", help="do not compile the decode step on a GPU")
+    p.add_argument("--no-fuse", action="store_true", help="do not fuse layers")
     _add_loading(p)
 
     p = command("info", _info, "What a model or checkpoint is (checksums verified); without MODEL, this installation.")
@@ -573,6 +616,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-peers", action="store_true", help="FlexQ alone")
     p.add_argument("--explain", action="store_true", help="instead: every kernel that could run each GEMM, measured")
     p.add_argument("--plot", metavar="PNG", help="also draw throughput against M (needs matplotlib)")
+
+    p = command("decode", _bench_decode, "Decode steps and prefills of a whole model with random weights.", kinds)
+    shape_help = "llama-2-7b (default), llama-2-13b, llama-2-70b, llama-3.1-8b or smollm2-135m"
+    p.add_argument("--shape", default="llama-2-7b", metavar="NAME", help=shape_help)
+    p.add_argument("--contenders", nargs="+", metavar="NAME", help="'flexq W6A8', 'flexq W6A6', bf16, W8A8, fp8, ...")
+    p.add_argument("--batches", type=_positive, nargs="+", default=(1, 4, 8, 16, 64), metavar="B", help="tokens a step")
+    p.add_argument("--contexts", type=_positive, nargs="+", default=(128, 4096), metavar="N", help="tokens before it")
+    p.add_argument("--prefills", type=_positive, nargs="*", default=(512, 4096), metavar="N", help="prompts to time")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default: cuda)")
+    p.add_argument("--memory-limit", type=_positive_float, metavar="GB", help="use no more of the GPU's memory")
+    p.add_argument("--no-breakdown", action="store_true", help="do not profile a step")
     return parser
 
 

@@ -187,7 +187,8 @@ def _unprepack(packed, n, k, scheme, rotation):
 
 
 def _fake_quantize_activation(x, act_bits, scheme, rotation):
-    desc = _activation_desc(x.numel() // x.shape[-1], x.shape[-1], act_bits, scheme, rotation)
+    # Of a size that only the backend knows: tracing with symbolic shapes fixes the number of tokens here.
+    desc = _activation_desc(int(x.numel() // x.shape[-1]), int(x.shape[-1]), act_bits, scheme, rotation)
     return x.new_empty(_core.activation_size(stream_for(x.device), desc), dtype=torch.uint8)
 
 
@@ -283,8 +284,8 @@ def _fake_gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dty
 
 
 @_define(
-    "gemm(Tensor quantized, Tensor packed, Tensor? bias, SymInt m, int n, int k, int act_bits, str scheme, str rotation,"
-    " ScalarType dtype) -> Tensor",
+    "gemm(Tensor quantized, Tensor packed, Tensor? bias, SymInt m, int n, int k, int act_bits, str scheme,"
+    " str rotation, ScalarType dtype) -> Tensor",
     _fake_gemm,
 )
 def _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):

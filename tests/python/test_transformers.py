@@ -3,9 +3,8 @@
 import flexq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
 from conftest import tiny_config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 IDS = torch.arange(20).view(1, -1)
 

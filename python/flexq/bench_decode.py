@@ -1,0 +1,449 @@
+"""`flexq bench decode`: a decode step and a prefill of a whole model, against what else a PyTorch user could run.
+
+Models have the shape of a known one and random weights, made layer by layer where they are needed, so that nothing is
+downloaded and no model is ever there in floating point unless it is measured so.
+"""
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq import ops
+from flexq.bench import read_bandwidth
+from flexq.fuse import fuse_model
+from flexq.linear import Linear
+from flexq.patch import Progress, linear_layers, replace_module
+from flexq.plan import LayerConfig
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "llama-2-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+}
+DEFAULT_BATCHES = (1, 4, 8, 16, 64)
+DEFAULT_CONTEXTS = (128, 4096)
+DEFAULT_PREFILLS = (512, 4096)
+_STEPS = 24  # that are timed, after as many unmeasured ones as compiling and capturing take
+_WARMUP = 4
+_CHUNK = 2048  # tokens of a prefill at a time, where only the cache's contents count
+
+
+# ---- Layers ----------------------------------------------------------------------------------------------------------
+
+
+class Int8Linear(nn.Module):
+    """W8A8 on a GPU: weights int8 with a scale per output channel, activations with one per token, cuBLAS between."""
+
+    _FEWEST = 17  # tokens that torch._int_mm takes
+
+    def __init__(self, n: int, k: int, device, dtype):
+        super().__init__()
+        self.register_buffer("codes", torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device))
+        self.register_buffer("scales", torch.full((n,), 0.02 / 73, dtype=torch.float32, device=device))
+        self.in_features, self.out_features = k, n
+        self.weight_bytes = self.stored_bytes = n * (k + 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features).float()
+        scale = flat.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+        codes = (flat / scale).round().to(torch.int8)
+        m = codes.shape[0]
+        if m < self._FEWEST:
+            codes = nn.functional.pad(codes, (0, 0, 0, 32 - m))
+        y = torch._int_mm(codes, self.codes.t())[:m]
+        return (y * (scale * self.scales)).to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Fp8Linear(nn.Module):
+    """W8A8 in float8_e4m3: weights with a scale per output channel, activations with one per token, cuBLAS between."""
+
+    def __init__(self, n: int, k: int, device, dtype):
+        super().__init__()
+        weight = torch.randn((n, k), dtype=torch.bfloat16, device=device) * 100
+        self.register_buffer("codes", weight.clamp(-448, 448).to(torch.float8_e4m3fn))
+        self.register_buffer("scales", torch.full((1, n), 0.02 / 100, dtype=torch.float32, device=device))
+        self.in_features, self.out_features = k, n
+        self.weight_bytes = self.stored_bytes = n * (k + 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, self.in_features).float()
+        scale = flat.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 448
+        codes = (flat / scale).to(torch.float8_e4m3fn)
+        y = torch._scaled_mm(codes, self.codes.t(), scale_a=scale, scale_b=self.scales, out_dtype=torch.bfloat16)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def _float_linear(n: int, k: int, device, dtype) -> nn.Module:
+    layer = nn.Linear(k, n, bias=False, device=device, dtype=dtype)
+    layer.weight.requires_grad_(False)
+    nn.init.normal_(layer.weight, std=0.02)
+    return layer
+
+
+def _flexq_linear(config: LayerConfig) -> Callable[..., nn.Module]:
+    def make(n: int, k: int, device, dtype) -> nn.Module:
+        groups = ops.num_groups(k)
+        planes = torch.randint(0, 256, (n, groups, 6, 16), dtype=torch.uint8, device=device)
+        if k % ops.GROUP_SIZE:
+            _zero_padding(planes, k)
+        scales = torch.full(
+            (n, groups if config.scheme == "group" else 1), 0.02 / 18, dtype=torch.float16, device=device
+        )
+        like = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
+        return Linear.from_canonical(planes, scales, like, config)
+
+    return make
+
+
+def _zero_padding(planes: torch.Tensor, k: int) -> None:
+    """Codes past K are zero."""
+    bits = torch.arange(ops.GROUP_SIZE).view(16, 8) < k % ops.GROUP_SIZE
+    mask = (bits.int() << torch.arange(8)).sum(1).to(torch.uint8)
+    planes[:, -1] &= mask.to(planes.device)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run the model.
+
+    Args:
+        name: of the table's column.
+        make: n, k, device and dtype to a linear layer with random weights.
+        compiled: by torch.compile, else eager. On a GPU a step is one CUDA graph in any case.
+        fused: by `fuse_model`.
+        lm_head: whether it is one of those layers too.
+    """
+
+    name: str
+    make: Callable[..., nn.Module]
+    compiled: bool = True
+    fused: bool = False
+    lm_head: bool = False
+
+
+CONTENDERS = {
+    c.name: c
+    for c in (
+        Contender("flexq W6A8", _flexq_linear(LayerConfig()), fused=True),
+        Contender("flexq W6A6", _flexq_linear(LayerConfig(act_bits=6)), fused=True),
+        Contender("flexq W6A8 channel", _flexq_linear(LayerConfig(scheme="channel")), fused=True),
+        Contender("flexq W6A8 head", _flexq_linear(LayerConfig()), fused=True, lm_head=True),
+        Contender("bf16", _float_linear),
+        Contender("bf16 graph", _float_linear, compiled=False),
+        Contender("W8A8", Int8Linear),
+        Contender("fp8", Fp8Linear),
+    )
+}
+DEFAULT_CONTENDERS = ("flexq W6A8", "flexq W6A6", "bf16", "bf16 graph", "W8A8", "fp8")
+CPU_CONTENDERS = ("flexq W6A8", "bf16")
+
+
+def make_model(shape: str, contender: Contender, device: str, dtype: torch.dtype) -> nn.Module:
+    """A Llama of that shape and random weights on `device`, its linear layers made by the contender one by one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+    config = LlamaConfig(**({"vocab_size": 32000, "max_position_embeddings": 8192} | SHAPES[shape]), dtype=dtype)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype).eval()
+    for name, linear in linear_layers(model).items():
+        replace_module(model, name, contender.make(linear.out_features, linear.in_features, device, dtype))
+    head = contender.make if contender.lm_head else _float_linear
+    model.lm_head = head(config.vocab_size, config.hidden_size, device, dtype)
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type == "meta":
+                value = torch.ones if parameter.dim() == 1 else torch.randn
+                filled = value(parameter.shape, device=device, dtype=dtype)
+                setattr(module, name, nn.Parameter(filled, requires_grad=False))
+    if contender.fused:
+        fuse_model(model)
+    return model
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DecodePoint:
+    """One model at one batch and context.
+
+    Args:
+        shape, contender: which.
+        batch, context: tokens a step, and already in the cache.
+        milliseconds: of a decode step, or of a prefill of `context` tokens; median.
+        prefill: which of the two.
+        weight_bytes: of the whole model, embeddings and LM head included.
+        peak_bytes: of GPU memory while it ran.
+        floor_milliseconds: of a step: to read the weights that it reads, at the bandwidth measured in the same run.
+        breakdown: of a step, microseconds by kind of kernel.
+    """
+
+    shape: str
+    contender: str
+    batch: int
+    context: int
+    milliseconds: float
+    prefill: bool
+    weight_bytes: int
+    peak_bytes: int
+    floor_milliseconds: float
+    breakdown: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def model_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of all weights, and of those that a decode step reads: not the embeddings, of which it takes a row."""
+    embeddings = model.get_input_embeddings().weight
+    others = {
+        id(p): p.numel() * p.element_size()
+        for p in model.parameters()
+        if p.numel() and not any(p is q for m in model.modules() if hasattr(m, "weight_bytes") for q in m.parameters())
+    }
+    packed = sum(m.weight_bytes for m in model.modules() if hasattr(m, "weight_bytes"))
+    total = packed + sum(others.values())
+    return total, total - (embeddings.numel() * embeddings.element_size() if id(embeddings) in others else 0)
+
+
+class _Step:
+    """A greedy decode step of a batch: the ids of the last tokens to those of the next ones."""
+
+    def __init__(self, model: nn.Module, batch: int, context: int, compiled: bool, device: str):
+        from transformers import StaticCache
+
+        self.model, self.batch, self.device = model, batch, device
+        self.cache = StaticCache(config=model.config, max_cache_len=context + 2 * (_STEPS + _WARMUP) + 16)
+        self.ids = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        self.position = torch.full((1, 1), context, dtype=torch.long, device=device)
+        for begin in range(0, context, _CHUNK):
+            length = min(_CHUNK, context - begin)
+            ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
+            positions = torch.arange(begin, begin + length, device=device).unsqueeze(0)
+            model(input_ids=ids, past_key_values=self.cache, position_ids=positions, use_cache=True, logits_to_keep=1)
+        self.graph = None
+        self.step = torch.compile(self._eager, fullgraph=True) if compiled and device != "cpu" else self._eager
+
+    def _eager(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        out = self.model(input_ids=ids, past_key_values=self.cache, position_ids=position, use_cache=True)
+        return out.logits[:, -1:].argmax(-1)
+
+    def _advance(self) -> None:
+        self.ids.copy_(self.step(self.ids, self.position))
+        self.position += 1
+
+    def __call__(self) -> None:
+        if self.device == "cpu":
+            return self._advance()
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._advance()
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self._advance()
+        self.graph.replay()
+
+
+def _milliseconds(run: Callable[[], None], times: int, device: str) -> float:
+    """Median time of a call."""
+    values = []
+    for _ in range(times):
+        if device == "cpu":
+            begin = time.perf_counter()
+            run()
+            values.append(1e3 * (time.perf_counter() - begin))
+        else:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            values.append(begin.elapsed_time(end))
+    return statistics.median(values)
+
+
+_KINDS = (
+    ("GEMM", ("gemm", "cutlass", "nvjet", "gemv", "splitk", "cublas", "reduce_kernel")),
+    ("attention", ("flash", "fmha", "attention", "softmax", "sdpa")),
+    ("quantization", ("quantize",)),
+)
+
+
+def _breakdown(run: Callable[[], None], steps: int) -> dict[str, float]:
+    """Microseconds of a step by kind of kernel. The rest are inductor's and PyTorch's kernels between them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        name = event.key.lower()
+        kind = next((kind for kind, words in _KINDS if any(word in name for word in words)), "other kernels")
+        times[kind] = times.get(kind, 0.0) + event.self_device_time_total / steps
+    return times
+
+
+def bench_decode(
+    shape: str = "llama-2-7b",
+    contenders: Sequence[str] | None = None,
+    batches: Sequence[int] = DEFAULT_BATCHES,
+    contexts: Sequence[int] = DEFAULT_CONTEXTS,
+    prefills: Sequence[int] = DEFAULT_PREFILLS,
+    device: str = "cuda",
+    breakdown: bool = True,
+    memory_limit: float | None = None,
+    progress: Progress | None = None,
+    report: Callable[[DecodePoint], None] | None = None,
+) -> list[DecodePoint]:
+    """Time decode steps (greedy, static cache, CUDA graphs) and prefills of models of `shape` with random weights.
+
+    Args:
+        shape: one of SHAPES.
+        contenders: of CONTENDERS; DEFAULT_CONTENDERS (on the CPU CPU_CONTENDERS) if None.
+        batches, contexts: tokens a step, and in the cache before it. Where a cache does not fit, the point is left out.
+        prefills: lengths of prompts to time, batch 1.
+        device: "cuda" or "cpu".
+        breakdown: also profile a step at the first batch and context.
+        memory_limit: bytes of GPU memory that may be used, of a card that has more.
+        progress: wraps the loop over contenders, e.g. `tqdm.tqdm`.
+        report: called with each point as soon as it is there.
+    """
+    contenders = list(contenders or (CPU_CONTENDERS if device == "cpu" else DEFAULT_CONTENDERS))
+    for name in contenders:
+        if name not in CONTENDERS:
+            raise ValueError(f"unknown contender {name!r}; known are {', '.join(CONTENDERS)}")
+    dtype = torch.bfloat16
+    points: list[DecodePoint] = []
+    on_gpu = device != "cpu"
+    if on_gpu and memory_limit is not None:
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit / total))
+    with torch.inference_mode():
+        bandwidth = read_bandwidth(400_000_000 if on_gpu else 100_000_000, device)
+        for name in progress(contenders) if progress else contenders:
+            torch.manual_seed(0)
+            contender = CONTENDERS[name]
+            try:
+                model = make_model(shape, contender, device, dtype)
+            except torch.OutOfMemoryError:
+                continue  # bf16 where only fewer bits fit
+            total_bytes, read_bytes = model_bytes(model)
+
+            add = functools.partial(
+                _add, points, report, shape, name, total_bytes, 1e3 * read_bytes / bandwidth, on_gpu
+            )
+            for context in contexts:
+                for batch in batches:
+                    _clean(on_gpu)
+                    try:
+                        step = _Step(model, batch, context, contender.compiled, device)
+                        for _ in range(_WARMUP):
+                            step()
+                        milliseconds = _milliseconds(step, _STEPS if on_gpu else 5, device)
+                        first = (batch, context) == (batches[0], contexts[0])
+                        times = _breakdown(step, 4) if on_gpu and breakdown and first else None
+                    except torch.OutOfMemoryError:
+                        step = None
+                        continue
+                    add(batch, context, milliseconds, False, times)
+                    step = None
+            for length in prefills:
+                _clean(on_gpu)
+                ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
+                prefill = functools.partial(model, input_ids=ids, use_cache=False, logits_to_keep=1)
+                prefill()
+                add(1, length, _milliseconds(prefill, 5 if on_gpu else 2, device), True)
+            model = step = prefill = add = None
+    if on_gpu and memory_limit is not None:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return points
+
+
+def _add(points, report, shape, name, total_bytes, floor, on_gpu, batch, context, milliseconds, prefill, times=None):
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    point = DecodePoint(shape, name, batch, context, milliseconds, prefill, total_bytes, peak, floor, times or {})
+    points.append(point)
+    if report is not None:
+        report(point)
+
+
+def _clean(on_gpu: bool) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def table(points: Sequence[DecodePoint]) -> str:
+    """A row for each batch and context, a column of milliseconds for each contender, then memory and breakdowns."""
+    names = list(dict.fromkeys(p.contender for p in points))
+    at = {(p.prefill, p.batch, p.context, p.contender): p for p in points}
+    base = names[0]
+    rows = [["what", "batch", "context", *names, "/ floor", *(f"x {n}" for n in names[1:])]]
+    for prefill, batch, context in dict.fromkeys((p.prefill, p.batch, p.context) for p in points):
+        row = [at.get((prefill, batch, context, name)) for name in names]
+        first = row[0]
+        cells = [f"{p.milliseconds:.2f}" if p else "-" for p in row]
+        ratio = f"{first.milliseconds / first.floor_milliseconds:.2f}" if first and not prefill else ""
+        others = [f"{p.milliseconds / first.milliseconds:.2f}" if p and first else "-" for p in row[1:]]
+        rows.append(["prefill" if prefill else "step", str(batch), str(context), *cells, ratio, *others])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append(f"milliseconds; '/ floor': {base} over reading its weights; 'x' columns: a peer's time over {base}'s")
+    for name in names:
+        mine = [p for p in points if p.contender == name]
+        peak = max(p.peak_bytes for p in mine)
+        memory = f", peak memory {peak / 1e9:.2f} GB" if peak else ""
+        lines.append(f"{name}: weights {mine[0].weight_bytes / 1e9:.3f} GB{memory}")
+        for p in mine:
+            if p.breakdown:
+                total = sum(p.breakdown.values())
+                parts = ", ".join(
+                    f"{kind} {value:.0f} us ({100 * value / total:.0f}%)" for kind, value in p.breakdown.items()
+                )
+                lines.append(f"  a step at batch {p.batch}, context {p.context}: {parts}")
+    return "\n".join(lines)

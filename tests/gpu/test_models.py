@@ -1,0 +1,94 @@
+"""Whole models on a GPU: fused, compiled, in CUDA graphs, with other caches. Skipped where there is no GPU."""
+
+import copy
+import sys
+from pathlib import Path
+
+import flexq
+import pytest
+import torch
+from flexq import bench_decode
+from test_gpu import unusable
+
+sys.path.append(str(Path(__file__).parents[1] / "python"))
+from test_fuse import IDS, MASK, random_model
+
+pytestmark = pytest.mark.skipif(bool(unusable()), reason=unusable() or "usable")
+
+
+def tokens(model, **options) -> list[list[int]]:
+    return model.generate(
+        IDS.cuda(), attention_mask=MASK.cuda(), max_new_tokens=64, do_sample=False, eos_token_id=None, **options
+    ).tolist()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS.to(model.device), attention_mask=MASK.to(model.device)).logits[MASK.bool()].float()
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen3", "phi3", "gemma3_text"))
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+def test_fused_as_unfused(kind, scheme):
+    plan = flexq.Plan(flexq.LayerConfig(scheme=scheme))
+    model = flexq.quantize_model(random_model(kind, torch.bfloat16).cuda(), plan)
+    before, expected = logits(model), tokens(model)
+    fusion = flexq.fuse_model(model)
+    assert len(fusion.merged) == 4
+    assert (logits(model) - before).norm() <= 0.02 * before.norm()
+    agree = sum(a == b for x, y in zip(tokens(model), expected, strict=True) for a, b in zip(x, y, strict=True))
+    assert agree >= 0.9 * sum(len(x) for x in expected)  # random weights: near ties are many
+    flexq.unfuse_model(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_compiled_with_a_static_cache():
+    model = flexq.quantize_model(random_model("llama", torch.float32).cuda(), "w6a8")
+    expected = tokens(model)
+    flexq.fuse_model(model)
+    assert tokens(model) == expected
+    assert tokens(model, cache_implementation="static", disable_compile=True) == expected
+    assert tokens(model, cache_implementation="static") == expected  # compiled, CUDA graphs
+
+
+def test_compiles_as_one_graph():
+    model = flexq.quantize_model(random_model("llama", torch.bfloat16).cuda())
+    flexq.fuse_model(model)
+    expected = logits(model)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        assert (logits(compiled) - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("cache", ("offloaded", "offloaded_static"))
+def test_other_caches(cache):
+    model = flexq.quantize_model(random_model("llama", torch.float32).cuda())
+    expected = tokens(model)
+    flexq.fuse_model(model)
+    assert tokens(model, cache_implementation=cache, disable_compile=True) == expected
+
+
+def test_quantized_while_loading_onto_the_gpu(tmp_path):
+    model = random_model("llama", torch.bfloat16, num_hidden_layers=4, hidden_size=1024, intermediate_size=4096)
+    model.save_pretrained(tmp_path)
+    float_bytes = sum(p.nbytes for p in model.parameters())
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loaded = type(model).from_pretrained(
+        tmp_path, dtype=torch.bfloat16, device_map="cuda", quantization_config=flexq.FlexQConfig()
+    )
+    assert torch.cuda.max_memory_allocated() - before < 0.6 * float_bytes  # never the whole model in floating point
+    reference = flexq.quantize_model(copy.deepcopy(model).cuda())
+    assert torch.equal(logits(loaded), logits(reference))
+
+
+def test_bench_decode(monkeypatch):
+    monkeypatch.setitem(
+        bench_decode.SHAPES, "tiny", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+                                      "num_attention_heads": 4},
+    )  # fmt: skip
+    points = bench_decode.bench_decode("tiny", batches=[1], contexts=[16], prefills=[32])
+    assert {p.contender for p in points} == set(bench_decode.DEFAULT_CONTENDERS)
+    assert all(p.milliseconds > 0 for p in points)
+    assert "/ floor" in bench_decode.table(points)
