@@ -259,7 +259,7 @@ class _Step:
             ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
             positions = torch.arange(begin, begin + length, device=device).unsqueeze(0)
             model(input_ids=ids, past_key_values=self.cache, position_ids=positions, use_cache=True, logits_to_keep=1)
-        self.graph = None
+        self.replay = None
         self.step = torch.compile(self._eager, fullgraph=True) if compiled and device != "cpu" else self._eager
 
     def _eager(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -273,16 +273,21 @@ class _Step:
     def __call__(self) -> None:
         if self.device == "cpu":
             return self._advance()
-        if self.graph is None:
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._advance()
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
-                self._advance()
-        self.graph.replay()
+        if self.replay is None:
+            self.replay = _captured(self._advance)
+        self.replay()
+
+
+def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
 
 
 def _milliseconds(run: Callable[[], None], times: int, device: str) -> float:
@@ -394,6 +399,7 @@ def bench_decode(
                 _clean(on_gpu)
                 ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
                 prefill = functools.partial(model, input_ids=ids, use_cache=False, logits_to_keep=1)
+                prefill = _captured(prefill) if on_gpu else prefill
                 prefill()
                 add(1, length, _milliseconds(prefill, 5 if on_gpu else 2, device), True)
             model = step = prefill = add = None

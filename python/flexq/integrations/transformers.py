@@ -108,6 +108,11 @@ class FlexQHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         return not self.pre_quantized and param_name.removesuffix(".weight") in self.layers
 
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes a weight, scales included; what the loader sets aside memory by."""
+        return (6 + 16 / ops.GROUP_SIZE) / 8
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 

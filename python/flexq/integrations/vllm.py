@@ -1,0 +1,248 @@
+"""FlexQ in vLLM: a quantization method that `vllm serve` finds by itself, through its plugin entry point.
+
+A FlexQ checkpoint needs no flag: its config.json says `quant_method: flexq`. Its canonical tensors are the layers'
+parameters, so vLLM's own loaders slice them for tensor parallelism and for its merged q/k/v and gate/up layers; after
+loading they become what the device's kernels read, and are freed. `--quantization flexq` quantizes a checkpoint in
+floating point while it loads.
+
+Environment:
+    FLEXQ_PLAN: recipe or JSON file for `--quantization flexq` (default w6a8).
+    FLEXQ_VERIFY: 0 to leave out the check of a checkpoint's checksums before it loads.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
+
+from flexq import checkpoint, ops
+from flexq.parallel import check_input_split
+from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+
+QUANT_METHOD = "flexq"
+
+
+class FlexQVllmConfig(QuantizationConfig):
+    """Which of a model's layers are quantized, and how.
+
+    Args:
+        plan: a checkpoint's, with every layer by name, or None to quantize layers as they are loaded.
+    """
+
+    def __init__(self, plan: Plan | None = None):
+        super().__init__()
+        self.is_checkpoint = plan is not None
+        self.plan = Plan.of(os.environ.get("FLEXQ_PLAN", DEFAULT_RECIPE)) if plan is None else plan
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "FlexQVllmConfig":
+        from flexq.integrations.transformers import FlexQConfig
+
+        settings = {key: value for key, value in config.items() if key != "quant_method"}
+        return cls(FlexQConfig(**settings).plan)
+
+    def maybe_update_config(self, model_name: str, hf_config=None, revision=None) -> None:
+        """Refuses a damaged checkpoint before anything is loaded."""
+        if self.is_checkpoint and Path(model_name).is_dir() and os.environ.get("FLEXQ_VERIFY", "1") != "0":
+            checkpoint.verify(model_name)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+        """Names of the checkpoint's layers to vLLM's, where a model renames them."""
+        layers = {(hf_to_vllm_mapper.apply_list([name]) or [name])[0]: c for name, c in self.plan.layers.items()}
+        self.plan = Plan(self.plan.defaults, layers, self.plan.produced_by)
+
+    def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
+        """Settings of the layers that are one in vLLM."""
+        parent, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, [name])
+        names = [f"{parent}.{part}" if parent else part for part in parts]
+        if self.is_checkpoint and len(parts) > 1 and not any(n in self.plan.layers for n in names):
+            names = [prefix]  # merged in the checkpoint too
+        if self.is_checkpoint:
+            return [self.plan.layers.get(n) for n in names]
+        return [self.plan.config_for(n) for n in names]
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        if isinstance(layer, ParallelLMHead):
+            config = self.plan.layers.get(prefix)
+            return None if config is None else FlexQLinearMethod(self, prefix, [config])
+        if not isinstance(layer, LinearBase):
+            self._refuse_experts(layer, prefix)
+            return None
+        configs = self._layer_configs(prefix)
+        if all(config is None for config in configs):
+            return UnquantizedLinearMethod()
+        if any(config is None for config in configs) or len({c.scheme for c in configs}) > 1:
+            parts = self.packed_modules_mapping.get(prefix.rpartition(".")[2], [])
+            raise ValueError(
+                f"{prefix}: vLLM merges {', '.join(parts)}; a plan may give them different act_bits and rotations, but "
+                "one scheme, and none of them may be left unquantized while others are not"
+            )
+        return FlexQLinearMethod(self, prefix, configs)
+
+    def _refuse_experts(self, layer: torch.nn.Module, prefix: str) -> None:
+        """Experts stay in floating point, as FlexQ leaves them; a checkpoint that has them quantized is not served."""
+        if not self.is_checkpoint or not any(word in type(layer).__name__ for word in ("MoE", "Experts")):
+            return
+        for name, config in self.plan.layers.items():
+            if config is not None and name.startswith(f"{prefix}."):
+                raise ValueError(f"{name}: experts that are quantized are not served by vLLM yet; skip them")
+
+
+@register_weight_loader_v2_supported_method
+class FlexQLinearMethod(LinearMethodBase):
+    """A linear layer of 6-bit weights; of several layers in one, each keeps its own activation bits and rotation."""
+
+    def __init__(self, config: FlexQVllmConfig, prefix: str, configs: list[LayerConfig]):
+        self.config, self.prefix, self.configs = config, prefix, configs
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        k, n = input_size_per_partition, sum(output_partition_sizes)
+        loader = extra_weight_attrs["weight_loader"]
+        layer.flexq_k, layer.flexq_sizes = k, output_partition_sizes
+        layer.flexq_loaded = set()
+        if not self.config.is_checkpoint:
+            weight = torch.empty(n, k, dtype=params_dtype)
+            layer.register_parameter(
+                "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+            )
+            return
+        if k != input_size:
+            check_input_split(self.prefix, input_size, input_size // k)
+        groups, scheme = ops.num_groups(k), self.configs[0].scheme
+        planes = torch.zeros(n, groups, 6, 16, dtype=torch.uint8)
+        scales = torch.zeros(n, groups if scheme == "group" else 1, dtype=torch.float16)
+        layer.register_parameter(
+            "qweight",
+            ModelWeightParameter(
+                data=planes, input_dim=1, output_dim=0, weight_loader=self._checked(layer, "qweight", planes, loader)
+            ),
+        )
+        kind = GroupQuantScaleParameter if scheme == "group" else ChannelQuantScaleParameter
+        dims = {"input_dim": 1, "output_dim": 0} if scheme == "group" else {"output_dim": 0}
+        layer.register_parameter(
+            "scales", kind(data=scales, weight_loader=self._checked(layer, "scales", scales, loader), **dims)
+        )
+
+    def _checked(self, layer: torch.nn.Module, tensor: str, like: torch.Tensor, loader: Callable) -> Callable:
+        """vLLM's loader, which would cast what does not fit."""
+        row_parallel = isinstance(layer, RowParallelLinear)
+
+        def load(param, loaded, *args, **kwargs):
+            expected = like.shape[2:] if tensor == "qweight" else like.shape[1:] if not row_parallel else ()
+            given = loaded.shape[2:] if tensor == "qweight" else loaded.shape[1:] if not row_parallel else ()
+            if loaded.dtype != like.dtype or loaded.dim() != like.dim() or given != expected:
+                raise ValueError(
+                    f"{self.prefix}.{tensor} must be {like.dtype} like {list(like.shape)}, got {loaded.dtype} "
+                    f"{list(loaded.shape)}: the checkpoint does not fit the model or its plan"
+                )
+            try:
+                loader(param, loaded, *args, **kwargs)
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError(
+                    f"{self.prefix}.{tensor}: {list(loaded.shape)} does not fit {list(like.shape)} of a layer that is "
+                    f"split over {param.tp_size} devices ({error})"
+                ) from None
+            shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
+            layer.flexq_loaded.add((tensor, shard))
+
+        return load
+
+    def _check_complete(self, layer: torch.nn.Module) -> None:
+        for tensor in ("qweight", "scales"):
+            shards = {shard for name, shard in layer.flexq_loaded if name == tensor}
+            whole = None in shards or any(isinstance(shard, tuple) for shard in shards)
+            if not whole and len(shards) < len(layer.flexq_sizes):
+                have = f" (of {len(layer.flexq_sizes)} parts only {sorted(map(str, shards))})" if shards else ""
+                raise ValueError(f"the checkpoint has no {self.prefix}.{tensor}{have}: a shard is missing")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        begin, packed, runs = 0, [], []
+        if self.config.is_checkpoint:
+            self._check_complete(layer)
+        for size, config in self._runs(layer):
+            rows = slice(begin, begin + size)
+            if self.config.is_checkpoint:
+                planes, scales = layer.qweight.data[rows], layer.scales.data[rows]
+            else:
+                try:
+                    planes, scales = ops.quantize_weight(layer.weight.data[rows], config.scheme, config.rotation)
+                except ValueError as error:
+                    raise ValueError(f"{self.prefix}: {error}") from None
+            packed.append(ops.prepack(planes, scales, layer.flexq_k, config.scheme, config.rotation))
+            runs.append((size, config.act_bits, config.scheme, config.rotation))
+            begin += size
+        for name in ("qweight", "scales", "weight"):
+            if name in layer._parameters:
+                delattr(layer, name)
+        layer.flexq_runs = runs
+        for index, weight in enumerate(packed):
+            layer.register_buffer(f"flexq_packed_{index}", weight, persistent=False)
+
+    def _runs(self, layer: torch.nn.Module) -> list[tuple[int, LayerConfig]]:
+        """Rows and settings of neighbours that are alike and so are one GEMM."""
+        configs = self.configs if len(self.configs) > 1 else self.configs * len(layer.flexq_sizes)
+        if len(configs) != len(layer.flexq_sizes):
+            raise ValueError(f"{self.prefix} has {len(layer.flexq_sizes)} parts, its plan {len(configs)}")
+        runs: list[tuple[int, LayerConfig]] = []
+        for size, config in zip(layer.flexq_sizes, configs, strict=True):
+            if runs and runs[-1][1] == config:
+                runs[-1] = (runs[-1][0] + size, config)
+            else:
+                runs.append((size, config))
+        return runs
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        outputs, begin = [], 0
+        for index, (n, act_bits, scheme, rotation) in enumerate(layer.flexq_runs):
+            part = None if bias is None else bias[begin : begin + n]
+            packed = getattr(layer, f"flexq_packed_{index}")
+            outputs.append(torch.ops.flexq.linear(x, packed, part, n, act_bits, scheme, rotation))
+            begin += n
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def register() -> None:
+    """vLLM's entry point `vllm.general_plugins`; may be called more than once."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if QUANT_METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(FlexQVllmConfig)

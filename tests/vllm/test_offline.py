@@ -1,0 +1,90 @@
+"""`LLM.generate` against transformers on the same checkpoint; tensor parallelism; quantizing on the way."""
+
+import gc
+
+import flexq
+import pytest
+import torch
+from transformers import AutoTokenizer
+from vllm import LLM, SamplingParams
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "2 + 2 =",
+    "The quick brown fox jumps over the lazy dog. " * 12,
+    "Water boils at",
+    "def fibonacci(n):\n",
+]
+# Of log probabilities. Norm weights that differ by 3e-7 change SmolLM2's at W6A6 by 0.1 in the mean and by 0.4 at most:
+# where a float is rounded otherwise, an activation takes the next of its 64 codes.
+MEAN, NEAR = 0.25, 1.0
+
+
+def engine(folder, **options) -> LLM:
+    return LLM(str(folder), enforce_eager=True, max_model_len=512, dtype="float32", disable_log_stats=True, **options)
+
+
+def greedy(llm: LLM, prompts, tokens=16) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log probabilities."""
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, logprobs=1, ignore_eos=True))
+    return [
+        (list(c.token_ids), [step[t].logprob for t, step in zip(c.token_ids, c.logprobs, strict=True)])
+        for c in (o.outputs[0] for o in outputs)
+    ]
+
+
+def assert_same_as_transformers(folder, results, prompts) -> None:
+    """Each token that vLLM chose has the log probability that transformers gives it, and is its choice too, unless
+    another is as likely."""
+    model, tokenizer = flexq.load_model(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    for prompt, (tokens, logprobs) in zip(prompts, results, strict=True):
+        ids = tokenizer(prompt).input_ids
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        ours = expected[torch.arange(len(tokens)), torch.tensor(tokens)]
+        difference = (ours - torch.tensor(logprobs)).abs()
+        assert difference.mean() < MEAN and difference.max() < NEAR
+        assert (expected.max(-1).values - ours).max() < NEAR
+
+
+def shut(llm: LLM) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+
+
+def test_smollm_as_in_transformers(smollm):
+    llm = engine(smollm)
+    try:
+        together = greedy(llm, PROMPTS)
+        alone = [greedy(llm, [prompt])[0] for prompt in PROMPTS[:2]]
+        assert_same_as_transformers(smollm, together, PROMPTS)
+        assert_same_as_transformers(smollm, alone, PROMPTS[:2])
+        # More prompts than fit in a batch, of many lengths: continuous batching.
+        many = [" ".join(["word"] * (1 + 7 * i % 60)) for i in range(40)]
+        assert [len(tokens) for tokens, _ in greedy(llm, many, 5)] == [5] * 40
+    finally:
+        shut(llm)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tensor_parallel_and_mixed_plans(random_mixed, size, monkeypatch):
+    if size > 1:  # vLLM wants a NUMA node for each rank unless it is told their cores
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(rank) for rank in range(size)))
+    llm = engine(random_mixed, tensor_parallel_size=size)
+    try:
+        assert_same_as_transformers(random_mixed, greedy(llm, PROMPTS), PROMPTS)
+    finally:
+        shut(llm)
+
+
+def test_quantizes_a_float_checkpoint(random_float, tmp_path):
+    llm = engine(random_float, quantization="flexq")
+    try:
+        results = greedy(llm, PROMPTS)
+    finally:
+        shut(llm)
+    flexq.quantize_checkpoint(random_float, tmp_path / "w6a8", "w6a8")
+    assert_same_as_transformers(tmp_path / "w6a8", results, PROMPTS)
