@@ -19,7 +19,8 @@ namespace {
 
 // Up to so many tokens mma.sync was never behind.
 constexpr int64_t kMmaTokens = 16;
-constexpr double kMmaLaunchUs = 3.0, kWgmmaLaunchUs = 6.0;
+constexpr double kMmaLaunchUs = 1.1, kWgmmaLaunchUs = 4.0;
+
 struct Problem {
   const Device& device;
   const flexq_weight_desc& desc;
@@ -66,19 +67,20 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   const double work = static_cast<double>(tiles * p.groups);
   const double rows = c.rows, tokens = c.tokens;
   // A tile's group: products at what mma.sync reaches beside unpacking; for bits, its MMAs and transposes.
-  double clocks = 2 * rows * std::max(tokens, 16.0) * kGroup / (p.per_group() ? 1700 : 2050);
+  double clocks = 2 * rows * std::max(tokens, 16.0) * kGroup / (p.per_group() ? 1730 : 5200);
   if (c.act_bits != 0) clocks = rows / kRecordRows * (110 + 2.0 * kPlanes * c.act_bits);
   const double sm_us = p.clocks_us(work * clocks / p.device.num_sms) * idle;
   // Activations that each warp loads for itself weigh less than those that the block waits for together.
-  const double act_bytes = tokens * kGroup * (p.per_group() ? 1.0 : 0.5);
+  const double act_bytes = tokens * kGroup * (c.shared_act ? 7.7 : p.per_group() ? 1.0 : 0.5);
   const double bytes = work * (kRecordBytes * rows / kRecordRows + act_bytes) - p.weight_bytes;
-  // Measured and not understood: this kernel for 16 tokens loses to the same one for 8 and for 32.
-  const double odd = c.tokens == 16 && c.warps_k == 8 ? 0.06 : 0.0;
+  // Measured and not understood: over a long K this kernel for 16 tokens loses to the same one for 8 and for 32.
+  const double depth = static_cast<double>(p.desc.k) / 28672;
+  const double odd = c.tokens == 16 && !c.shared_act ? 0.1 * depth * depth : 0.0;
   const double again =
-      odd + 0.5 * static_cast<double>(ceil_div(p.m, c.tokens) - 1);  // weights for more tiles of tokens
-  const double memory_us = p.memory_us(p.weight_bytes) * (1 + again + 0.3 * (idle - 1)) + 0.07 * p.memory_us(bytes);
-  const double ramp_us = 0.02 * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
-  return kMmaLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 2.0 : 0.0);
+      odd + 0.34 * static_cast<double>(ceil_div(p.m, c.tokens) - 1);  // weights for more tiles of tokens
+  const double memory_us = p.memory_us(p.weight_bytes) * (1 + again + 0.3 * (idle - 1)) + 0.05 * p.memory_us(bytes);
+  const double ramp_us = 0.023 * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
+  return kMmaLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 0.8 : 0.0);
 }
 
 // Splitting K costs mma a second kernel: only where tiles leave a good part of the GPU idle.

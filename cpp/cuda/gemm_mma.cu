@@ -501,7 +501,7 @@ int num_mma_configs() { return kNumConfigs; }
 MmaShape mma_shape(int config) {
   const Config& c = kConfigs[config];
   const int act_bits = c.product == Product::kB1A6 ? 6 : c.product == Product::kB1A8 ? 8 : 0;
-  return {product_name(c.product), act_bits, c.rows(), c.tokens(), c.ctas_per_sm, c.warps_k};
+  return {product_name(c.product), act_bits, c.rows(), c.tokens(), c.ctas_per_sm, c.warps_k, c.shared_act};
 }
 
 size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits) {

@@ -63,6 +63,7 @@ struct MmaShape {
   int rows, tokens;  // of a tile
   int ctas_per_sm;
   int warps_k;
+  bool shared_act;  // the activations go through shared memory
 };
 int num_mma_configs();
 MmaShape mma_shape(int config);

@@ -1,6 +1,5 @@
 """Whole models on a GPU: fused, compiled, in CUDA graphs, with other caches. Skipped where there is no GPU."""
 
-import copy
 import sys
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def test_quantized_while_loading_onto_the_gpu(tmp_path):
         tmp_path, dtype=torch.bfloat16, device_map="cuda", quantization_config=flexq.FlexQConfig()
     )
     assert torch.cuda.max_memory_allocated() - before < 0.6 * float_bytes  # never the whole model in floating point
-    reference = flexq.quantize_model(copy.deepcopy(model).cuda())
+    reference = flexq.quantize_model(type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).cuda())
     assert torch.equal(logits(loaded), logits(reference))
 
 
