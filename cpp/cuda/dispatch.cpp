@@ -19,7 +19,7 @@ namespace {
 
 // Up to so many tokens mma.sync was never behind.
 constexpr int64_t kMmaTokens = 16;
-constexpr double kMmaLaunchUs = 1.1, kWgmmaLaunchUs = 4.0;
+constexpr double kMmaLaunchUs = 1.3, kWgmmaLaunchUs = 4.0;
 
 struct Problem {
   const Device& device;
@@ -58,29 +58,42 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
          (plan.multicast > 1 && !relief ? 1.0 : 0.0);
 }
 
+// What differs between few tokens, whose single tile overlaps with the layer before, and several tiles of tokens.
+struct MmaFit {
+  double group_ops, channel_ops;  // a clock, of a multiprocessor beside unpacking
+  double shared_act;              // weight of activations that a thread block waits for together
+  double again, idle;             // shares of reading the weights: for each further tile, for an idle last wave
+  double l2;                      // of its traffic, in terms of the memory's
+  double row_us, split_us;
+};
+constexpr MmaFit kOneTile{1720, 4860, 5.5, 0.0, 0.48, 0.05, 0.018, 1.75};
+constexpr MmaFit kTiles{1700, 2050, 1.0, 0.5, 0.3, 0.07, 0.02, 2.0};
+
 double mma_us(const Problem& p, const GemmPlan& plan) {
   const MmaShape c = mma_shape(plan.config);
-  const int64_t tiles = ceil_div(p.desc.n, c.rows) * ceil_div(p.m, c.tokens);
+  const int64_t token_tiles = ceil_div(p.m, c.tokens);
+  const MmaFit& fit = token_tiles == 1 ? kOneTile : kTiles;
+  const int64_t tiles = ceil_div(p.desc.n, c.rows) * token_tiles;
   const double waves =
       static_cast<double>(tiles * plan.splits) / (static_cast<double>(p.device.num_sms) * c.ctas_per_sm);
   const double idle = waves <= 1 ? 1.0 : std::ceil(waves) / waves;  // of the last wave
   const double work = static_cast<double>(tiles * p.groups);
   const double rows = c.rows, tokens = c.tokens;
-  // A tile's group: products at what mma.sync reaches beside unpacking; for bits, its MMAs and transposes.
-  double clocks = 2 * rows * std::max(tokens, 16.0) * kGroup / (p.per_group() ? 1730 : 5200);
+  // A tile's group: products at what mma.sync reaches; for bits, its MMAs and transposes.
+  double clocks = 2 * rows * std::max(tokens, 16.0) * kGroup / (p.per_group() ? fit.group_ops : fit.channel_ops);
   if (c.act_bits != 0) clocks = rows / kRecordRows * (110 + 2.0 * kPlanes * c.act_bits);
   const double sm_us = p.clocks_us(work * clocks / p.device.num_sms) * idle;
-  // Activations that each warp loads for itself weigh less than those that the block waits for together.
-  const double act_bytes = tokens * kGroup * (c.shared_act ? 7.7 : p.per_group() ? 1.0 : 0.5);
+  const double act_bytes = tokens * kGroup * (c.shared_act ? fit.shared_act : p.per_group() ? 1.0 : 0.5);
   const double bytes = work * (kRecordBytes * rows / kRecordRows + act_bytes) - p.weight_bytes;
   // Measured and not understood: over a long K this kernel for 16 tokens loses to the same one for 8 and for 32.
   const double depth = static_cast<double>(p.desc.k) / 28672;
   const double odd = c.tokens == 16 && !c.shared_act ? 0.1 * depth * depth : 0.0;
-  const double again =
-      odd + 0.34 * static_cast<double>(ceil_div(p.m, c.tokens) - 1);  // weights for more tiles of tokens
-  const double memory_us = p.memory_us(p.weight_bytes) * (1 + again + 0.3 * (idle - 1)) + 0.05 * p.memory_us(bytes);
-  const double ramp_us = 0.023 * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
-  return kMmaLaunchUs + std::max(sm_us, memory_us) + ramp_us + (plan.splits > 1 ? 0.8 : 0.0);
+  const double empty = c.tokens > kTokenTile && c.tokens >= 2 * p.m ? 0.06 : 0.0;  // columns without a token
+  const double reads = 1 + odd + empty + fit.again * static_cast<double>(token_tiles - 1) + fit.idle * (idle - 1);
+  const double memory_us = p.memory_us(p.weight_bytes) * reads + fit.l2 * p.memory_us(bytes);
+  const double ramp_us = fit.row_us * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
+  return kMmaLaunchUs + (p.m > kMmaTokens ? 1.5 : 0.0) + std::max(sm_us, memory_us) + ramp_us +
+         (plan.splits > 1 ? fit.split_us : 0.0);
 }
 
 // Splitting K costs mma a second kernel: only where tiles leave a good part of the GPU idle.
