@@ -88,7 +88,7 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   // Measured and not understood: over a long K this kernel for 16 tokens loses to the same one for 8 and for 32.
   const double depth = static_cast<double>(p.desc.k) / 28672;
   const double odd = c.tokens == 16 && !c.shared_act ? 0.1 * depth * depth : 0.0;
-  const double empty = c.tokens > kTokenTile && c.tokens >= 2 * p.m ? 0.06 : 0.0;  // columns without a token
+  const double empty = p.m <= kTokenTile && c.tokens > kTokenTile ? 0.06 : 0.0;  // columns without a token
   const double reads = 1 + odd + empty + fit.again * static_cast<double>(token_tiles - 1) + fit.idle * (idle - 1);
   const double memory_us = p.memory_us(p.weight_bytes) * reads + fit.l2 * p.memory_us(bytes);
   const double ramp_us = fit.row_us * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);

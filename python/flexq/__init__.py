@@ -4,6 +4,7 @@ from flexq._core import version as _version
 from flexq.calibrate import calibrate_model
 from flexq.checkpoint import CheckpointError, quantize_checkpoint, save_model
 from flexq.fuse import fuse_model, unfuse_model
+from flexq.generation import Generation, generate
 from flexq.integrations.transformers import FlexQConfig  # registers the quantization method "flexq"
 from flexq.linear import Linear
 from flexq.models import ModelError, load_model
@@ -29,6 +30,7 @@ __version__ = _version()
 __all__ = [
     "CheckpointError",
     "FlexQConfig",
+    "Generation",
     "LayerConfig",
     "Linear",
     "ModelError",
@@ -38,6 +40,7 @@ __all__ = [
     "dequantize_weight",
     "fuse_model",
     "gemm",
+    "generate",
     "linear",
     "load_model",
     "pack_codes",

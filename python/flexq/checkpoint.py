@@ -139,12 +139,13 @@ def save_model(
     """
     if not any(isinstance(m, Linear) for m in model.modules()):
         raise ValueError("the model has no quantized layer; call flexq.quantize_model first")
-    if getattr(model, "flexq_fusion", None) is not None:
+    fusion = getattr(model, "flexq_fusion", None)
+    if fusion is not None:
         unfuse_model(model)
         try:
             return save_model(model, folder, tokenizer, shard_bytes, overwrite)
         finally:
-            fuse_model(model)
+            fuse_model(model, fusion.kernels)
     plan = record_plan(model, getattr(model, "flexq_plan", Plan()))
     with new_folder(folder, overwrite) as aside:
         writer = _ShardWriter(aside, shard_bytes)

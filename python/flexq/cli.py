@@ -309,7 +309,7 @@ def _reachable(model: str) -> bool:
 def _generate_text(
     args: argparse.Namespace, model: str, prompts: list[str], max_new_tokens: int, **options
 ) -> dict[str, Any]:
-    from flexq.generate import generate
+    from flexq.generation import generate
     from flexq.models import find_model, load_model, load_tokenizer
 
     source = find_model(model)

