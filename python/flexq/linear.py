@@ -81,7 +81,8 @@ class Linear(nn.Module):
         if self._packed is None and self.qweight.device.type != "meta":
             config = self.config
             self._packed = ops.prepack(self.qweight, self.scales, self.in_features, config.scheme, config.rotation)
-            self._register_canonical(None, None)
+            # Empty rather than none: others ask `qweight` where the layer is.
+            self._register_canonical(self.qweight.new_empty(0), self.scales.new_empty(0))
         return self
 
     def canonical(self) -> tuple[torch.Tensor, torch.Tensor]:
