@@ -64,6 +64,7 @@ async def load(url: str, clients: int, requests: int, max_tokens: int) -> dict[s
     begin = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(clients)))
     total = time.perf_counter() - begin
+    await client.close()
     cuts = statistics.quantiles(seconds, n=20) if len(seconds) > 1 else [0.0] * 19
     return {
         "requests/s": len(seconds) / total,

@@ -1,10 +1,14 @@
 """`calibrate_model`: quantizes a model block by block, each on the inputs that the already quantized blocks give."""
 
 import contextlib
+import json
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flexq.linear import Linear
@@ -113,6 +117,49 @@ def _hessian(block: nn.Module, name: str, layer: nn.Linear, calls) -> Hessian:
     return hessian
 
 
+class _Finished:
+    """The blocks that an interrupted calibration has finished, a file each, in a folder of its own."""
+
+    def __init__(self, folder: str | Path | None, about: dict[str, Any]):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        note = self.folder / "calibration.json"
+        if not note.exists():
+            note.write_text(json.dumps(about, indent=2) + "\n")
+        elif json.loads(note.read_text()) != about:
+            raise ValueError(f"{folder} belongs to another calibration: other text, plan or weights; use a new folder")
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:04}.safetensors"
+
+    def load(self, block: int) -> dict[str, torch.Tensor] | None:
+        return load_file(self._file(block)) if self.folder is not None and self._file(block).exists() else None
+
+    def save(self, block: int, layers: dict[str, Linear]) -> None:
+        if self.folder is None:
+            return
+        tensors = {}
+        for name, layer in layers.items():
+            planes, scales = layer.canonical()
+            tensors |= {f"{name}.qweight": planes.cpu().contiguous(), f"{name}.scales": scales.cpu().contiguous()}
+        aside = self._file(block).with_suffix(".part")
+        save_file(tensors, aside)
+        aside.rename(self._file(block))  # whole or not there
+
+
+def _fingerprint(model: nn.Module, windows: Sequence[torch.Tensor], resolved: dict[str, LayerConfig]) -> dict[str, Any]:
+    """What decides a calibration's outcome."""
+    text = zlib.crc32(torch.cat([w.flatten().cpu() for w in windows]).numpy().tobytes())
+    sums = [model.get_submodule(name).weight.detach().double().sum().item() for name in resolved]
+    return {
+        "text": text,
+        "plan": zlib.crc32(repr(sorted(resolved.items())).encode()),
+        "weights": zlib.crc32(torch.tensor(sums, dtype=torch.float64).numpy().tobytes()),
+    }
+
+
 def calibrate_model(
     model: nn.Module,
     windows: Sequence[torch.Tensor],
@@ -122,6 +169,7 @@ def calibrate_model(
     progress: Progress | None = None,
     damping: float = 0.01,
     passes: int = 1,
+    resume: str | Path | None = None,
 ) -> nn.Module:
     """Quantize the linear layers of a transformers model in place with compensated rounding, and return it.
 
@@ -134,10 +182,12 @@ def calibrate_model(
         plan, include, skip: as for `quantize_model`.
         progress: wraps the loop over layers, e.g. `tqdm.tqdm`.
         damping, passes: of `flexq.rounding.compensated_round`.
+        resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
+            computed again. It is left there.
 
     Raises:
-        ValueError: no windows, no stack of blocks, a plan that does not fit, or weights or inputs that are not finite;
-            the message names the layer.
+        ValueError: no windows, no stack of blocks, a plan that does not fit, or weights or inputs that are not finite
+            (the message names the layer); a folder to resume from that belongs to another calibration.
     """
     if not windows:
         raise ValueError("calibration needs at least one window of text")
@@ -146,15 +196,20 @@ def calibrate_model(
     before: dict[str, nn.Linear] = {}
     steps = iter(progress(list(resolved)) if progress else resolved)  # one a layer, whatever their order
 
-    def quantize(name: str, hessian: Hessian, config: LayerConfig) -> None:
-        linear = model.get_submodule(name)
+    finished = _Finished(resume, _fingerprint(model, windows, resolved) if resume is not None else {})
+
+    def put(name: str, planes: torch.Tensor, scales: torch.Tensor) -> None:
+        linear = before[name] = model.get_submodule(name)
+        where = linear.weight.device
+        replace_module(model, name, Linear.from_canonical(planes.to(where), scales.to(where), linear, resolved[name]))
+        next(steps, None)
+
+    def quantize(name: str, hessian: Hessian) -> None:
         try:
-            planes, scales = compensated_round(linear.weight, hessian, config, damping, passes)
+            rounded = compensated_round(model.get_submodule(name).weight, hessian, resolved[name], damping, passes)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
-        before[name] = linear
-        replace_module(model, name, Linear.from_canonical(planes, scales, linear, config))
-        next(steps, None)
+        put(name, *rounded)
 
     try:
         with torch.no_grad():
@@ -162,15 +217,21 @@ def calibrate_model(
             for index, block in enumerate(blocks):
                 prefix = f"{stack}.{index}."
                 layers = {n: model.get_submodule(n) for n in resolved if n.startswith(prefix)}
-                for stage in _stages(block, layers, calls[0]) if layers else ():
-                    hessian = _hessian(block, stage[0], layers[stage[0]], calls)  # they share their input
-                    for name in stage:
-                        quantize(name, hessian, resolved[name])
+                known = finished.load(index)
+                if known is not None:
+                    for name in layers:
+                        put(name, known[f"{name}.qweight"], known[f"{name}.scales"])
+                else:
+                    for stage in _stages(block, layers, calls[0]) if layers else ():
+                        hessian = _hessian(block, stage[0], layers[stage[0]], calls)  # they share their input
+                        for name in stage:
+                            quantize(name, hessian)
+                    finished.save(index, {name: model.get_submodule(name) for name in layers})
                 calls = [(_run(block, call), *call[1:]) for call in calls]
             for name in resolved:
                 if name not in before:  # outside the stack: nothing is known of its inputs
                     linear = model.get_submodule(name)
-                    quantize(name, Hessian(linear.in_features, linear.weight.device), resolved[name])
+                    quantize(name, Hessian(linear.in_features, linear.weight.device))
             next(steps, None)
     except BaseException:
         for name, linear in before.items():

@@ -102,8 +102,10 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     output = Path(args.output or f"{source.name.rstrip('/').rpartition('/')[2].removesuffix('.gguf')}-flexq")
     # What is loaded whole anyway serves as the reference of the comparison too.
     reference = load_model(source) if args.compare and source.folder is None else None
-    if args.calibrate is None and (args.budget is not None or args.target_kl is not None):
-        raise UsageError("--budget and --target-kl measure layers on a text: give one with --calibrate")
+    targets = {"--budget": args.budget, "--target-kl": args.target_kl, "--target-ppl": args.target_ppl}
+    for option, value in targets.items():
+        if args.calibrate is None and value is not None:
+            raise UsageError(f"{option} measures layers on a text: give one with --calibrate")
     if args.calibrate is not None:
         reference = reference or load_model(source)
         record = _quantize_calibrated(args, source, output, plan, reference)
@@ -149,7 +151,6 @@ _PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
 
 def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, reference):
     """Compensated rounding on the calibration text, then the activations' bits that --budget or --target-kl ask for."""
-    from flexq import sensitivity
     from flexq.calibrate import calibrate_model
     from flexq.checkpoint import save_model
     from flexq.eval import read_text, windows_of
@@ -161,27 +162,54 @@ def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, r
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
     windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows)
     model = calibrate_model(
-        shared_copy(reference), windows, plan, args.include, args.skip, _progress("calibrating", args.quiet)
+        shared_copy(reference),
+        windows,
+        plan,
+        args.include,
+        args.skip,
+        _progress("calibrating", args.quiet),
+        resume=args.resume,
     )
-    if args.budget is not None or args.target_kl is not None:
-        probes = windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:]
-        ranking = sensitivity.measure(model, reference, probes, _progress("measuring layers", args.quiet))
-        how: dict[str, Any] = {"ranked_by": "KL per parameter, measured"}
-        if args.budget is not None:
-            at_8 = sensitivity.within_budget(ranking, args.budget)
-            how["budget"] = args.budget
-        else:
-            divergence = sensitivity.Divergence(reference, probes)
-            at_8, reached = sensitivity.for_target(model, divergence, ranking, args.target_kl)
-            how |= {"target_kl": args.target_kl, "measured_kl": reached}
-        sensitivity.apply(model, sensitivity.plan_of(model, at_8, how))
-        share = sum(r.parameters for r in ranking if r.name in at_8) / sum(r.parameters for r in ranking)
-        _note(args, f"{len(at_8)} of {len(ranking)} layers keep A8: {100 * share:.1f}% of the parameters")
-        device = "cuda" if next(model.parameters()).is_cuda else "cpu"
-        _note(args, f"A6 is no faster than A8 on {device}: only a smaller activation is gained where it is chosen")
+    if args.budget is not None or args.target_kl is not None or args.target_ppl is not None:
+        _choose_bits(args, model, reference, windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:])
     model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})
     save_model(model, output, tokenizer, int(args.shard_size * 1e9), args.overwrite)
     return model.flexq_plan
+
+
+def _choose_bits(args: argparse.Namespace, model, reference, probes) -> None:
+    """Activations' bits, and layers left unquantized, as --budget, --target-kl or --target-ppl ask for."""
+    from flexq import sensitivity
+
+    progress = _progress("measuring layers", args.quiet)
+    if args.estimate:
+        ranking = sensitivity.estimate(model, reference, probes, progress=progress)
+    else:
+        ranking = sensitivity.measure(model, reference, probes, progress)
+    how: dict[str, Any] = {"ranked_by": f"KL per parameter, {'estimated' if args.estimate else 'measured'}"}
+    left: list[str] = []
+    if args.budget is not None:
+        at_8 = sensitivity.within_budget(ranking, args.budget)
+        how["budget"] = args.budget
+    else:
+        if args.target_kl is not None:
+            score, target, what = sensitivity.Divergence(reference, probes).mean, args.target_kl, "kl"
+        else:
+            score, target, what = functools.partial(sensitivity.perplexity, windows=probes), args.target_ppl, "ppl"
+        try:
+            at_8, reached = sensitivity.for_target(model, score, ranking, target)
+        except ValueError:
+            worst = sensitivity.estimate(model, reference, probes, of="quantization")
+            left, reached = sensitivity.unquantized_for_target(model, reference, score, worst, target)
+            at_8 = [r.name for r in ranking if r.name not in left]
+        how |= {f"target_{what}": target, f"measured_{what}": reached}
+    sensitivity.apply(model, sensitivity.plan_of(model, at_8, how))
+    share = sum(r.parameters for r in ranking if r.name in at_8) / sum(r.parameters for r in ranking)
+    _note(args, f"{len(at_8)} of {len(ranking)} layers keep A8: {100 * share:.1f}% of the parameters")
+    if left:
+        _note(args, f"A8 everywhere misses the target: {len(left)} layers stay unquantized")
+    device = "cuda" if next(model.parameters()).is_cuda else "cpu"
+    _note(args, f"A6 is no faster than A8 on {device}: only a smaller activation is gained where it is chosen")
 
 
 def _sensitivity(args: argparse.Namespace) -> dict[str, Any]:
@@ -202,8 +230,16 @@ def _sensitivity(args: argparse.Namespace) -> dict[str, Any]:
     reference = load_model(reference_source, args.dtype, args.device)
     quantized = load_model(source, args.dtype, args.device) if is_quantized(source) else None
     model = quantized or quantize_model(shared_copy(reference), progress=_progress("quantizing", args.quiet))
-    ranking = sensitivity.measure(model, reference, windows, _progress("measuring layers", args.quiet))
+    progress = _progress("measuring layers", args.quiet)
     about = {"model": source.name, "windows": len(windows), "window_length": args.window_length}
+    about["kind"] = "estimated" if args.estimate else "measured"
+    if args.estimate:
+        ranking = sensitivity.estimate(model, reference, windows, progress=progress)
+    else:
+        ranking = sensitivity.measure(model, reference, windows, progress)
+    if args.agreement:
+        about["rank_agreement"] = sensitivity.rank_agreement(ranking, sensitivity.load(args.agreement))
+        _note(args, f"rank agreement with {args.agreement}: {about['rank_agreement']:.3f} (Spearman, 1 is the same)")
     if args.output:
         sensitivity.save(ranking, args.output, **about)
     if args.plot:
@@ -558,6 +594,9 @@ def _parser() -> argparse.ArgumentParser:
     bits = p.add_mutually_exclusive_group()
     bits.add_argument("--budget", type=_share, metavar="SHARE", help="A8 for this share of the parameters, else A6")
     bits.add_argument("--target-kl", type=_positive_float, metavar="KL", help="A8 where it takes to reach this KL")
+    bits.add_argument("--target-ppl", type=_positive_float, metavar="PPL", help="the same for this perplexity")
+    p.add_argument("--estimate", action="store_true", help="rank layers for these by an estimate, not by measuring")
+    p.add_argument("--resume", metavar="DIR", help="keep the calibration's finished blocks there, and go on from them")
     p.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers; may be repeated")
     p.add_argument("--shard-size", type=_positive_float, default=2.0, metavar="GB", help="of a file (default: 2)")
@@ -578,6 +617,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--reference", metavar="MODEL", help="unquantized model (default: what a checkpoint was made from)")
     p.add_argument("-o", "--output", metavar="JSON", help="write the ranking there")
+    p.add_argument(
+        "--estimate", action="store_true", help="one backward pass for all layers, instead of measuring each"
+    )
+    p.add_argument("--agreement", metavar="JSON", help="say how far an earlier ranking agrees")
     p.add_argument("--all", action="store_true", help="print every layer, not just the first 20")
     p.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: an excerpt of WikiText-2)")
     p.add_argument("--window-length", type=_positive, default=512, metavar="N", help="tokens (default: 512)")

@@ -1,11 +1,16 @@
-"""Which layers need 8-bit activations: the effect of each one's A6 on the model's output, measured.
+"""Which layers need 8-bit activations: the effect of each one's A6 on the model's output, measured or estimated.
 
 The effect is the mean KL divergence of the next-token distribution from the unquantized model's, with the layer at A6
 less that with it at A8, everything else at A8. Weights are the same at both, so nothing is quantized anew.
+
+Measuring takes a forward pass a layer. The estimate takes one forward and backward pass for all of them: to second
+order, an error d in a layer's output changes the distribution by a KL divergence of E[(g . d)^2] / 2, g the gradient of
+the log likelihood of a token drawn from the model's own distribution (the Fisher information of the output).
 """
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +21,7 @@ from torch import nn
 
 from flexq.calibrate import decoder_blocks
 from flexq.linear import Linear
-from flexq.patch import Progress, record_plan
+from flexq.patch import Progress, record_plan, replace_module
 from flexq.plan import Plan
 
 FORMAT = "flexq-sensitivity"
@@ -74,6 +79,10 @@ class Divergence:
 
     def __call__(self, model: nn.Module) -> list[float]:
         return [self.of(_log_probabilities(model, window), i) for i, window in enumerate(self.windows)]
+
+    def mean(self, model: nn.Module) -> float:
+        each = self(model)
+        return sum(each) / len(each)
 
     def of(self, log_q: torch.Tensor, window: int) -> float:
         log_p = self.log_p[window].to(log_q.device)
@@ -153,6 +162,122 @@ def measure(
     return sorted(results, key=lambda layer: -layer.density)
 
 
+def perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
+    """exp of the mean negative log likelihood of the next token."""
+    total = tokens = 0.0
+    for window in windows:
+        log_p = _log_probabilities(model, window)
+        targets = window[0, 1:].to(log_p.device)
+        total -= log_p.gather(1, targets[:, None]).sum(dtype=torch.float64).item()
+        tokens += len(targets)
+    return math.exp(total / tokens)
+
+
+def estimate(
+    model: nn.Module,
+    reference: nn.Module,
+    windows: Sequence[torch.Tensor],
+    of: str = "a6",
+    progress: Progress | None = None,
+) -> list[LayerSensitivity]:
+    """What `measure` would find, estimated in one forward and backward pass of `reference` a window.
+
+    Args:
+        model: quantized.
+        reference: the same model unquantized, its layers by the same names; float32 gives the best gradients.
+        windows: token ids [1, L] each.
+        of: "a6" for A6 against A8, "quantization" for A8 against the unquantized layer.
+        progress: wraps the loop over windows.
+
+    Raises:
+        ValueError: no quantized layer or windows, or layers that `reference` does not have.
+    """
+    if not windows:
+        raise ValueError("sensitivity needs at least one window of text")
+    if of not in ("a6", "quantization"):
+        raise ValueError(f'of must be "a6" or "quantization", got {of!r}')
+    layers = quantized_layers(model)
+    missing = [name for name in layers if not isinstance(_submodule(reference, name), nn.Linear)]
+    if missing:
+        raise ValueError(f"the reference has no linear layer {missing[0]}")
+    added: dict[str, list[float]] = {name: [] for name in layers}
+    for index, window in enumerate(progress(list(windows)) if progress else windows):
+        for name, value in _fisher(layers, reference, window, of, seed=index).items():
+            added[name].append(value)
+    results = []
+    for name, layer in layers.items():
+        each = torch.tensor(added[name], dtype=torch.float64)
+        spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
+        results.append(LayerSensitivity(name, layer.in_features * layer.out_features, each.mean().item(), spread))
+    return sorted(results, key=lambda layer: -layer.density)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _fisher(
+    layers: dict[str, Linear], reference: nn.Module, window: torch.Tensor, of: str, seed: int
+) -> dict[str, float]:
+    """The estimate of each layer on one window, in nats a token."""
+    values: dict[str, float] = {}
+    handles = []
+
+    def watch(name: str, layer: Linear):
+        def hook(_, args, output):
+            with torch.no_grad():
+                x = args[0].detach()
+                with act_bits([layer], 8):
+                    at_8 = layer(x)
+                if of == "a6":
+                    with act_bits([layer], 6):
+                        error = layer(x) - at_8
+                else:
+                    error = at_8 - output
+            error = error.reshape(-1, error.shape[-1]).float()
+
+            def with_gradient(gradient):
+                products = (gradient.reshape(error.shape).float() * error).sum(-1)
+                values[name] = 0.5 * products.square().sum(dtype=torch.float64).item()
+
+            output.register_hook(with_gradient)
+
+        return hook
+
+    required = [p for p in reference.parameters() if p.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    embeddings = reference.get_input_embeddings()
+    handles.append(embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
+    handles += [reference.get_submodule(n).register_forward_hook(watch(n, layer)) for n, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            device = next(reference.parameters()).device
+            log_p = reference(window.to(device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(device)
+            log_p.gather(1, drawn).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in required:
+            parameter.requires_grad_(True)
+    return {name: values.get(name, 0.0) / len(log_p) for name in layers}
+
+
+def rank_agreement(a: Sequence[LayerSensitivity], b: Sequence[LayerSensitivity]) -> float:
+    """Spearman's rank correlation of two rankings' KL, over the layers that both have; 1 is the same order."""
+    of_b = {layer.name: layer.kl for layer in b}
+    pairs = [(layer.kl, of_b[layer.name]) for layer in a if layer.name in of_b]
+    if len(pairs) < 2:
+        raise ValueError("rank agreement needs at least two layers that both rankings have")
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in zip(*pairs, strict=True)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
 def plan_of(model: nn.Module, at_8: Sequence[str], how: dict[str, Any]) -> Plan:
     """The model's plan with 8-bit activations in `at_8` and 6-bit ones elsewhere."""
     recorded = record_plan(model, getattr(model, "flexq_plan", Plan()))
@@ -178,37 +303,88 @@ def within_budget(ranking: Sequence[LayerSensitivity], budget: float) -> list[st
 
 
 def for_target(
-    model: nn.Module, divergence: Divergence, ranking: Sequence[LayerSensitivity], target_kl: float
+    model: nn.Module,
+    score: Callable[[nn.Module], float],
+    ranking: Sequence[LayerSensitivity],
+    target: float,
 ) -> tuple[list[str], float]:
-    """The shortest prefix of the ranking whose layers at A8 bring the measured KL to `target_kl`, and the KL it has.
+    """The shortest prefix of the ranking whose layers at A8 bring the measured score to `target`, and the score it has.
+
+    Args:
+        model: quantized.
+        score: what is to be at most `target`: `Divergence.mean`, or the perplexity.
+        ranking: of `measure` or `estimate`.
+        target: nats, or a perplexity.
 
     Raises:
-        ValueError: not even all of them do; says how near they come.
+        ValueError: not even all of them do; says how near they come. `unquantized_for_target` goes on from there.
     """
     layers = quantized_layers(model)
 
-    def kl_with(count: int) -> float:
+    def with_at_8(count: int) -> float:
         at_8 = {layer.name for layer in ranking[:count]}
         with (
             act_bits([layers[n] for n in layers if n not in at_8], 6),
             act_bits([layers[n] for n in at_8], 8),
         ):
-            each = divergence(model)
-        return sum(each) / len(each)
+            return score(model)
 
-    best = kl_with(len(ranking))
-    if best > target_kl:
-        raise ValueError(f"KL {target_kl} cannot be met: with A8 in every layer it is {best:.5f}")
-    low, high = -1, len(ranking)  # the target is missed at low, met at high
-    kl = {high: best}
+    best = with_at_8(len(ranking))
+    if best > target:
+        raise ValueError(f"{target} cannot be met: with A8 in every layer it is {best:.5f}")
+    count, reached = _fewest(with_at_8, target, len(ranking), best)
+    return [layer.name for layer in ranking[:count]], reached
+
+
+def unquantized_for_target(
+    model: nn.Module,
+    reference: nn.Module,
+    score: Callable[[nn.Module], float],
+    ranking: Sequence[LayerSensitivity],
+    target: float,
+) -> tuple[list[str], float]:
+    """Where A8 everywhere is not enough: the shortest prefix of the ranking whose layers, left unquantized, bring the
+    score to `target`, everything else at A8. Their places in `model` take the reference's layers.
+
+    Args:
+        ranking: of `estimate(..., of="quantization")`.
+        The others as for `for_target`.
+    """
+    layers = quantized_layers(model)
+
+    def without(count: int) -> float:
+        left = [layer.name for layer in ranking[:count]]
+        for name in left:
+            replace_module(model, name, reference.get_submodule(name))
+        try:
+            with act_bits(list(layers.values()), 8):
+                return score(model)
+        finally:
+            for name in left:
+                replace_module(model, name, layers[name])
+
+    best = without(len(ranking))
+    if best > target:
+        raise ValueError(f"{target} cannot be met: with no layer quantized it is {best:.5f}")
+    count, reached = _fewest(without, target, len(ranking), best)
+    left = [layer.name for layer in ranking[:count]]
+    for name in left:
+        replace_module(model, name, reference.get_submodule(name))
+    return left, reached
+
+
+def _fewest(score: Callable[[int], float], target: float, most: int, at_most: float) -> tuple[int, float]:
+    """The smallest count whose score is at most `target`, by bisection, and that score."""
+    low, high = -1, most  # the target is missed at low, met at high
+    scores = {high: at_most}
     while high - low > 1:
         middle = (low + high) // 2
-        kl[middle] = kl_with(middle)
-        if kl[middle] <= target_kl:
+        scores[middle] = score(middle)
+        if scores[middle] <= target:
             high = middle
         else:
             low = middle
-    return [layer.name for layer in ranking[:high]], kl[high]
+    return high, scores[high]
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:

@@ -191,3 +191,32 @@ def test_needs_text_and_blocks():
         flexq.calibrate_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), windows())
     with pytest.raises(ValueError, match="matches no linear layer"):
         flexq.calibrate_model(model_of("llama"), windows(), Plan(layers={"nowhere": None}))
+
+
+def test_goes_on_after_an_interruption(tmp_path):
+    text = windows()
+    whole = flexq.calibrate_model(model_of("llama"), text, "w6a6")
+
+    def stop_after(count):
+        def steps(names):
+            for i, name in enumerate(names):
+                if i == count:
+                    raise KeyboardInterrupt
+                yield name
+
+        return steps
+
+    layers = sum(isinstance(m, Linear) for m in whole.modules())
+    model = model_of("llama")
+    with pytest.raises(KeyboardInterrupt):
+        flexq.calibrate_model(model, text, "w6a6", progress=stop_after(layers - 2), resume=tmp_path)
+    assert not any(isinstance(m, flexq.Linear) for m in model.modules())
+    files = sorted(f.name for f in tmp_path.iterdir())
+    assert "block-0000.safetensors" in files and not any(f.endswith(".part") for f in files)
+    stamp = (tmp_path / "block-0000.safetensors").stat().st_mtime_ns
+    resumed = flexq.calibrate_model(model, text, "w6a6", resume=tmp_path)
+    assert (tmp_path / "block-0000.safetensors").stat().st_mtime_ns == stamp
+    with torch.inference_mode():
+        assert torch.equal(resumed(text[0]).logits, whole(text[0]).logits)
+    with pytest.raises(ValueError, match="belongs to another calibration"):
+        flexq.calibrate_model(model_of("llama"), text, "w6a8", resume=tmp_path)

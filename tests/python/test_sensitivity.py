@@ -67,11 +67,11 @@ def test_target(models, ranking):
         worst = sum(divergence(at_6)) / 3
     best = sum(divergence(model)) / 3
     target = (worst + best) / 2
-    at_8, reached = sensitivity.for_target(model, divergence, ranking, target)
+    at_8, reached = sensitivity.for_target(model, divergence.mean, ranking, target)
     assert reached <= target and 0 < len(at_8) < len(ranking)
-    assert sensitivity.for_target(model, divergence, ranking, 2 * worst)[0] == []
+    assert sensitivity.for_target(model, divergence.mean, ranking, 2 * worst)[0] == []
     with pytest.raises(ValueError, match="cannot be met: with A8 in every layer it is"):
-        sensitivity.for_target(model, divergence, ranking, best / 10)
+        sensitivity.for_target(model, divergence.mean, ranking, best / 10)
 
 
 def test_plan_is_applied(models, ranking):
@@ -101,3 +101,43 @@ def test_needs_a_quantized_model_and_text(models):
         sensitivity.measure(models[0], models[0], windows())
     with pytest.raises(ValueError, match="at least one window"):
         sensitivity.measure(models[1], models[0], [])
+
+
+def test_estimate_agrees_with_the_measurement(models, ranking):
+    reference, model = models
+    estimated = sensitivity.estimate(model, reference, windows())
+    assert {r.name for r in estimated} == {r.name for r in ranking}
+    assert all(r.kl >= 0 for r in estimated)
+    assert all(p.requires_grad for p in reference.parameters())  # left as it was
+    assert sensitivity.rank_agreement(ranking, ranking) == pytest.approx(1.0)
+    total = sum(r.kl for r in estimated)
+    assert 0.2 * sum(max(r.kl, 0) for r in ranking) < total < 5 * sum(max(r.kl, 0) for r in ranking)
+
+
+def test_estimate_of_a_layers_whole_error():
+    model, reference = quantize_model(model_of("llama")), model_of("llama")
+    worth = sensitivity.estimate(model, reference, windows(1), of="quantization")
+    assert all(layer.kl > 0 for layer in worth)
+    with pytest.raises(ValueError, match="of must be"):
+        sensitivity.estimate(model, reference, windows(1), of="a4")
+    with pytest.raises(ValueError, match="at least one window"):
+        sensitivity.estimate(model, reference, [])
+
+
+def test_target_by_leaving_layers_unquantized(models):
+    reference, _ = models
+    model, divergence = quantize_model(shared_copy(reference)), sensitivity.Divergence(reference, windows())
+    best = divergence.mean(model)
+    ranking = sensitivity.estimate(model, reference, windows(), of="quantization")
+    left, reached = sensitivity.unquantized_for_target(model, reference, divergence.mean, ranking, best / 2)
+    assert reached <= best / 2 and 0 < len(left) < len(ranking)
+    assert divergence.mean(model) == pytest.approx(reached)
+    assert all(isinstance(model.get_submodule(name), torch.nn.Linear) for name in left)
+    plan = sensitivity.plan_of(model, [], {})
+    assert [name for name, config in plan.layers.items() if config is None] == sorted(left, key=list(plan.layers).index)
+
+
+def test_perplexity(models):
+    reference, _ = models
+    expected = torch.stack([reference(w, labels=w).loss for w in windows()]).mean().exp().item()
+    assert sensitivity.perplexity(reference, windows()) == pytest.approx(expected, rel=1e-4)

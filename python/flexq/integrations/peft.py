@@ -6,8 +6,7 @@
     config = for_flexq(PeftConfig.from_pretrained(adapter))
     model = PeftModel.from_pretrained(quantized, adapter, config=config)
 
-`flexq.fuse_model` goes before: what it merges has no place for an adapter. So leave it out, or give adapters layers that
-are not quantized.
+What `flexq.fuse_model` merges has no place for an adapter: leave it out for such a model.
 """
 
 from peft import LoraConfig
