@@ -316,6 +316,9 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     }
     for recipe in args.recipes or ():
         models[LABELS.get(recipe, recipe)] = with_recipe(reference, recipe, _progress(recipe, args.quiet))
+    if args.choices:
+        named_models = ({"unquantized": reference} if reference is not None else {}) | models
+        return _eval_choices(args, named_models, load_tokenizer(reference_source or sources[0]))
     results = evaluate(models, windows, reference, _progress("evaluating", args.quiet))
     if args.plot:
         plot(results, args.plot)
@@ -324,6 +327,22 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
         print(_evaluation_table(results))
         _note(args, f"peak memory {_megabytes(_peak_memory())}")
     return {"results": [r.to_dict() for r in results], "peak_memory_bytes": _peak_memory()}
+
+
+def _eval_choices(args: argparse.Namespace, models, tokenizer) -> dict[str, Any]:
+    from flexq.zero_shot import read_questions, score
+
+    questions = read_questions(args.choices)
+    results = score(models, tokenizer, questions, _progress("scoring", args.quiet))
+    if not args.json:
+        rows = [["model", "accuracy", "by length", "+-"]]
+        rows += [
+            [s.name, f"{100 * s.accuracy:.1f}%", f"{100 * s.accuracy_normalized:.1f}%", f"{100 * s.error:.1f}%"]
+            for s in results
+        ]
+        print(f"{args.choices}, {len(questions)} questions, zero-shot:")
+        print(_table(rows))
+    return {"choices": [s.to_dict() for s in results]}
 
 
 def _recorded_source(source) -> str | None:
@@ -610,6 +629,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--reference", metavar="MODEL", help="unquantized model (default: what a checkpoint was made from)")
     p.add_argument("--recipes", nargs="+", metavar="RECIPE", help="also quantize the reference: w8a8 paper w6a6 w6a8")
+    choices_help = "instead: zero-shot multiple choice; JSON Lines of question, choices and answer"
+    p.add_argument("--choices", metavar="FILE", help=choices_help)
     _add_evaluation(p, None)
     _add_loading(p)
 

@@ -88,6 +88,8 @@ def test_greedy_text_of_smollm2_is_the_same():
     source = find_model("smollm2-135m")
     tokenizer = load_tokenizer(source)
     tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model = flexq.quantize_model(flexq.load_model(source, dtype=torch.bfloat16), "w6a6")
     prompts = ["Once upon a time", "The capital of France is the city of", "1 2 3", "Water"]
     batches = [tokenizer(prompts[:1], return_tensors="pt"), tokenizer(prompts, return_tensors="pt", padding=True)]
