@@ -1,9 +1,9 @@
 """The tables of docs/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
-python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--plans]
+python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--plans | --estimated-plans]
 
 TEXT is WikiText-2's validation text: its first 16 windows of 2048 tokens calibrate, its last ones evaluate. --plans
-measures the layers' sensitivity and compares plans instead; takes longer.
+measures the layers' sensitivity and compares plans instead, which takes longer; --estimated-plans estimates it.
 """
 
 import argparse
@@ -48,11 +48,11 @@ def at_random(sizes, budget) -> set[str]:
     return chosen
 
 
-def plans(reference, calibration, held_out, probes) -> None:
+def plans(reference, calibration, held_out, probes, how: str) -> None:
     model = calibrate_model(shared_copy(reference), calibration)
     begin = time.perf_counter()
-    ranking = sensitivity.measure(model, reference, probes)
-    print(f"measured {len(ranking)} layers: {time.perf_counter() - begin:.0f} s", flush=True)
+    ranking = getattr(sensitivity, how)(model, reference, probes)
+    print(f"{how} {len(ranking)} layers: {time.perf_counter() - begin:.0f} s", flush=True)
     layers = sensitivity.quantized_layers(model)
     sizes = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
     total = sum(sizes.values())
@@ -64,10 +64,12 @@ def plans(reference, calibration, held_out, probes) -> None:
         ):
             report(name, model, held_out, reference, sum(sizes[n] for n in at_8) / total)
 
-    for budget in (0.3, 0.1):
-        compare(f"measured, {100 * budget:.0f}%", set(sensitivity.within_budget(ranking, budget)))
-        compare(f"random, {100 * budget:.0f}%", at_random(sizes, budget))
-    compare("by kind: down_proj", {name for name in layers if name.endswith("down_proj")})
+    for budget in (0.3, 0.2, 0.1, 0.05):
+        compare(f"{how}d, {100 * budget:.0f}%", set(sensitivity.within_budget(ranking, budget)))
+    if how == "measure":
+        for budget in (0.3, 0.1):
+            compare(f"random, {100 * budget:.0f}%", at_random(sizes, budget))
+        compare("by kind: down_proj", {name for name in layers if name.endswith("down_proj")})
 
 
 def main() -> None:
@@ -75,14 +77,18 @@ def main() -> None:
     parser.add_argument("text", metavar="TEXT", type=Path)
     parser.add_argument("--held-out", type=int, default=16, metavar="WINDOWS")
     parser.add_argument("--plans", action="store_true")
+    parser.add_argument("--estimated-plans", action="store_true")
     args = parser.parse_args()
     source = find_model("smollm2-135m")
     reference, tokenizer = load_model(source), load_tokenizer(source)
     text = args.text.read_text(encoding="utf-8")
     windows = windows_of(tokenizer, text)
     calibration, held_out = windows[:DEFAULT_WINDOWS], windows[-args.held_out :]
+    probes = windows_of(tokenizer, text[: len(text) // 2], 512)
     if args.plans:
-        plans(reference, calibration, held_out, windows_of(tokenizer, text[: len(text) // 2], 512)[-3:])
+        plans(reference, calibration, held_out, probes[-3:], "measure")
+    elif args.estimated_plans:
+        plans(reference, calibration, held_out, probes[-8:], "estimate")
     else:
         recipes(reference, calibration, held_out)
 

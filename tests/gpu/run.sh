@@ -20,10 +20,11 @@ nvidia-smi -L
 run install 150 python3 -m pip install -q --no-deps --no-build-isolation --target "$results/site" . \
   -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real
 export PYTHONPATH=$results/site
-run pytest 120 python3 -m pytest -q -p no:cacheprovider tests/gpu
+run pytest 180 python3 -m pytest -q -p no:cacheprovider tests/gpu
 run contract 150 "$build/tests/test_cuda"
 run kernels 100 "$build/benchmarks/cuda_linear"
 run linear 150 python3 -m flexq.cli bench linear --device cuda --quiet \
   --tokens 1 8 16 32 64 128 256 1024 4096
+run decode 300 python3 -m flexq.cli bench decode --quiet --contenders "flexq W6A8" bf16 --batches 1 16 --contexts 128
 run memcheck 90 compute-sanitizer --tool memcheck "$build/tests/test_cuda" --quick
 run racecheck 90 compute-sanitizer --tool racecheck "$build/tests/test_cuda" --quick
