@@ -113,12 +113,23 @@ class _ShardWriter:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, config, plan: Plan) -> None:
+def _write_config(folder: Path, config, plan: Plan, dtype: torch.dtype | None) -> None:
     from flexq.integrations.transformers import FlexQConfig
 
     settings = config.to_dict()
+    if settings.get("dtype") is None and dtype is not None:
+        # Else transformers would take the first tensor's, which may be a scale.
+        settings["dtype"] = str(dtype).removeprefix("torch.")
     settings["quantization_config"] = FlexQConfig(plan).to_dict()
     (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def _as_on_disk(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under the names, and in the parts, that the model's files have: transformers merges experts as it loads them."""
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors
 
 
 def save_model(
@@ -150,18 +161,24 @@ def save_model(
     with new_folder(folder, overwrite) as aside:
         writer = _ShardWriter(aside, shard_bytes)
         seen: set[tuple[int, tuple[int, ...]]] = set()
+        others: dict[str, torch.Tensor] = {}
         # Module by module, so that only one layer's canonical form exists at a time.
         for prefix, module in model.named_modules():
             tensors: dict[str, torch.Tensor] = {}
             module._save_to_state_dict(tensors, f"{prefix}." if prefix else "", keep_vars=False)
             for name, tensor in tensors.items():
                 where = (tensor.data_ptr(), tuple(tensor.shape))
-                if not isinstance(module, Linear) and tensor.numel() and where in seen:
-                    continue  # tied, like the LM head to the embeddings: transformers ties it again
-                seen.add(where)
-                writer.add(name, tensor)
+                if isinstance(module, Linear):
+                    writer.add(name, tensor)
+                elif not tensor.numel() or where not in seen:  # else tied, as transformers ties it again
+                    seen.add(where)
+                    others[name] = tensor
+        for name, tensor in _as_on_disk(model, others).items():
+            writer.add(name, tensor)
         writer.finish()
-        _write_config(aside, model.config, plan)
+        if not model.config.architectures:
+            model.config.architectures = [type(model).__name__]
+        _write_config(aside, model.config, plan, model.get_input_embeddings().weight.dtype)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(aside)
         if tokenizer is not None:
@@ -261,6 +278,7 @@ def quantize_checkpoint(
     with new_folder(folder, overwrite) as aside:
         writer = _ShardWriter(aside, shard_bytes)
         done = set()
+        dtype = None  # of the source
 
         def quantize(layer: str, weight: torch.Tensor) -> None:
             settings = resolved[layer]
@@ -275,6 +293,8 @@ def quantize_checkpoint(
         tensors = [(shard, name) for shard in shards for name in _tensor_names(shard)]
         for shard, name in progress(tensors) if progress else tensors:
             tensor = _read(shard, name)
+            if dtype is None and tensor.is_floating_point():
+                dtype = tensor.dtype
             layer = _layer_of(name, resolved, skeleton.base_model_prefix)
             if layer is None:
                 writer.add(name, tensor)
@@ -293,7 +313,7 @@ def quantize_checkpoint(
         if left:
             raise ModelError(f"{source.name} holds no weight for layer {left[0]} (and {len(left) - 1} more)")
         writer.finish()
-        _write_config(aside, config, record)
+        _write_config(aside, config, record, dtype)
         _copy_companions(source.folder, aside)
     return record
 

@@ -9,7 +9,7 @@ import torch
 from flexq import checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 IDS = torch.arange(20).view(1, -1)
 
@@ -165,3 +165,22 @@ def test_configs_from_elsewhere_are_refused(saved):
 def test_unquantized_models_are_not_saved(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="no quantized layer"):
         flexq.save_model(tiny_llama, tmp_path / "x")
+
+
+def test_experts_are_stored_as_transformers_stores_them(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "float")
+    names = {n for n in tensors_of(tmp_path / "float") if "self_attn" not in n}
+    model = flexq.quantize_model(model)
+    flexq.save_model(model, tmp_path / "quantized")
+    assert {n for n in tensors_of(tmp_path / "quantized") if "self_attn" not in n} == names
+    loaded = flexq.load_model(tmp_path / "quantized")
+    assert loaded.config.architectures == ["MixtralForCausalLM"]
+    assert torch.equal(logits(loaded), logits(model))
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk")
+    assert torch.equal(logits(flexq.load_model(tmp_path / "disk")), logits(model))

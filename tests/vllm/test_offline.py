@@ -5,7 +5,7 @@ import gc
 import flexq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
 PROMPTS = [
@@ -76,6 +76,28 @@ def test_tensor_parallel_and_mixed_plans(random_mixed, size, monkeypatch):
     llm = engine(random_mixed, tensor_parallel_size=size)
     try:
         assert_same_as_transformers(random_mixed, greedy(llm, PROMPTS), PROMPTS)
+    finally:
+        shut(llm)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "qwen3", "mixtral"])
+def test_architectures(random_float, tmp_path, kind):
+    """Layers that are merged on disk already, norms of queries and keys, and experts, which stay in floating point."""
+    tokenizer = AutoTokenizer.from_pretrained(random_float)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=512, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    flexq.save_model(flexq.quantize_model(model.eval(), "w6a8"), tmp_path / "model", tokenizer)
+    llm = engine(tmp_path / "model")
+    try:
+        assert_same_as_transformers(tmp_path / "model", greedy(llm, PROMPTS[:3]), PROMPTS[:3])
     finally:
         shut(llm)
 

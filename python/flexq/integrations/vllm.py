@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -33,6 +34,7 @@ from flexq.parallel import check_input_split
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 
 QUANT_METHOD = "flexq"
+logger = init_logger(__name__)
 
 
 class FlexQVllmConfig(QuantizationConfig):
@@ -111,7 +113,12 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def _refuse_experts(self, layer: torch.nn.Module, prefix: str) -> None:
         """Experts stay in floating point, as FlexQ leaves them; a checkpoint that has them quantized is not served."""
-        if not self.is_checkpoint or not any(word in type(layer).__name__ for word in ("MoE", "Experts")):
+        if not any(word in type(layer).__name__ for word in ("MoE", "Experts")):
+            return
+        logger.info_once(
+            "FlexQ leaves the experts of MoE layers in floating point: they have no fused 6-bit kernel yet"
+        )
+        if not self.is_checkpoint:
             return
         for name, config in self.plan.layers.items():
             if config is not None and name.startswith(f"{prefix}."):
