@@ -14,7 +14,8 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 """Wraps a sequence to show how far a loop over it is, as `tqdm.tqdm` does."""
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """A transformers model's LM head, if it has one."""
     try:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -23,7 +24,7 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 def lm_head_name(model: nn.Module) -> str | None:
     """The layer that turns the last hidden states into logits, if it is an `nn.Linear`."""
-    head = _output_embeddings(model)
+    head = output_embeddings(model)
     for name, module in model.named_modules():
         is_head = module is head if head is not None else name.rpartition(".")[2] == "lm_head"
         if is_head and type(module) is nn.Linear:
@@ -42,7 +43,7 @@ def untie_lm_head(model: nn.Module) -> None:
 def _embedding_weights(model: nn.Module) -> set[int]:
     """Storage of the embeddings and of the LM head."""
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    head = _output_embeddings(model)
+    head = output_embeddings(model)
     if head is not None:
         modules.append(head)
     return {id(m.weight) for m in modules if getattr(m, "weight", None) is not None}
@@ -159,7 +160,7 @@ def quantize_model(
         for name, linear in before.items():
             replace_module(model, name, linear)
         raise
-    if isinstance(_output_embeddings(model), Linear):
+    if isinstance(output_embeddings(model), Linear):
         untie_lm_head(model)
     model.flexq_plan = record_plan(model, Plan.of(plan))
     return model

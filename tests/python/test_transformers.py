@@ -4,7 +4,7 @@ import flexq
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 IDS = torch.arange(20).view(1, -1)
 
@@ -99,3 +99,13 @@ def test_lm_head(tmp_path, tied):
 def test_a_pattern_leaves_the_lm_head(tiny_llama):
     quantized = flexq.quantize_model(tiny_llama, flexq.Plan(layers={"*": flexq.LayerConfig(act_bits=6)}))
     assert "lm_head" not in quantized_layers(quantized)
+
+
+def test_models_without_an_lm_head(tiny_folder):
+    base = AutoModel.from_pretrained(tiny_folder, quantization_config=flexq.FlexQConfig())
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        tiny_folder, quantization_config=flexq.FlexQConfig(skip=["score"]), num_labels=3
+    )
+    assert len(quantized_layers(base)) == len(quantized_layers(classifier)) == 14
+    with torch.inference_mode():
+        assert torch.isfinite(base(IDS).last_hidden_state).all()

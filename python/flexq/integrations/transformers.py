@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
 from flexq.linear import Linear
-from flexq.patch import lm_head_name, record_plan, replace_module, resolve_plan, untie_lm_head
+from flexq.patch import lm_head_name, output_embeddings, record_plan, replace_module, resolve_plan, untie_lm_head
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 
 QUANT_METHOD = "flexq"
@@ -124,7 +124,7 @@ class FlexQHfQuantizer(HfQuantizer):
             head = lm_head_name(model)
             if head in self.layers:  # tied: it had no weight of its own in the checkpoint
                 replace_module(model, head, Linear.from_float(model.get_submodule(head), self.layers[head]))
-            if isinstance(model.get_output_embeddings(), Linear):
+            if isinstance(output_embeddings(model), Linear):
                 untie_lm_head(model)
             missing = [name for name in self.layers if not isinstance(model.get_submodule(name), Linear)]
             if missing:
