@@ -20,8 +20,7 @@ struct Launch {
   // The kernel may start before the one ahead of it in the stream has finished (programmatic dependent launch, sm_90),
   // and itself waits for it before it touches what that one writes or reads. Weights are the exception: GEMMs fill
   // their pipelines with them at once, perhaps beside the kernel before the last, so that memory does not rest between
-  // two layers. Whatever writes weights (prepack, copies) is launched without this, lets nobody start early, and is
-  // followed by a quantization at least before a GEMM reads them.
+  // two layers. Whatever writes weights (prepack, copies) is launched without this and lets nobody start early.
   bool overlapped = false;
   unsigned cluster = 1;  // thread blocks along x that share their shared memory (sm_90)
 };

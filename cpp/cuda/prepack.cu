@@ -62,10 +62,15 @@ __global__ void prepack_kernel(Args a) {
                                a2 | (a3 >> 2 & 0x03030303u)};
     for (int j = 0; j < 3; ++j) reinterpret_cast<uint32_t*>(out)[(j * 32 + lane) * 4 + s] = words[j];
   }
-  if (lane >= kRecordRows || (!a.per_group && group != 0)) return;
-  const int64_t scale_row = row_block * kRecordRows + lane;
-  const uint16_t scale = scale_row < a.n ? a.scales[scale_row * a.row_scales + (a.per_group ? group : 0)] : uint16_t{0};
-  a.record_scales(row_block, group)[lane] = scale;
+  if (lane < kRecordRows && (a.per_group || group == 0)) {
+    const int64_t scale_row = row_block * kRecordRows + lane;
+    const uint16_t scale =
+        scale_row < a.n ? a.scales[scale_row * a.row_scales + (a.per_group ? group : 0)] : uint16_t{0};
+    a.record_scales(row_block, group)[lane] = scale;
+  }
+  // A GEMM right behind reads weights as soon as the last thread here has ended (launch.h), before the end of a kernel
+  // makes its writes visible.
+  __threadfence();
 }
 
 // One thread builds a byte of each plane: 8 codes of a row.
