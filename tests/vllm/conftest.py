@@ -57,3 +57,8 @@ def random_mixed(random_float) -> Path:
     )
     flexq.quantize_checkpoint(random_float, folder, plan)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker("vllm")
