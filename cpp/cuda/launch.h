@@ -61,32 +61,30 @@ void launch(cudaStream_t stream, const char* what, void (*kernel)(Params...), co
   check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
-// How many clusters (or single thread blocks) of such a launch the current device runs at a time, at least 1: how they
-// fit its clusters of multiprocessors only the driver knows. Asked once.
+// How many clusters of such a launch, or single thread blocks, the current device runs at a time: how clusters fit its
+// multiprocessors only the driver knows. Asked once. 0 for clusters that do not fit; at least 1 thread block.
 template <typename... Params>
 int clusters_at_once(void (*kernel)(Params...), const Launch& how) {
   int device = 0;
   check(cudaGetDevice(&device), "current device");
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, unsigned, unsigned, size_t>, int> known;
+  const std::tuple key{reinterpret_cast<const void*>(kernel), device, how.cluster, how.block.x, how.shared_bytes};
   const std::lock_guard lock(mutex);
-  const auto [entry, is_new] =
-      known.try_emplace({reinterpret_cast<const void*>(kernel), device, how.cluster, how.block.x, how.shared_bytes}, 1);
-  if (!is_new) return entry->second;
+  if (const auto found = known.find(key); found != known.end()) return found->second;
   int count = 0;
   if (how.cluster > 1) {
     cudaLaunchAttribute attributes[2] = {};
     const cudaLaunchConfig_t config = configure(kernel, how, attributes);
     check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters at once");
   } else {
+    const int threads = static_cast<int>(how.block.x);
     int multiprocessors = 0;
-    check(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(how.block.x), how.shared_bytes),
-        "thread blocks at once");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, how.shared_bytes), "thread blocks");
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-    count *= multiprocessors;
+    count = std::max(count * multiprocessors, 1);
   }
-  return entry->second = std::max(count, 1);
+  return known[key] = count;
 }
 
 }  // namespace flexq::cuda

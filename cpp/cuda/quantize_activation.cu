@@ -536,14 +536,15 @@ __global__ void export_kernel(int64_t m, int64_t groups, int64_t tiles, bool per
   }
 }
 
-// The thread blocks and warps that share the groups of a tile of tokens, or of one token: they keep them in registers
-// if they can, and are more where tiles are few.
-Launch spread(const Device& device, int64_t tiles, int64_t groups, int lanes, int kept) {
+// The thread blocks, at most `most`, and warps that share the groups of a tile of tokens, or of one token: they keep
+// them in registers if they can, and are more where tiles are few.
+Launch spread(const Device& device, int64_t tiles, int64_t groups, int lanes, int kept, int most) {
   int cluster = 1, warps = kMaxTokenThreads / 32;
   if (device.has_wgmma) {
     if (lanes == 4 && kept > 1) warps = 8;  // of many registers: two thread blocks a multiprocessor
-    while (cluster < kMaxCluster && groups > cluster * warps * kept) cluster *= 2;
-    while (2 * cluster <= 8 && groups > cluster * warps && tiles * cluster * 2 <= device.num_sms) cluster *= 2;
+    while (cluster < most && groups > cluster * warps * kept) cluster *= 2;
+    while (2 * cluster <= std::min(most, 8) && groups > cluster * warps && tiles * cluster * 2 <= device.num_sms)
+      cluster *= 2;
   }
   const int64_t rounds = ceil_div(groups, cluster * warps);
   warps = static_cast<int>(ceil_div(groups, cluster * rounds));
@@ -560,10 +561,15 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
     constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
     const int lanes = tiles ? 4 : 32, kept = kept_groups(kKind, lanes);
     const int64_t count = tiles ? args.tiles : args.m;
-    Launch how = spread(device, count, args.groups, lanes, kept);
     const auto kernel = tiles ? quantize_tokens<T, kKind, 4> : quantize_tokens<T, kKind, 32>;
-    how.shared_bytes = tiles && args.vectors ? how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs : 0;
-    const int64_t at_once = std::min<int64_t>(count, clusters_at_once(kernel, how));
+    Launch how;
+    int64_t at_once = 0;
+    // A part of a GPU may be too small for the largest clusters.
+    for (int most = kMaxCluster; at_once == 0; most = static_cast<int>(how.cluster) / 2) {
+      how = spread(device, count, args.groups, lanes, kept, most);
+      how.shared_bytes = tiles && args.vectors ? how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs : 0;
+      at_once = std::min<int64_t>(count, clusters_at_once(kernel, how));
+    }
     Args with = args;
     with.cluster = static_cast<int>(how.cluster);
     with.ahead = how.shared_bytes > 0 && at_once < count;
