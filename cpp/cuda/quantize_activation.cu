@@ -563,18 +563,18 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
     const int64_t count = tiles ? args.tiles : args.m;
     const auto kernel = tiles ? quantize_tokens<T, kKind, 4> : quantize_tokens<T, kKind, 32>;
     Launch how;
-    int64_t at_once = 0;
+    int at_once = 0;
     // A part of a GPU may be too small for the largest clusters.
     for (int most = kMaxCluster; at_once == 0; most = static_cast<int>(how.cluster) / 2) {
       how = spread(device, count, args.groups, lanes, kept, most);
       how.shared_bytes = tiles && args.vectors ? how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs : 0;
-      at_once = std::min<int64_t>(count, clusters_at_once(kernel, how));
+      at_once = clusters_at_once(kernel, how);
     }
     Args with = args;
     with.cluster = static_cast<int>(how.cluster);
     with.ahead = how.shared_bytes > 0 && at_once < count;
     if (!with.ahead) how.shared_bytes = 0;
-    how.grid.x *= static_cast<unsigned>(at_once);
+    how.grid.x *= static_cast<unsigned>(std::min<int64_t>(count, at_once));
     launch(stream, "quantize_activation", kernel, how, with);
     return;
   }
