@@ -63,7 +63,8 @@ def _inputs(tokenizer, prompts: Sequence[str], chat: bool, device) -> Any:
         ]
     if len(prompts) > 1:
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            # Masked, whatever it is.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         tokenizer.padding_side = "left"
     inputs = tokenizer(list(prompts), return_tensors="pt", add_special_tokens=not chat, padding=len(prompts) > 1)
     if inputs.input_ids.shape[1] == 0 or not bool((inputs.attention_mask.sum(1) > 0).all()):

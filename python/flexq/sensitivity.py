@@ -363,10 +363,11 @@ def unquantized_for_target(
             for name in left:
                 replace_module(model, name, layers[name])
 
-    best = without(len(ranking))
+    most = len(ranking) - 1  # something has to be quantized
+    best = without(most)
     if best > target:
-        raise ValueError(f"{target} cannot be met: with no layer quantized it is {best:.5f}")
-    count, reached = _fewest(without, target, len(ranking), best)
+        raise ValueError(f"{target} cannot be met: with a single layer quantized it is {best:.5f}")
+    count, reached = _fewest(without, target, most, best)
     left = [layer.name for layer in ranking[:count]]
     for name in left:
         replace_module(model, name, reference.get_submodule(name))

@@ -142,6 +142,28 @@ def test_calibrated_with_a_budget(model, text, tmp_path):
     code, printed, errors = run("sensitivity", out, *arguments)
     assert code == 0 and "KL added by A6" in printed and plot.stat().st_size > 0, errors
     assert len(json.loads(ranking.read_text())["layers"]) == 14
+    estimated = ["--estimate", "--agreement", ranking, "--text", text, "--window-length", "32", "--windows", "2"]
+    code, printed, errors = run("sensitivity", out, *estimated, "--json", "--quiet")
+    assert code == 0 and -1 <= json.loads(printed)["rank_agreement"] <= 1, errors
+
+
+def test_perplexity_target_estimated_and_resumed(model, text, tmp_path):
+    options = ["--calibrate", text, "--window-length", "32", "--resume", tmp_path / "parts", "--estimate", "--quiet"]
+    code, printed, errors = run("quantize", model, "-o", tmp_path / "out", *options, "--target-ppl", "1000", "--json")
+    assert code == 0, errors
+    assert len(list((tmp_path / "parts").glob("block-*.safetensors"))) == 2
+    produced = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["plan"]["produced_by"]
+    assert produced["target_ppl"] == 1000 and produced["measured_ppl"] <= 1000
+    assert produced["ranked_by"].endswith("estimated")
+
+
+def test_several_prompts_and_choices(model, tmp_path):
+    code, printed, errors = run("generate", model, "the quick", "a", "--max-new-tokens", 4, "--no-fuse", "--json")
+    assert code == 0 and len(json.loads(printed)["text"]) == 2, errors
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}\n')
+    code, printed, errors = run("eval", model, "--choices", questions, "--json", "--quiet")
+    assert code == 0 and json.loads(printed)["choices"][0]["questions"] == 1, errors
 
 
 @pytest.mark.parametrize(
