@@ -149,7 +149,7 @@ def test_calibrated_with_a_budget(model, text, tmp_path):
 
 def test_perplexity_target_estimated_and_resumed(model, text, tmp_path):
     options = ["--calibrate", text, "--window-length", "32", "--resume", tmp_path / "parts", "--estimate", "--quiet"]
-    code, printed, errors = run("quantize", model, "-o", tmp_path / "out", *options, "--target-ppl", "1000", "--json")
+    code, _, errors = run("quantize", model, "-o", tmp_path / "out", *options, "--target-ppl", "1000", "--json")
     assert code == 0, errors
     assert len(list((tmp_path / "parts").glob("block-*.safetensors"))) == 2
     produced = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["plan"]["produced_by"]
