@@ -3,10 +3,9 @@
 import flexq
 import pytest
 import torch
+from flexq.integrations.peft import for_flexq
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from test_fuse import IDS, random_model
-
-peft = pytest.importorskip("flexq.integrations.peft")
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def test_loads_an_adapter(adapter):
     quantized = flexq.quantize_model(random_model("llama"))
     with torch.inference_mode():
         without = quantized(IDS).logits
-        model = PeftModel.from_pretrained(quantized, folder, config=peft.for_flexq(PeftConfig.from_pretrained(folder)))
+        model = PeftModel.from_pretrained(quantized, folder, config=for_flexq(PeftConfig.from_pretrained(folder)))
         assert (model(IDS).logits - expected).norm() < 0.1 * expected.norm()
         assert (without - expected).norm() > 0.3 * expected.norm()
         with model.disable_adapter():
@@ -36,9 +35,9 @@ def test_loads_an_adapter(adapter):
 def test_what_is_not_possible(adapter):
     folder, _ = adapter
     model = PeftModel.from_pretrained(
-        flexq.quantize_model(random_model("llama")), folder, config=peft.for_flexq(PeftConfig.from_pretrained(folder))
+        flexq.quantize_model(random_model("llama")), folder, config=for_flexq(PeftConfig.from_pretrained(folder))
     )
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.merge_and_unload()
     with pytest.raises(ValueError, match="type LORA"):
-        peft.for_flexq(IA3Config())
+        for_flexq(IA3Config())
