@@ -8,7 +8,6 @@
 #include <mutex>
 #include <tuple>
 
-#include "core/error.h"
 #include "cuda/kernels.h"
 
 namespace flexq::cuda {

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cfloat>
 
-#include "core/error.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/layout.h"

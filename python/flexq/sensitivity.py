@@ -50,6 +50,13 @@ class LayerSensitivity:
         return self.kl / max(self.parameters, 1)
 
 
+def _over_windows(name: str, layer: Linear, kl: Sequence[float]) -> LayerSensitivity:
+    """Mean and standard error of a layer's KL on each window."""
+    each = torch.tensor(kl, dtype=torch.float64)
+    spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
+    return LayerSensitivity(name, layer.in_features * layer.out_features, each.mean().item(), spread)
+
+
 def quantized_layers(model: nn.Module) -> dict[str, Linear]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     if not layers:
@@ -156,9 +163,7 @@ def measure(
                 for i, window in enumerate(windows):
                     with _starting_at(blocks, index, states[i][index]):
                         added.append(divergence.of(_log_probabilities(model, window), i) - base[i])
-            each = torch.tensor(added, dtype=torch.float64)
-            spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
-            results.append(LayerSensitivity(name, layer.in_features * layer.out_features, each.mean().item(), spread))
+            results.append(_over_windows(name, layer, added))
     return sorted(results, key=lambda layer: -layer.density)
 
 
@@ -204,11 +209,7 @@ def estimate(
     for index, window in enumerate(progress(list(windows)) if progress else windows):
         for name, value in _fisher(layers, reference, window, of, seed=index).items():
             added[name].append(value)
-    results = []
-    for name, layer in layers.items():
-        each = torch.tensor(added[name], dtype=torch.float64)
-        spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
-        results.append(LayerSensitivity(name, layer.in_features * layer.out_features, each.mean().item(), spread))
+    results = [_over_windows(name, layer, added[name]) for name, layer in layers.items()]
     return sorted(results, key=lambda layer: -layer.density)
 
 
