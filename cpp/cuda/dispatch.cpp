@@ -43,7 +43,7 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   // Of a group: under 4 clocks a token are the tensor cores' own, the rest is not hidden behind them.
   double group_clocks = p.per_group() ? 330 + 6.4 * tokens : 150 + 3.85 * tokens;
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
-  const bool relief = c.tokens == 256 && waves > 2;
+  const bool relief = c.tokens >= 128 && waves > 2;
   if (relief != (plan.multicast > 1)) group_clocks *= 1.04;
   const double output_clocks = 600 + 17 * tokens;
   const double parts_clocks = plan.splits > 1 ? 1500 + 40 * tokens : 0;
@@ -120,7 +120,7 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
   }
   for (int i = 0; device.has_wgmma && m > kMmaTokens && i < num_wgmma_configs(); ++i) {
     const WgmmaShape c = wgmma_shape(i);
-    if (p.per_group() && !c.per_group) continue;
+    if (!(p.per_group() ? c.group : c.channel)) continue;
     // Nobody wants more columns than there are tokens, nor few columns for many tokens.
     if (c.tokens >= 2 * m || (m >= 256 && c.tokens < 64)) continue;
     const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);

@@ -4,9 +4,12 @@
 // and activation tiles just as they lie in memory, by bulk copies that report their bytes to the stage's barrier. One
 // copy is a stage's weights and one a group's activations: issuing a copy takes a warp some 60 clocks, and the stages
 // must come faster than the tensor cores use them up.
-// Two consumer warp groups have 64 rows each: a warp reads its own records, turns them into A fragments in registers
-// (nine instructions for 16 codes) while the tensor cores work on the ones before, and the activations are the B
-// operand straight from shared memory, core matrices without swizzle.
+// A consumer warp group has 64 rows: a warp reads its own records, turns them into A fragments in registers (nine
+// instructions for 16 codes), and the activations are the B operand straight from shared memory, core matrices without
+// swizzle. Two of them, for the tile's two halves of rows, unpack while the tensor cores work on what they unpacked
+// before. Where scheme group's scaling of every group's sums takes longer than the products, there are four, each with
+// half of the tokens too: more warps to choose from keep the schedulers busy, and one's scaling hides another's
+// products.
 //
 // A cluster is `multicast` thread blocks side by side along N, which each copy a share of the activations to all of
 // them, times the parts of K, whose sums meet through distributed shared memory in a fixed order. Thread blocks without
@@ -31,38 +34,47 @@
 namespace flexq::cuda {
 namespace {
 
-constexpr int kConsumers = 2;  // warp groups
 constexpr int kWarpGroup = 128;
-constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
-constexpr int kRows = 64 * kConsumers;
+constexpr int kRowParts = 2;  // warp groups along a tile's rows
+constexpr int kRows = 64 * kRowParts;
 static_assert(kRows == kTileBlocks * kRecordRows, "a tile's records are one copy");
 constexpr int kMaxChunkTokens = 32;  // that the epilogue stores at a time
-// Of 65,536 registers: 168 a thread at launch, then as each role needs.
-[[maybe_unused]] constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kSharedLimit = 227 * 1024;
 
 struct Config {
-  int tokens;          // of a tile: wgmma's n
+  int tokens;          // of a tile
+  int token_parts;     // warp groups along them: each one's share is wgmma's n
   int groups_a_stage;  // of 128 k
   int stages;
-  bool per_group;  // there is room for two sets of sums
+  bool group, channel;  // the schemes of scales that it is for
 
-  constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
+  constexpr int consumers() const { return kRowParts * token_parts; }
+  constexpr int threads() const { return (consumers() + 1) * kWarpGroup; }
+  // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
+  // producer gives back.
+  constexpr int producer_registers() const { return consumers() == 2 ? 56 : 32; }
+  constexpr int consumer_registers() const {
+    const int at_launch = 65536 / threads() / 8 * 8;
+    return at_launch + (at_launch - producer_registers()) / consumers() / 8 * 8;
+  }
+
+  constexpr int chunk_tokens() const { return std::min(tokens / token_parts, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * record_and_scale_bytes(true); }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
   constexpr int scale_bytes() const { return groups_a_stage * tokens * 4; }  // of the activations
   constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
-  constexpr int staging_bytes() const { return kConsumers * 4 * chunk_tokens() * kRecordRows * 4; }
+  constexpr int staging_bytes() const { return consumers() * 4 * chunk_tokens() * kRecordRows * 4; }
   constexpr int shared_bytes() const { return stages * (stage_bytes() + scale_bytes() + 2 * 8) + staging_bytes(); }
 };
 
 // Of these, dispatch.cpp picks.
 constexpr Config kConfigs[] = {
-    {.tokens = 16, .groups_a_stage = 2, .stages = 7, .per_group = true},
-    {.tokens = 32, .groups_a_stage = 2, .stages = 6, .per_group = true},
-    {.tokens = 64, .groups_a_stage = 2, .stages = 5, .per_group = true},
-    {.tokens = 128, .groups_a_stage = 1, .stages = 7, .per_group = true},
-    {.tokens = 256, .groups_a_stage = 1, .stages = 4, .per_group = false},
+    {.tokens = 16, .token_parts = 1, .groups_a_stage = 2, .stages = 7, .group = true, .channel = true},
+    {.tokens = 32, .token_parts = 1, .groups_a_stage = 2, .stages = 6, .group = true, .channel = true},
+    {.tokens = 64, .token_parts = 1, .groups_a_stage = 2, .stages = 5, .group = true, .channel = true},
+    {.tokens = 128, .token_parts = 2, .groups_a_stage = 1, .stages = 6, .group = true, .channel = false},
+    {.tokens = 128, .token_parts = 1, .groups_a_stage = 1, .stages = 7, .group = false, .channel = true},
+    {.tokens = 256, .token_parts = 1, .groups_a_stage = 1, .stages = 4, .group = false, .channel = true},
 };
 
 struct Params {
@@ -94,7 +106,9 @@ template <int kConfig, bool kPerGroup>
 class Kernel {
  public:
   static constexpr Config kC = kConfigs[kConfig];
-  static constexpr int kSums = kC.tokens / 2;  // a thread's
+  static constexpr int kConsumers = kC.consumers();
+  static constexpr int kTokens = kC.tokens / kC.token_parts;  // of a consumer
+  static constexpr int kSums = kTokens / 2;                   // a thread's
   static constexpr int kGroupsAStage = kC.groups_a_stage;
   static constexpr int kRecord = record_and_scale_bytes(kPerGroup);
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
@@ -103,8 +117,10 @@ class Kernel {
       : p_(params),
         shared_(shared),
         base_(ptx::shared_address(shared)),
-        warp_(threadIdx.x / 32),
-        lane_(threadIdx.x % 32) {
+        warp_(__shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0)),  // for the compiler: the same in all lanes
+        lane_(threadIdx.x % 32),
+        block_(warp_ % kTileBlocks),
+        first_token_(warp_ / kTileBlocks * kTokens) {
     const uint32_t rank = ptx::cluster_rank();
     peer_ = static_cast<int>(rank) % p_.multicast;
     part_ = static_cast<int>(rank) / p_.multicast;
@@ -112,6 +128,8 @@ class Kernel {
     const int steps = (p_.groups + kGroupsAStage - 1) / kGroupsAStage;
     step_begin_ = static_cast<int>(static_cast<int64_t>(steps) * part_ / p_.splits);
     step_end_ = static_cast<int>(static_cast<int64_t>(steps) * (part_ + 1) / p_.splits);
+    const int told = part_ * p_.multicast + (lane_ < p_.multicast ? lane_ : 0);
+    peer_empty_ = ptx::remote_address(empty(0), static_cast<uint32_t>(told));
     first_tile_ = static_cast<int>(blockIdx.x) / (p_.multicast * p_.splits);
     tile_stride_ = static_cast<int>(gridDim.x) / (p_.multicast * p_.splits);
   }
@@ -127,12 +145,12 @@ class Kernel {
     __syncthreads();
     ptx::cluster_meet();
     if (warp_ >= 4 * kConsumers) {
-      ptx::set_fewer_registers<kProducerRegisters>();
+      ptx::set_fewer_registers<kC.producer_registers()>();
       if (lane_ == 0) produce();
       __syncwarp();
       if (p_.splits > 1) ptx::cluster_sync();  // add_up_parts'
     } else {
-      ptx::set_more_registers<kConsumerRegisters>();
+      ptx::set_more_registers<kC.consumer_registers()>();
       consume();
     }
     // Nobody leaves while a peer may still copy to it, arrive at its barriers or read its sums.
@@ -181,7 +199,7 @@ class Kernel {
     }
   };
 
-  // ---- Producer: a thread each for the weights, the activations' codes and their scales ----
+  // ---- Producer: a thread each for the weights and the activations ----
 
   __device__ int groups_of(int step) const { return min(kGroupsAStage, p_.groups - step * kGroupsAStage); }
 
@@ -216,40 +234,41 @@ class Kernel {
     });
   }
 
-  // This thread block's share of each group's rows of `tile_bytes` for 8 tokens, to all its peers.
-  __device__ __forceinline__ void produce_activations(const uint8_t* from, int tile_bytes, uint32_t to0,
-                                                      int stage_bytes) const {
+  // This thread block's share of each group's activations, to all its peers.
+  __device__ void produce_activations() const {
     const int first = peer_ * share_;
     const auto peers = static_cast<uint16_t>(((1 << p_.multicast) - 1) << (part_ * p_.multicast));
+    const auto copy = [&](uint32_t to, const void* from, int bytes, int stage) {
+      if (p_.multicast == 1) {
+        ptx::bulk_copy(to, from, static_cast<uint32_t>(bytes), full(stage));
+      } else {
+        ptx::bulk_copy_multicast(to, from, static_cast<uint32_t>(bytes), full(stage), peers);
+      }
+    };
     produce([&](const Tile& tile, int step, int stage) {
       const int tiles = min(share_, p_.token_tiles - tile.token_tile - first);
       if (tiles <= 0) return;
-      const auto bytes = static_cast<uint32_t>(tiles * tile_bytes);
 #pragma unroll
       for (int g = 0; g < kGroupsAStage; ++g) {
         if (g > 0 && g >= groups_of(step)) break;
-        const int64_t at = (step * kGroupsAStage + g) * static_cast<int64_t>(p_.token_tiles) + tile.token_tile + first;
-        const uint32_t to = to0 + stage * stage_bytes + (g * (kC.tokens / kTokenTile) + first) * tile_bytes;
-        if (p_.multicast == 1) {
-          ptx::bulk_copy(to, from + at * tile_bytes, bytes, full(stage));
-        } else {
-          ptx::bulk_copy_multicast(to, from + at * tile_bytes, bytes, full(stage), peers);
+        const int64_t from =
+            (step * kGroupsAStage + g) * static_cast<int64_t>(p_.token_tiles) + tile.token_tile + first;
+        const int to = g * (kC.tokens / kTokenTile) + first;
+        copy(acts(stage) + to * kTileGroupBytes, p_.codes + from * kTileGroupBytes, tiles * kTileGroupBytes, stage);
+        if constexpr (kPerGroup) {
+          copy(scales(stage) + to * kTokenTile * 4, p_.act_scales + from * kTokenTile, tiles * kTokenTile * 4, stage);
         }
       }
     });
   }
 
   __device__ void produce() const {
-    const int which = warp_ % 4;
+    const int which = warp_ - 4 * kConsumers;
     if (which == 0) return produce_weights();
-    if (which > (kPerGroup ? 2 : 1)) return;
+    if (which > 1) return;
     ptx::wait_for_previous_kernel();
     ptx::launch_dependents();
-    if (which == 1) {
-      produce_activations(p_.codes, kTileGroupBytes, acts(0), kC.stage_bytes());
-    } else {
-      produce_activations(reinterpret_cast<const uint8_t*>(p_.act_scales), kTokenTile * 4, scales(0), kC.scale_bytes());
-    }
+    produce_activations();
   }
 
   // ---- Consumers ----
@@ -258,15 +277,17 @@ class Kernel {
     uint32_t a[kGroupsAStage][4][4];
   };
 
+  // Where this lane's part of a stage's first record is in the stage.
+  __device__ int record_place() const { return block_ * kRecordBytes + lane_ * 16; }
+
   // Waits for a stage and unpacks this warp's rows of it.
-  __device__ __forceinline__ void unpack_stage(const Tile& tile, const Place& place, int step,
+  __device__ __forceinline__ void unpack_stage(const Tile& tile, const Place& place, int step, int record_place,
                                                Fragments& fragments) const {
     ptx::mbarrier_wait(full(place.stage), place.parity);
-    const uint8_t* records = shared_ + place.stage * kC.stage_bytes();
+    const uint8_t* records = shared_ + place.stage * kC.stage_bytes() + record_place;
 #pragma unroll
     for (int g = 0; g < kGroupsAStage; ++g) {
-      const auto* vectors =
-          reinterpret_cast<const uint4*>(records + g * tile.blocks * kRecord + warp_ * kRecordBytes) + lane_;
+      const auto* vectors = reinterpret_cast<const uint4*>(records + g * tile.blocks * kRecord);
       const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
       const bool there = g == 0 || g < groups_of(step);
 #pragma unroll
@@ -280,17 +301,19 @@ class Kernel {
 
   // wgmma's description of k step s of a stage's group: core matrices 128 bytes apart along k, 1 KB along tokens.
   __device__ __forceinline__ uint64_t b_operand(int stage, int g, int s) const {
-    const uint32_t address = acts(stage) + g * kC.tokens * kGroup + s * 2 * kCoreMatrixBytes;
-    return static_cast<uint64_t>(address >> 4 & 0x3fff) | static_cast<uint64_t>(kCoreMatrixBytes >> 4) << 16 |
-           static_cast<uint64_t>(kTileGroupBytes >> 4) << 32;
+    // Addresses are in units of 16 bytes, the bits above them say whose of a cluster; nothing that is added carries
+    // over.
+    const uint64_t first = static_cast<uint64_t>((acts(0) + first_token_ * kGroup) >> 4 & 0x3fff) |
+                           static_cast<uint64_t>(kCoreMatrixBytes >> 4) << 16 |
+                           static_cast<uint64_t>(kTileGroupBytes >> 4) << 32;
+    const uint32_t offset = static_cast<uint32_t>(stage) * (kC.stage_bytes() / 16);
+    return first + offset + static_cast<uint32_t>(g * kC.tokens * kGroup / 16 + s * 2 * kCoreMatrixBytes / 16);
   }
 
-  // This warp is done with a stage, here and at the peers that filled it too.
+  // This warp is done with a stage, here and at the peers that filled it too: a lane tells each of them.
   __device__ __forceinline__ void release(int stage) const {
     __syncwarp();
-    if (lane_ < p_.multicast) {
-      ptx::mbarrier_arrive_remote(empty(stage), static_cast<uint32_t>(part_ * p_.multicast + lane_));
-    }
+    if (lane_ < p_.multicast) ptx::mbarrier_arrive_cluster(peer_empty_ + stage * 8);
   }
 
   // ---- Scheme channel: sums over all of K, in the tensor cores ----
@@ -310,7 +333,7 @@ class Kernel {
     // The tensor cores have this step's products to do while those of the step before are seen off.
     ptx::wgmma_wait<1>();
     if (step > step_begin_) release(stage == 0 ? kC.stages - 1 : stage - 1);
-    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
+    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, record_place(), next);
   }
 
   __device__ __forceinline__ void add_up_channel(const Tile& tile, Place& place, Fragments& even, Fragments& odd,
@@ -324,71 +347,87 @@ class Kernel {
     release(place.stage == 0 ? kC.stages - 1 : place.stage - 1);
   }
 
-  // ---- Scheme group: a stage in two parts, the second in the tensor cores while the first one's sums are scaled ----
+  // ---- Scheme group: every group's sums are scaled ----
 
-  // A part is one of two groups or, of a single group, half of the tokens.
-  static constexpr int kPartTokens = kC.tokens * kGroupsAStage / 2;
-  static constexpr int kPartSums = kPartTokens / 2;
-  static constexpr int group_of_part(int part) { return kGroupsAStage == 2 ? part : 0; }
-  static constexpr int token_of_part(int part) { return kGroupsAStage == 2 ? 0 : part * kPartTokens; }
-
-  template <int kPart>
-  __device__ __forceinline__ void start(int stage, const Fragments& fragments, int32_t (&dots)[kPartSums]) const {
-    constexpr int g = group_of_part(kPart);
+  template <int g>
+  __device__ __forceinline__ void start(int stage, const Fragments& fragments, int32_t (&dots)[kSums]) const {
     ptx::wgmma_fence();
-    // Tokens are 128 bytes apart, in units of 16.
-    constexpr uint64_t kFirst = token_of_part(kPart) * kGroup / 16;
-    ptx::wgmma_s8<false>(dots, fragments.a[g][0], b_operand(stage, g, 0) + kFirst);
+    ptx::wgmma_s8<false>(dots, fragments.a[g][0], b_operand(stage, g, 0));
 #pragma unroll
-    for (int s = 1; s < 4; ++s) ptx::wgmma_s8<true>(dots, fragments.a[g][s], b_operand(stage, g, s) + kFirst);
+    for (int s = 1; s < 4; ++s) ptx::wgmma_s8<true>(dots, fragments.a[g][s], b_operand(stage, g, s));
     ptx::wgmma_commit();
   }
 
-  template <int kPart>
-  __device__ __forceinline__ void scale(const Tile& tile, int step, int stage, const int32_t (&dots)[kPartSums],
-                                        Sum (&sums)[kSums]) const {
-    constexpr int g = group_of_part(kPart);
-    if (g > 0 && g >= groups_of(step)) return;
-    constexpr float kFactor = 1.0f / kCodeFactor;
-    const uint8_t* records = shared_ + stage * kC.stage_bytes() + g * tile.blocks * kRecord;
+  // Where this lane's scales of a stage's first group are: of rows in the stage, of tokens in shared memory.
+  struct ScalePlaces {
+    int rows, tokens;
+  };
+  __device__ ScalePlaces scale_places(const Tile& tile) const {
+    return {tile.blocks * kRecordBytes + (block_ * kRecordRows + lane_ / 4) * 2,
+            kScalesAt + (first_token_ / 2 + lane_ % 4) * 8};
+  }
+
+  // sums come out kCodeFactor times too large.
+  template <int g>
+  __device__ __forceinline__ void scale(const Tile& tile, const ScalePlaces& places, int stage,
+                                        const int32_t (&dots)[kSums], Sum (&sums)[kSums]) const {
     const auto* of_rows =
-        reinterpret_cast<const __half*>(records + tile.blocks * kRecordBytes) + warp_ * kRecordRows + lane_ / 4;
-    const float low = __half2float(of_rows[0]) * kFactor, high = __half2float(of_rows[8]) * kFactor;
-    const auto* of_tokens = reinterpret_cast<const float2*>(shared_ + kScalesAt + stage * kC.scale_bytes()) +
-                            (g * kC.tokens + token_of_part(kPart)) / 2 + lane_ % 4;
+        reinterpret_cast<const __half*>(shared_ + stage * kC.stage_bytes() + places.rows + g * tile.blocks * kRecord);
+    const float low = __half2float(of_rows[0]), high = __half2float(of_rows[8]);
+    const auto* of_tokens =
+        reinterpret_cast<const float2*>(shared_ + stage * kC.scale_bytes() + places.tokens + g * kC.tokens * 4);
 #pragma unroll
-    for (int j = 0; j < kPartTokens / 8; ++j) {
+    for (int j = 0; j < kTokens / 8; ++j) {
       const float2 act = of_tokens[4 * j];
-      constexpr int kFirst = token_of_part(kPart) / 2;
-      sums[kFirst + 4 * j] += static_cast<float>(dots[4 * j]) * (low * act.x);
-      sums[kFirst + 4 * j + 1] += static_cast<float>(dots[4 * j + 1]) * (low * act.y);
-      sums[kFirst + 4 * j + 2] += static_cast<float>(dots[4 * j + 2]) * (high * act.x);
-      sums[kFirst + 4 * j + 3] += static_cast<float>(dots[4 * j + 3]) * (high * act.y);
+      sums[4 * j] += static_cast<float>(dots[4 * j]) * (low * act.x);
+      sums[4 * j + 1] += static_cast<float>(dots[4 * j + 1]) * (low * act.y);
+      sums[4 * j + 2] += static_cast<float>(dots[4 * j + 2]) * (high * act.x);
+      sums[4 * j + 3] += static_cast<float>(dots[4 * j + 3]) * (high * act.y);
     }
   }
 
-  __device__ __forceinline__ void advance_parts(const Tile& tile, int step, Place& place, const Fragments& now,
-                                                Fragments& next, Sum (&sums)[kSums]) const {
+  // A stage of two groups: the second in the tensor cores while the first one's sums are scaled, and the next stage
+  // unpacked meanwhile.
+  __device__ __forceinline__ void advance_groups(const Tile& tile, int step, Place& place, const Fragments& now,
+                                                 Fragments& next, Sum (&sums)[kSums]) const {
     const int stage = place.stage;
     place.advance();
-    int32_t first[kPartSums], second[kPartSums];
+    int32_t first[kSums], second[kSums];
     start<0>(stage, now, first);
     start<1>(stage, now, second);
-    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
+    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, record_place(), next);
     ptx::wgmma_wait<1>();
     ptx::hold(first);
-    scale<0>(tile, step, stage, first, sums);
+    scale<0>(tile, scale_places(tile), stage, first, sums);
     ptx::wgmma_wait<0>();
     ptx::hold(second);
-    scale<1>(tile, step, stage, second, sums);
+    if (groups_of(step) == 2) scale<1>(tile, scale_places(tile), stage, second, sums);
     release(stage);
   }
 
-  __device__ __forceinline__ void add_up_groups(const Tile& tile, Place& place, Fragments& even, Fragments& odd,
-                                                Sum (&sums)[kSums]) const {
-    for (int step = step_begin_; step < step_end_; step += 2) {
-      advance_parts(tile, step, place, even, odd, sums);
-      if (step + 1 < step_end_) advance_parts(tile, step + 1, place, odd, even, sums);
+  __device__ __forceinline__ void add_up_groups(const Tile& tile, Place& place, Sum (&sums)[kSums]) const {
+    if constexpr (kGroupsAStage == 2) {
+      Fragments even, odd;
+      unpack_stage(tile, place, step_begin_, record_place(), even);
+      for (int step = step_begin_; step < step_end_; step += 2) {
+        advance_groups(tile, step, place, even, odd, sums);
+        if (step + 1 < step_end_) advance_groups(tile, step + 1, place, odd, even, sums);
+      }
+    } else {  // one thing after the other: the other warp groups are at something else
+      const int from = ptx::keep(record_place());
+      const ScalePlaces places{ptx::keep(scale_places(tile).rows), ptx::keep(scale_places(tile).tokens)};
+#pragma unroll 1
+      for (int step = step_begin_; step < step_end_; ++step) {
+        Fragments fragments;
+        int32_t dots[kSums];
+        unpack_stage(tile, place, step, from, fragments);
+        start<0>(place.stage, fragments, dots);
+        ptx::wgmma_wait<0>();
+        ptx::hold(dots);
+        scale<0>(tile, places, place.stage, dots, sums);
+        release(place.stage);
+        place.advance();
+      }
     }
   }
 
@@ -402,35 +441,36 @@ class Kernel {
       Sum sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0;
-      Fragments even, odd;
-      unpack_stage(tile, place, step_begin_, even);
       if constexpr (kPerGroup) {
-        add_up_groups(tile, place, even, odd, sums);
+        add_up_groups(tile, place, sums);
       } else {
+        Fragments even, odd;
+        unpack_stage(tile, place, step_begin_, record_place(), even);
         // Only now, when the first activations have come, are their scales there.
         float token_scales[kTokenScales];
         load_token_scales(tile, token_scales);
         add_up_channel(tile, place, even, odd, sums);
         share_token_scales(token_scales);
       }
-      if (p_.splits == 1) {
-        const Rows rows = rows_of(tile);
-#pragma unroll
-        for (int c = 0; c < kC.tokens / kC.chunk_tokens(); ++c) {
-          Sum chunk[kChunkSums];
-#pragma unroll
-          for (int i = 0; i < kChunkSums; ++i) chunk[i] = sums[c * kChunkSums + i];
-          store(tile, rows, c, chunk);
-        }
-      } else {
-        add_up_parts(tile, sums);
-      }
+      store_all(kPerGroup ? tile_at(ptx::keep(index)) : tile, sums);  // computed again, where registers are few
     }
   }
 
   // ---- Outputs, a chunk of tokens at a time ----
 
   static constexpr int kChunkSums = kC.chunk_tokens() / 2;
+
+  __device__ __forceinline__ void store_all(const Tile& tile, const Sum (&sums)[kSums]) const {
+    if (p_.splits > 1) return add_up_parts(tile, sums);
+    const Rows rows = rows_of(tile);
+#pragma unroll
+    for (int c = 0; c < kTokens / kC.chunk_tokens(); ++c) {
+      Sum chunk[kChunkSums];
+#pragma unroll
+      for (int i = 0; i < kChunkSums; ++i) chunk[i] = sums[c * kChunkSums + i];
+      store(tile, rows, c, chunk);
+    }
+  }
 
   // Scheme channel: the tokens' scales, asked for ahead of time, a few a thread, and then shared by the warp group
   // where scheme group has those of the stages.
@@ -466,7 +506,7 @@ class Kernel {
     Rows rows{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t row = static_cast<int64_t>(tile.row_block + warp_) * kRecordRows + lane_ / 4 + 8 * i;
+      const int64_t row = static_cast<int64_t>(tile.row_block + block_) * kRecordRows + lane_ / 4 + 8 * i;
       if (row >= p_.n) continue;
       if (!kPerGroup) rows.scale[i] = __half2float(__ushort_as_half(p_.scales[row])) * (1.0f / kCodeFactor);
       if (p_.bias != nullptr) rows.bias[i] = load_float(p_.bias, p_.bias_dtype, row);
@@ -484,7 +524,7 @@ class Kernel {
     for (int i = 0; i < kSums; ++i) mine[i * kAll] = sums[i];
     ptx::cluster_sync();  // the producer's too
     const Rows rows = rows_of(tile);
-    for (int c = part_; c < kC.tokens / kC.chunk_tokens(); c += p_.splits) {
+    for (int c = part_; c < kTokens / kC.chunk_tokens(); c += p_.splits) {
       Sum chunk[kChunkSums] = {};
       for (int part = 0; part < p_.splits; ++part) {
 #pragma unroll
@@ -506,8 +546,9 @@ class Kernel {
   __device__ __forceinline__ void store(const Tile& tile, const Rows& rows, int chunk,
                                         const Sum (&sums)[kChunkSums]) const {
     uint8_t* staging = shared_ + kStagingAt + warp_ * kC.chunk_tokens() * kRecordRows * 4;
-    const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kC.chunk_tokens();
-    const int64_t row0 = static_cast<int64_t>(tile.row_block + warp_) * kRecordRows;
+    const int64_t token0 =
+        static_cast<int64_t>(tile.token_tile) * kTokenTile + first_token_ + chunk * kC.chunk_tokens();
+    const int64_t row0 = static_cast<int64_t>(tile.row_block + block_) * kRecordRows;
     const bool wide = p_.y_dtype == FLEXQ_F32;
     __syncwarp();  // the chunk before has left
 #pragma unroll
@@ -517,6 +558,8 @@ class Kernel {
       float value = static_cast<float>(sums[i]);
       if constexpr (!kPerGroup) {
         value *= rows.scale[half] * shared_token_scales()[chunk * kC.chunk_tokens() + token];
+      } else {
+        value *= 1.0f / kCodeFactor;
       }
       value += rows.bias[half];
       const int at = token * kRecordRows + lane_ / 4 + 8 * half;
@@ -554,9 +597,12 @@ class Kernel {
   uint8_t* shared_;
   uint32_t base_;  // its shared address
   int warp_, lane_;
-  int peer_;   // among those that share activations
-  int share_;  // of their tiles of 8 tokens
-  int part_;   // of K
+  int block_;            // of a consumer warp: its rows in the tile
+  int first_token_;      // and its tokens
+  int peer_;             // among those that share activations
+  int share_;            // of their tiles of 8 tokens
+  int part_;             // of K
+  uint32_t peer_empty_;  // a lane's: the first stage's barrier at the peer that it tells
   int step_begin_, step_end_;
   int first_tile_, tile_stride_;
 };
@@ -564,7 +610,8 @@ class Kernel {
 #endif  // FLEXQ_SM90A
 
 template <int kConfig, bool kPerGroup>
-__global__ void __launch_bounds__(kThreads, 1) gemm_wgmma_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kConfigs[kConfig].threads(), 1)
+    gemm_wgmma_kernel(const __grid_constant__ Params params) {
 #if FLEXQ_SM90A
   extern __shared__ __align__(1024) uint8_t shared[];
   Kernel<kConfig, kPerGroup>(params, shared).run();
@@ -573,9 +620,18 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_wgmma_kernel(const __grid_co
 
 using KernelFunction = void (*)(Params);
 
+template <bool kPerGroup, size_t kConfig>
+constexpr KernelFunction kernel_if_any() {
+  if constexpr (kPerGroup ? kConfigs[kConfig].group : kConfigs[kConfig].channel) {
+    return gemm_wgmma_kernel<static_cast<int>(kConfig), kPerGroup>;
+  } else {
+    return nullptr;
+  }
+}
+
 template <bool kPerGroup, size_t... kConfig>
 std::array<KernelFunction, sizeof...(kConfig)> kernels_of(std::index_sequence<kConfig...>) {
-  return {gemm_wgmma_kernel < static_cast<int>(kConfig), kPerGroup && kConfigs[kConfig].per_group > ...};
+  return {kernel_if_any<kPerGroup, kConfig>()...};
 }
 
 template <bool kPerGroup>
@@ -597,7 +653,7 @@ int num_wgmma_configs() { return static_cast<int>(std::size(kConfigs)); }
 
 WgmmaShape wgmma_shape(int config) {
   const Config& c = kConfigs[config];
-  return {kRows, c.tokens, c.groups_a_stage, c.per_group};
+  return {kRows, c.tokens, c.groups_a_stage, c.group, c.channel};
 }
 
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
@@ -639,14 +695,15 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
   };
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   const int cluster = plan.multicast * plan.splits;
-  const int64_t clusters = plan.splits > 1 ? tiles : std::min<int64_t>(tiles, std::max(device.num_sms / cluster, 1));
-  launch(stream, "gemm_wgmma", kernel,
-         {.grid = dim3(static_cast<unsigned>(clusters * cluster)),
-          .block = dim3(kThreads),
-          .shared_bytes = static_cast<size_t>(c.shared_bytes()),
-          .overlapped = true,
-          .cluster = static_cast<unsigned>(cluster)},
-         params);
+  Launch how{.grid = dim3(static_cast<unsigned>(cluster)),
+             .block = dim3(static_cast<unsigned>(c.threads())),
+             .shared_bytes = static_cast<size_t>(c.shared_bytes()),
+             .overlapped = true,
+             .cluster = static_cast<unsigned>(cluster)};
+  const int64_t clusters =
+      plan.splits > 1 ? tiles : std::min<int64_t>(tiles, std::max(clusters_at_once(kernel, how), 1));
+  how.grid = dim3(static_cast<unsigned>(clusters * cluster));
+  launch(stream, "gemm_wgmma", kernel, how, params);
 }
 
 }  // namespace flexq::cuda

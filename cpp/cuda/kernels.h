@@ -74,7 +74,7 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
 struct WgmmaShape {
   int rows, tokens;  // of a tile
   int groups_a_stage;
-  bool per_group;  // whether it exists for scheme group; all exist for scheme channel
+  bool group, channel;  // the schemes of scales that it is for
 };
 int num_wgmma_configs();
 WgmmaShape wgmma_shape(int config);

@@ -72,9 +72,9 @@ int clusters_at_once(void (*kernel)(Params...), const Launch& how) {
   const std::lock_guard lock(mutex);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   int count = 0;
+  cudaLaunchAttribute attributes[2] = {};
+  const cudaLaunchConfig_t config = configure(kernel, how, attributes);
   if (how.cluster > 1) {
-    cudaLaunchAttribute attributes[2] = {};
-    const cudaLaunchConfig_t config = configure(kernel, how, attributes);
     check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters at once");
   } else {
     const int threads = static_cast<int>(how.block.x);

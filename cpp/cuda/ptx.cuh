@@ -93,15 +93,10 @@ __device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) 
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At the same barrier of thread block `rank` of the cluster. Without a scope of the cluster, which would cost a fence
-// of the whole GPU: what the arrival frees is written by the copy engine alone.
-__device__ inline void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n\t.reg .b32 remote;\n\t"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+// At a barrier of any thread block of the cluster, by its remote_address. Without a scope of the cluster, which would
+// cost a fence of the whole GPU: what the arrival frees is written by the copy engine alone.
+__device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Until the phase of this parity is over.
@@ -151,6 +146,13 @@ __device__ inline void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// The same shared address in thread block `rank`.
+__device__ inline uint32_t remote_address(uint32_t shared, uint32_t rank) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+  return remote;
+}
+
 // A word of the same shared address in thread block `rank`.
 __device__ inline uint32_t load_remote(uint32_t shared, uint32_t rank) {
   uint32_t value;
@@ -191,6 +193,10 @@ template <int kPending>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+
+// The value, by a way that the compiler cannot look through: it stays in a register, where the compiler would rather
+// compute it again in every turn of a loop.
+__device__ inline int keep(int value) { return __shfl_sync(~0u, value, static_cast<int>(threadIdx.x % 32)); }
 
 // Keeps the compiler from moving accesses of registers across a fence or a wait.
 template <int kCount>
