@@ -2,8 +2,8 @@
 
 python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--plans | --estimated-plans]
 
-TEXT is WikiText-2's validation text: its first 16 windows of 2048 tokens calibrate, its last ones evaluate. --plans
-measures the layers' sensitivity and compares plans instead, which takes longer; --estimated-plans estimates it.
+TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
+--plans measures the layers' sensitivity and compares plans instead, which takes longer; --estimated-plans estimates it.
 """
 
 import argparse
@@ -83,7 +83,8 @@ def main() -> None:
     reference, tokenizer = load_model(source), load_tokenizer(source)
     text = args.text.read_text(encoding="utf-8")
     windows = windows_of(tokenizer, text)
-    calibration, held_out = windows[:DEFAULT_WINDOWS], windows[-args.held_out :]
+    held_out, others = windows[-args.held_out :], windows[: -args.held_out]
+    calibration = [others[i * len(others) // DEFAULT_WINDOWS] for i in range(DEFAULT_WINDOWS)]
     probes = windows_of(tokenizer, text[: len(text) // 2], 512)
     if args.plans:
         plans(reference, calibration, held_out, probes[-3:], "measure")

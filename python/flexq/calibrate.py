@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from flexq import fisher
 from flexq.linear import Linear
 from flexq.patch import Progress, record_plan, replace_module, resolve_plan
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
@@ -96,25 +98,48 @@ def _stages(block: nn.Module, layers: dict[str, nn.Linear], call) -> list[list[s
     return [*filter(None, stages), *([name] for name in layers if name not in reached)]
 
 
-def _hessian(block: nn.Module, name: str, layer: nn.Linear, calls) -> Hessian:
-    """Of a layer's inputs, from every window."""
-    hessian = Hessian(layer.in_features, layer.weight.device)
+def _hessians(
+    stage: dict[str, nn.Linear], block: nn.Module, calls, weights: dict[str, list[torch.Tensor]] | None
+) -> dict[str, Hessian]:
+    """Of the input that a stage's layers share, from every window, with each layer's own weights of tokens."""
+    first = next(iter(stage))
+    device = stage[first].weight.device
+    names = [first] if weights is None else list(stage)
+    hessians = {name: Hessian(stage[name].in_features, device) for name in names}
+    inputs: list[torch.Tensor] = []
 
-    def add(_, args):
-        try:
-            hessian.add(args[0])
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from None
+    def keep(_, args):
+        inputs.append(args[0])
         raise _Reached  # what comes after is not needed
 
-    handle = layer.register_forward_pre_hook(add)
+    handle = stage[first].register_forward_pre_hook(keep)
     try:
-        for call in calls:
+        for index, call in enumerate(calls):
             with contextlib.suppress(_Reached):
                 _run(block, call)
+            while inputs:
+                x = inputs.pop()
+                for name, hessian in hessians.items():
+                    of_tokens = None if weights is None else weights[name][index].to(device)
+                    every = of_tokens is not None and len(of_tokens) == x.numel() // x.shape[-1]
+                    hessian.add(x, of_tokens if every else None)  # an expert sees some of the tokens only
+    except ValueError as error:
+        raise ValueError(f"layer {first}: {error}") from None
     finally:
         handle.remove()
-    return hessian
+    return {name: hessians.get(name, hessians[first]) for name in stage}
+
+
+def _token_weights(model: nn.Module, windows: Sequence[torch.Tensor], names: Sequence[str]):
+    try:
+        return fisher.token_weights(model, windows, names)
+    except torch.OutOfMemoryError:
+        warnings.warn(
+            "no memory for a backward pass of a window: all tokens of the calibration text count the same; shorter "
+            "windows, or weigh_tokens=False, avoid this",
+            stacklevel=3,
+        )
+        return None
 
 
 class _Finished:
@@ -133,6 +158,9 @@ class _Finished:
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04}.safetensors"
+
+    def all(self, blocks: int) -> bool:
+        return self.folder is not None and all(self._file(block).exists() for block in range(blocks))
 
     def load(self, block: int) -> dict[str, torch.Tensor] | None:
         return load_file(self._file(block)) if self.folder is not None and self._file(block).exists() else None
@@ -170,20 +198,25 @@ def calibrate_model(
     damping: float = 0.01,
     passes: int = 1,
     resume: str | Path | None = None,
+    weigh_tokens: bool = True,
 ) -> nn.Module:
     """Quantize the linear layers of a transformers model in place with compensated rounding, and return it.
 
     Block by block, and within a block layer by layer in the order in which they run, each is rounded for the inputs
-    that everything before it gives once quantized. If it fails or is interrupted, the model is left as it was.
+    that everything before it gives once quantized. Tokens count by how much the model's output minds an error there
+    (`flexq.fisher.token_weights`). If it fails or is interrupted, the model is left as it was.
 
     Args:
         model: on the CPU or a CUDA device.
-        windows: token ids, int64 [1, L] each, as `flexq.eval.windows_of` cuts them; 16 of 2048 do well.
+        windows: token ids, int64 [1, L] each, as `flexq.eval.spread_windows` picks them; 16 of 2048 do well.
         plan, include, skip: as for `quantize_model`.
         progress: wraps the loop over layers, e.g. `tqdm.tqdm`.
         damping, passes: of `flexq.rounding.compensated_round`.
         resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
             computed again. It is left there.
+        weigh_tokens: takes a forward and backward pass of the whole unquantized model for each window, with a warning
+            where there is no memory for it. Without, all tokens count the same, and the model is gone through block by
+            block only.
 
     Raises:
         ValueError: no windows, no stack of blocks, a plan that does not fit, or weights or inputs that are not finite
@@ -196,7 +229,8 @@ def calibrate_model(
     before: dict[str, nn.Linear] = {}
     steps = iter(progress(list(resolved)) if progress else resolved)  # one a layer, whatever their order
 
-    finished = _Finished(resume, _fingerprint(model, windows, resolved) if resume is not None else {})
+    about = _fingerprint(model, windows, resolved) | {"weigh_tokens": weigh_tokens} if resume is not None else {}
+    finished = _Finished(resume, about)
 
     def put(name: str, planes: torch.Tensor, scales: torch.Tensor) -> None:
         linear = before[name] = model.get_submodule(name)
@@ -212,6 +246,9 @@ def calibrate_model(
         put(name, *rounded)
 
     try:
+        weights = (
+            _token_weights(model, windows, list(resolved)) if weigh_tokens and not finished.all(len(blocks)) else None
+        )
         with torch.no_grad():
             calls = _inputs_of_first_block(model, blocks[0], windows)
             for index, block in enumerate(blocks):
@@ -223,8 +260,8 @@ def calibrate_model(
                         put(name, known[f"{name}.qweight"], known[f"{name}.scales"])
                 else:
                     for stage in _stages(block, layers, calls[0]) if layers else ():
-                        hessian = _hessian(block, stage[0], layers[stage[0]], calls)  # they share their input
-                        for name in stage:
+                        hessians = _hessians({name: layers[name] for name in stage}, block, calls, weights)
+                        for name, hessian in hessians.items():
                             quantize(name, hessian)
                     finished.save(index, {name: model.get_submodule(name) for name in layers})
                 calls = [(_run(block, call), *call[1:]) for call in calls]
@@ -239,5 +276,7 @@ def calibrate_model(
         raise
     model.flexq_plan = record_plan(model, Plan.of(plan))
     tokens = sum(w.numel() for w in windows)
-    model.flexq_plan.produced_by.update({"rounding": "compensated", "calibration_tokens": tokens})
+    model.flexq_plan.produced_by.update(
+        {"rounding": "compensated", "calibration_tokens": tokens, "weighed_tokens": weigh_tokens}
+    )
     return model

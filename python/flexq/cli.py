@@ -153,14 +153,14 @@ def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, r
     """Compensated rounding on the calibration text, then the activations' bits that --budget or --target-kl ask for."""
     from flexq.calibrate import calibrate_model
     from flexq.checkpoint import save_model
-    from flexq.eval import read_text, windows_of
+    from flexq.eval import read_text, spread_windows, windows_of
     from flexq.models import load_tokenizer
     from flexq.patch import shared_copy
 
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists; choose another name or overwrite it")  # before the long work
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
-    windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows)
+    windows = spread_windows(tokenizer, text, args.window_length, args.calibration_windows)
     model = calibrate_model(
         shared_copy(reference),
         windows,

@@ -84,6 +84,17 @@ def windows_of(tokenizer, text: str, length: int = DEFAULT_WINDOW, count: int | 
     return [ids[:, i * length : (i + 1) * length] for i in range(min(available, count or available))]
 
 
+def spread_windows(tokenizer, text: str, length: int = DEFAULT_WINDOW, count: int = 16) -> list[torch.Tensor]:
+    """`count` of the text's windows, evenly spaced from its beginning on: more of its subjects than the first ones.
+
+    Raises:
+        ValueError: as `windows_of`.
+    """
+    windows = windows_of(tokenizer, text, length)
+    count = min(count, len(windows))
+    return [windows[i * len(windows) // count] for i in range(count)]
+
+
 class _Sums:
     def __init__(self):
         self.nll = self.kl = 0.0

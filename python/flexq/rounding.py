@@ -17,22 +17,27 @@ _MIN_CODE, _MAX_CODE = -32, 31
 # Shares of absmax / 31 that are tried as a scale.
 _RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
 _BLOCK = 128  # columns after which the columns to come are brought up to date at once
+_KEPT_GRAPHS = 16
 
 
 class Hessian:
-    """Sum of x x^T over a layer's inputs x [..., K], float32 [K, K]."""
+    """Sum of w x x^T over a layer's inputs x [..., K] with weights w [...], float32 [K, K]."""
 
     def __init__(self, k: int, device: torch.device):
         self.sum = torch.zeros(k, k, device=device)
-        self.count = 0
+        self.count = 0.0
 
-    def add(self, x: torch.Tensor) -> None:
-        """ValueError if x holds a NaN or Inf."""
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Inputs, each with a weight of 1 or the one given; ValueError if x holds a NaN or Inf."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not torch.isfinite(rows).all():
             raise ValueError("the calibration text gives inputs that are not finite")
-        self.sum.addmm_(rows.T, rows)
-        self.count += len(rows)
+        if weights is None:
+            self.sum.addmm_(rows.T, rows)
+            self.count += len(rows)
+        else:
+            self.sum.addmm_((rows * weights.reshape(-1, 1)).T, rows)
+            self.count += weights.sum().item()
 
     def mean(self, rotation: str) -> torch.Tensor:
         """[Kp, Kp], Kp = K padded to whole groups, in the basis of the rotation; the identity if nothing was seen."""
@@ -141,39 +146,88 @@ def compensated_round(
     return planes.to(weight.device), scales
 
 
-def _nearest(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    return (values / step.where(step > 0, 1.0)).round_().clamp_(_MIN_CODE, _MAX_CODE) * (step > 0)
+def _captured(function):
+    """A function of tensors whose many small kernels are captured as one CUDA graph for each set of shapes."""
+    graphs: dict[tuple, tuple] = {}
+
+    @functools.wraps(function)
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not tensors[0].is_cuda:
+            return function(*tensors)
+        key = tuple((t.shape, t.device) for t in tensors)
+        if key not in graphs:
+            while len(graphs) >= _KEPT_GRAPHS:
+                graphs.pop(next(iter(graphs)))
+            inputs = [t.clone() for t in tensors]
+            function(*inputs)  # whatever is set up at a first call
+            torch.cuda.synchronize(tensors[0].device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(tensors[0].device), torch.cuda.graph(graph):
+                outputs = function(*inputs)
+            graphs[key] = graph, inputs, outputs
+        graph, inputs, outputs = graphs[key]
+        for mine, given in zip(inputs, tensors, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    return call
+
+
+def _nearest(values: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    return (values / divisor).round_().clamp_(_MIN_CODE, _MAX_CODE)
+
+
+def _divisor(step: torch.Tensor) -> torch.Tensor:
+    """The scale that values are divided by: where it is 0, all codes are."""
+    return step.where(step > 0, torch.inf)
+
+
+@_captured
+def _round_block(block: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [B, N] of a block's columns, and each one's error in units of what makes up for it."""
+    left, divisor = block.clone(), _divisor(step)
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
+    for i in range(len(left)):
+        codes[i] = _nearest(left[i], divisor[i])
+        errors[i] = (left[i] - codes[i] * step[i]) / factor[i, i]
+        left[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
 
 
 def _round_in_turn(target: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Codes as floats [Kp, N]; `factor` is the upper Cholesky factor of the inverse Hessian."""
     left = target.clone()
     codes = torch.empty_like(left)
-    diagonal = factor.diagonal().tolist()
     for begin in range(0, len(left), _BLOCK):
         end = min(begin + _BLOCK, len(left))
-        block, errors = left[begin:end], torch.empty_like(left[begin:end])
-        for i, j in enumerate(range(begin, end)):
-            codes[j] = _nearest(block[i], step[j])
-            errors[i] = (block[i] - codes[j] * step[j]) / diagonal[j]
-            block[i + 1 :].addr_(factor[j, j + 1 : end], errors[i], alpha=-1)
+        codes[begin:end], errors = _round_block(left[begin:end], step[begin:end], factor[begin:end, begin:end])
         left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
     return codes
+
+
+@_captured
+def _descend_block(
+    codes: torch.Tensor, step: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Better codes [B, N] of a block's columns, and by how much the error changes."""
+    codes, gradient, divisor = codes.clone(), gradient.clone(), _divisor(step)
+    changes = torch.empty_like(codes)
+    for i in range(len(codes)):
+        curvature = hessian[i, i]
+        best = _nearest(codes[i] * step[i] + gradient[i] / curvature, divisor[i])
+        best = best.where(curvature > 0, codes[i])
+        changes[i] = (codes[i] - best) * step[i]
+        codes[i] = best
+        gradient[i:].addr_(hessian[i:, i], changes[i])
+    return codes, changes
 
 
 def _descend(target: torch.Tensor, step: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
     """Each column in turn to its best codes while the others stay: one pass, in place."""
     error = target - codes * step
-    diagonal = hessian.diagonal().tolist()
     for begin in range(0, len(target), _BLOCK):
-        end = min(begin + _BLOCK, len(target))
-        gradient = hessian[begin:end] @ error
-        changes = torch.zeros_like(gradient)
-        for i, j in enumerate(range(begin, end)):
-            if diagonal[j] <= 0:
-                continue
-            best = _nearest(codes[j] * step[j] + gradient[i] / diagonal[j], step[j])
-            changes[i] = (codes[j] - best) * step[j]  # of the error
-            codes[j] = best
-            gradient[i:].addr_(hessian[begin + i : end, j], changes[i])
-        error[begin:end] += changes
+        block = slice(begin, min(begin + _BLOCK, len(target)))
+        gradient = hessian[block] @ error
+        codes[block], changes = _descend_block(codes[block], step[block], gradient, hessian[block, block])
+        error[block] += changes

@@ -3,9 +3,7 @@
 The effect is the mean KL divergence of the next-token distribution from the unquantized model's, with the layer at A6
 less that with it at A8, everything else at A8. Weights are the same at both, so nothing is quantized anew.
 
-Measuring takes a forward pass a layer. The estimate takes one forward and backward pass for all of them: to second
-order, an error d in a layer's output changes the distribution by a KL divergence of E[(g . d)^2] / 2, g the gradient of
-the log likelihood of a token drawn from the model's own distribution (the Fisher information of the output).
+Measuring takes a forward pass a layer. The estimate (fisher.py) takes one forward and backward pass for all of them.
 """
 
 import contextlib
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq import fisher
 from flexq.calibrate import decoder_blocks
 from flexq.linear import Linear
 from flexq.patch import Progress, record_plan, replace_module
@@ -224,49 +223,29 @@ def _fisher(
     layers: dict[str, Linear], reference: nn.Module, window: torch.Tensor, of: str, seed: int
 ) -> dict[str, float]:
     """The estimate of each layer on one window, in nats a token."""
-    values: dict[str, float] = {}
-    handles = []
+    values = dict.fromkeys(layers, 0.0)
 
-    def watch(name: str, layer: Linear):
-        def hook(_, args, output):
-            with torch.no_grad():
-                x = args[0].detach()
-                with act_bits([layer], 8):
-                    at_8 = layer(x)
-                if of == "a6":
-                    with act_bits([layer], 6):
-                        error = layer(x) - at_8
-                else:
-                    error = at_8 - output
+    def watcher(name: str, layer: Linear) -> fisher.Watcher:
+        def forward(x: torch.Tensor, output: torch.Tensor):
+            with act_bits([layer], 8):
+                at_8 = layer(x)
+            if of == "a6":
+                with act_bits([layer], 6):
+                    error = layer(x) - at_8
+            else:
+                error = at_8 - output
             error = error.reshape(-1, error.shape[-1]).float()
 
-            def with_gradient(gradient):
+            def backward(gradient: torch.Tensor) -> None:
                 products = (gradient.reshape(error.shape).float() * error).sum(-1)
                 values[name] = 0.5 * products.square().sum(dtype=torch.float64).item()
 
-            output.register_hook(with_gradient)
+            return backward
 
-        return hook
+        return forward
 
-    required = [p for p in reference.parameters() if p.requires_grad]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    embeddings = reference.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
-    handles += [reference.get_submodule(n).register_forward_hook(watch(n, layer)) for n, layer in layers.items()]
-    try:
-        with torch.enable_grad():
-            device = next(reference.parameters()).device
-            log_p = reference(window.to(device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            generator = torch.Generator().manual_seed(seed)
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(device)
-            log_p.gather(1, drawn).sum().backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in required:
-            parameter.requires_grad_(True)
-    return {name: values.get(name, 0.0) / len(log_p) for name in layers}
+    tokens = fisher.backward(reference, window, {n: watcher(n, layer) for n, layer in layers.items()}, seed)
+    return {name: value / tokens for name, value in values.items()}
 
 
 def rank_agreement(a: Sequence[LayerSensitivity], b: Sequence[LayerSensitivity]) -> float:

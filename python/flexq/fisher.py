@@ -1,0 +1,98 @@
+"""What an error in a layer's output costs, from the gradients of the log likelihood there.
+
+To second order, an error d in a layer's output for a token moves the model's next-token distributions by a KL
+divergence of E[(g . d)^2] / 2, where g is the gradient of the log likelihood of tokens drawn from the model's own
+distribution: the Fisher information of the output. Drawing them once a text is enough for averages over many tokens.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from flexq.patch import Progress
+
+# Given a layer's input and output in the forward pass, what to do with the gradient at the output in the backward pass.
+Watcher = Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]
+
+
+def backward(model: nn.Module, window: torch.Tensor, watchers: dict[str, Watcher], seed: int) -> int:
+    """One forward and backward pass of drawn next tokens; returns how many there were.
+
+    Args:
+        model: not quantized; its parameters get no gradient.
+        window: token ids [1, L].
+        watchers: by names of the model's linear layers.
+        seed: of the draw, which is the same on every device up to rounding.
+    """
+    handles = []
+
+    def hook(watcher: Watcher):
+        def watch(_, args, output):
+            with torch.no_grad():
+                then = watcher(args[0].detach(), output.detach())
+            output.register_hook(then)
+
+        return watch
+
+    required = [p for p in model.parameters() if p.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    embeddings = model.get_input_embeddings()
+    handles.append(embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
+    handles += [model.get_submodule(name).register_forward_hook(hook(watcher)) for name, watcher in watchers.items()]
+    try:
+        with torch.enable_grad():
+            device = next(model.parameters()).device
+            log_p = model(window.to(device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            log_p.gather(1, _draw(log_p.detach(), seed)).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in required:
+            parameter.requires_grad_(True)
+    return len(log_p)
+
+
+def _draw(log_p: torch.Tensor, seed: int) -> torch.Tensor:
+    """A token [T, 1] of each distribution [T, V]: where its cumulative sum passes a uniform number."""
+    uniform = torch.rand(len(log_p), 1, generator=torch.Generator().manual_seed(seed)).to(log_p.device)
+    below = log_p.exp().cumsum(-1) < uniform
+    return below.sum(-1, keepdim=True).clamp_(max=log_p.shape[1] - 1)
+
+
+def token_weights(
+    model: nn.Module, windows: Sequence[torch.Tensor], names: Sequence[str], progress: Progress | None = None
+) -> dict[str, list[torch.Tensor]]:
+    """How much the model's output minds an error in each token's output of each layer.
+
+    The mean square of the gradient at that output, in units of its mean over all tokens. A second moment of a layer's
+    inputs in which tokens have these weights approximates the Hessian of the KL divergence, where one without is that
+    of the layer's own squared error (GuidedQuant, arXiv 2505.07004, does so for groups of outputs).
+
+    Args:
+        model: not quantized.
+        windows: token ids [1, L] each.
+        names: of linear layers.
+        progress: wraps the loop over windows.
+
+    Returns:
+        For each name, float32 [L] on the CPU for each window; ones for a layer whose gradients are zero or not finite.
+    """
+    weights: dict[str, list[torch.Tensor]] = {name: [torch.ones(w.numel()) for w in windows] for name in names}
+
+    def into(name: str, index: int) -> Watcher:
+        def keep(gradient: torch.Tensor) -> None:
+            mean_square = gradient.float().square().mean(-1).flatten().cpu()
+            if len(mean_square) == len(weights[name][index]):  # an expert that sees some of the tokens is left alone
+                weights[name][index] = mean_square
+
+        return lambda x, output: keep
+
+    for index, window in enumerate(progress(list(windows)) if progress else windows):
+        backward(model, window, {name: into(name, index) for name in names}, seed=index)
+    for name, each in weights.items():
+        mean = torch.cat(each).mean()
+        usable = mean > 0 and torch.isfinite(mean)
+        weights[name] = [w / mean if usable else torch.ones_like(w) for w in each]
+    return weights
