@@ -11,7 +11,7 @@ import random
 import time
 from pathlib import Path
 
-from flexq import sensitivity
+from flexq import planning, sensitivity
 from flexq.calibrate import DEFAULT_WINDOWS, calibrate_model
 from flexq.eval import evaluate, windows_of
 from flexq.models import find_model, load_model, load_tokenizer
@@ -65,7 +65,7 @@ def plans(reference, calibration, held_out, probes, how: str) -> None:
             report(name, model, held_out, reference, sum(sizes[n] for n in at_8) / total)
 
     for budget in (0.3, 0.2, 0.1, 0.05):
-        compare(f"{how}d, {100 * budget:.0f}%", set(sensitivity.within_budget(ranking, budget)))
+        compare(f"{how}d, {100 * budget:.0f}%", set(planning.within_budget(ranking, budget)))
     if how == "measure":
         for budget in (0.3, 0.1):
             compare(f"random, {100 * budget:.0f}%", at_random(sizes, budget))

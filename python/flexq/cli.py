@@ -1,6 +1,7 @@
 """The command `flexq`: quantize, eval, generate, info, bench."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -108,6 +109,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"{option} measures layers on a text: give one with --calibrate")
     if args.calibrate is not None:
         reference = reference or load_model(source)
+        reference.to(args.device)
         record = _quantize_calibrated(args, source, output, plan, reference)
     else:
         record = quantize_checkpoint(
@@ -150,66 +152,62 @@ _PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
 
 
 def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, reference):
-    """Compensated rounding on the calibration text, then the activations' bits that --budget or --target-kl ask for."""
+    """Compensated rounding on the calibration text, then the plan that a budget or target asks for."""
+    from flexq import planning, sensitivity
     from flexq.calibrate import calibrate_model
     from flexq.checkpoint import save_model
+    from flexq.costs import measure_costs
     from flexq.eval import read_text, spread_windows, windows_of
     from flexq.models import load_tokenizer
     from flexq.patch import shared_copy
+    from flexq.plan import Plan
 
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists; choose another name or overwrite it")  # before the long work
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
     windows = spread_windows(tokenizer, text, args.window_length, args.calibration_windows)
-    model = calibrate_model(
-        shared_copy(reference),
-        windows,
-        plan,
-        args.include,
-        args.skip,
-        _progress("calibrating", args.quiet),
-        resume=args.resume,
-    )
+
+    def calibrated(to: Plan, resume: str | None = None):
+        return calibrate_model(
+            shared_copy(reference), windows, to, args.include, args.skip, _progress("calibrating", args.quiet),
+            resume=resume, weigh_tokens=not args.no_token_weights,
+        )  # fmt: skip
+
+    model = calibrated(plan, args.resume)
     if args.budget is not None or args.target_kl is not None or args.target_ppl is not None:
-        _choose_bits(args, model, reference, windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:])
+        costs = None
+        if args.a6 == "where-faster" or args.budget_of == "time":
+            on = args.cost_device or args.device
+            costs = measure_costs(model, args.cost_tokens, on, _progress("timing layers", args.quiet))
+        choice = planning.choose(
+            model,
+            reference,
+            [w.to(args.device) for w in windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:]],
+            args.budget,
+            args.target_kl,
+            args.target_ppl,
+            costs,
+            args.budget_of,
+            args.a6 == "anywhere",
+            args.estimate,
+            lambda: calibrated(_in_scheme(plan, "group")),
+            _progress("measuring layers", args.quiet),
+        )
+        for note in choice.notes:
+            _note(args, note)
+        layers = sensitivity.quantized_layers(model)
+        sizes = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
+        share = sum(sizes[name] for name in choice.at_8) / sum(sizes.values())
+        _note(args, f"{len(choice.at_8)} of {len(sizes)} layers keep A8: {100 * share:.1f}% of the parameters")
     model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})
     save_model(model, output, tokenizer, int(args.shard_size * 1e9), args.overwrite)
     return model.flexq_plan
 
 
-def _choose_bits(args: argparse.Namespace, model, reference, probes) -> None:
-    """Activations' bits, and layers left unquantized, as --budget, --target-kl or --target-ppl ask for."""
-    from flexq import sensitivity
-
-    progress = _progress("measuring layers", args.quiet)
-    if args.estimate:
-        ranking = sensitivity.estimate(model, reference, probes, progress=progress)
-    else:
-        ranking = sensitivity.measure(model, reference, probes, progress)
-    how: dict[str, Any] = {"ranked_by": f"KL per parameter, {'estimated' if args.estimate else 'measured'}"}
-    left: list[str] = []
-    if args.budget is not None:
-        at_8 = sensitivity.within_budget(ranking, args.budget)
-        how["budget"] = args.budget
-    else:
-        if args.target_kl is not None:
-            score, target, what = sensitivity.Divergence(reference, probes).mean, args.target_kl, "kl"
-        else:
-            score, target, what = functools.partial(sensitivity.perplexity, windows=probes), args.target_ppl, "ppl"
-        try:
-            at_8, reached = sensitivity.for_target(model, score, ranking, target)
-        except ValueError:
-            worst = sensitivity.estimate(model, reference, probes, of="quantization")
-            left, reached = sensitivity.unquantized_for_target(model, reference, score, worst, target)
-            at_8 = [r.name for r in ranking if r.name not in left]
-        how |= {f"target_{what}": target, f"measured_{what}": reached}
-    sensitivity.apply(model, sensitivity.plan_of(model, at_8, how))
-    share = sum(r.parameters for r in ranking if r.name in at_8) / sum(r.parameters for r in ranking)
-    _note(args, f"{len(at_8)} of {len(ranking)} layers keep A8: {100 * share:.1f}% of the parameters")
-    if left:
-        _note(args, f"A8 everywhere misses the target: {len(left)} layers stay unquantized")
-    device = "cuda" if next(model.parameters()).is_cuda else "cpu"
-    _note(args, f"A6 is no faster than A8 on {device}: only a smaller activation is gained where it is chosen")
+def _in_scheme(plan, scheme: str):
+    """The plan with every layer's scales in one scheme."""
+    layers = {n: c and dataclasses.replace(c, scheme=scheme) for n, c in plan.layers.items()}
+    return dataclasses.replace(plan, defaults=dataclasses.replace(plan.defaults, scheme=scheme), layers=layers)
 
 
 def _sensitivity(args: argparse.Namespace) -> dict[str, Any]:
@@ -615,6 +613,14 @@ def _parser() -> argparse.ArgumentParser:
     bits.add_argument("--target-kl", type=_positive_float, metavar="KL", help="A8 where it takes to reach this KL")
     bits.add_argument("--target-ppl", type=_positive_float, metavar="PPL", help="the same for this perplexity")
     p.add_argument("--estimate", action="store_true", help="rank layers for these by an estimate, not by measuring")
+    of = ("parameters", "time")
+    p.add_argument("--budget-of", choices=of, default=of[0], help="what --budget is a share of (default: parameters)")
+    where_help = "A6 only where it is measured to be faster (default), or for devices where it is"
+    p.add_argument("--a6", choices=("where-faster", "anywhere"), default="where-faster", help=where_help)
+    p.add_argument("--cost-device", choices=("cpu", "cuda"), help="where that is measured (default: --device)")
+    p.add_argument("--cost-tokens", type=_positive, default=16, metavar="M", help="and with how many (default: 16)")
+    p.add_argument("--no-token-weights", action="store_true", help="calibrate without a backward pass, see the docs")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that calibrates (default: cpu)")
     p.add_argument("--resume", metavar="DIR", help="keep the calibration's finished blocks there, and go on from them")
     p.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers; may be repeated")

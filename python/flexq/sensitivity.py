@@ -20,8 +20,7 @@ from torch import nn
 from flexq import fisher
 from flexq.calibrate import decoder_blocks
 from flexq.linear import Linear
-from flexq.patch import Progress, record_plan, replace_module
-from flexq.plan import Plan
+from flexq.patch import Progress
 
 FORMAT = "flexq-sensitivity"
 VERSION = 1
@@ -256,127 +255,6 @@ def rank_agreement(a: Sequence[LayerSensitivity], b: Sequence[LayerSensitivity])
         raise ValueError("rank agreement needs at least two layers that both rankings have")
     ranks = [torch.tensor(values).argsort().argsort().double() for values in zip(*pairs, strict=True)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
-def plan_of(model: nn.Module, at_8: Sequence[str], how: dict[str, Any]) -> Plan:
-    """The model's plan with 8-bit activations in `at_8` and 6-bit ones elsewhere."""
-    recorded = record_plan(model, getattr(model, "flexq_plan", Plan()))
-    wanted = set(at_8)
-    layers = {
-        name: None if config is None else replace(config, act_bits=8 if name in wanted else 6)
-        for name, config in recorded.layers.items()
-    }
-    return Plan(replace(recorded.defaults, act_bits=6), layers, {**recorded.produced_by, **how})
-
-
-def within_budget(ranking: Sequence[LayerSensitivity], budget: float) -> list[str]:
-    """The layers to keep at A8 when they may hold a share `budget` (0 to 1) of the parameters."""
-    if not 0 <= budget <= 1:
-        raise ValueError(f"budget must be a share from 0 to 1, got {budget}")
-    left = budget * sum(layer.parameters for layer in ranking)
-    chosen = []
-    for layer in ranking:
-        if layer.kl > 0 and layer.parameters <= left:
-            chosen.append(layer.name)
-            left -= layer.parameters
-    return chosen
-
-
-def for_target(
-    model: nn.Module,
-    score: Callable[[nn.Module], float],
-    ranking: Sequence[LayerSensitivity],
-    target: float,
-) -> tuple[list[str], float]:
-    """The shortest prefix of the ranking whose layers at A8 bring the measured score to `target`, and the score it has.
-
-    Args:
-        model: quantized.
-        score: what is to be at most `target`: `Divergence.mean`, or the perplexity.
-        ranking: of `measure` or `estimate`.
-        target: nats, or a perplexity.
-
-    Raises:
-        ValueError: not even all of them do; says how near they come. `unquantized_for_target` goes on from there.
-    """
-    layers = quantized_layers(model)
-
-    def with_at_8(count: int) -> float:
-        at_8 = {layer.name for layer in ranking[:count]}
-        with (
-            act_bits([layers[n] for n in layers if n not in at_8], 6),
-            act_bits([layers[n] for n in at_8], 8),
-        ):
-            return score(model)
-
-    best = with_at_8(len(ranking))
-    if best > target:
-        raise ValueError(f"{target} cannot be met: with A8 in every layer it is {best:.5f}")
-    count, reached = _fewest(with_at_8, target, len(ranking), best)
-    return [layer.name for layer in ranking[:count]], reached
-
-
-def unquantized_for_target(
-    model: nn.Module,
-    reference: nn.Module,
-    score: Callable[[nn.Module], float],
-    ranking: Sequence[LayerSensitivity],
-    target: float,
-) -> tuple[list[str], float]:
-    """Where A8 everywhere is not enough: the shortest prefix of the ranking whose layers, left unquantized, bring the
-    score to `target`, everything else at A8. Their places in `model` take the reference's layers.
-
-    Args:
-        ranking: of `estimate(..., of="quantization")`.
-        The others as for `for_target`.
-    """
-    layers = quantized_layers(model)
-
-    def without(count: int) -> float:
-        left = [layer.name for layer in ranking[:count]]
-        for name in left:
-            replace_module(model, name, reference.get_submodule(name))
-        try:
-            with act_bits(list(layers.values()), 8):
-                return score(model)
-        finally:
-            for name in left:
-                replace_module(model, name, layers[name])
-
-    most = len(ranking) - 1  # something has to be quantized
-    best = without(most)
-    if best > target:
-        raise ValueError(f"{target} cannot be met: with a single layer quantized it is {best:.5f}")
-    count, reached = _fewest(without, target, most, best)
-    left = [layer.name for layer in ranking[:count]]
-    for name in left:
-        replace_module(model, name, reference.get_submodule(name))
-    return left, reached
-
-
-def _fewest(score: Callable[[int], float], target: float, most: int, at_most: float) -> tuple[int, float]:
-    """The smallest count whose score is at most `target`, by bisection, and that score."""
-    low, high = -1, most  # the target is missed at low, met at high
-    scores = {high: at_most}
-    while high - low > 1:
-        middle = (low + high) // 2
-        scores[middle] = score(middle)
-        if scores[middle] <= target:
-            high = middle
-        else:
-            low = middle
-    return high, scores[high]
-
-
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """Give a quantized model's layers the activations' bits of `plan`, in place."""
-    for name, layer in quantized_layers(model).items():
-        config = plan.config_for(name)
-        if config is None or replace(config, act_bits=layer.config.act_bits) != layer.config:
-            raise ValueError(f"plan and model differ in more than act_bits at layer {name}")
-        layer.config = config
-    model.flexq_plan = plan
-    return model
 
 
 def save(ranking: Sequence[LayerSensitivity], path: str | Path, **about: Any) -> None:

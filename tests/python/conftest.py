@@ -31,3 +31,25 @@ def tiny_folder(tiny_llama, tmp_path):
     folder = tmp_path / "float"
     tiny_llama.save_pretrained(folder, max_shard_size="100KB")
     return folder
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A small Llama with sharper logits, so that differences show, and the same model quantized."""
+    from flexq.patch import quantize_model, shared_copy
+    from test_calibrate import model_of
+
+    reference = model_of("llama")
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(20)
+    return reference, quantize_model(shared_copy(reference))
+
+
+@pytest.fixture(scope="module")
+def ranking(models):
+    """The measured sensitivity of its layers."""
+    from flexq import sensitivity
+    from test_calibrate import windows
+
+    reference, model = models
+    return sensitivity.measure(model, reference, windows())

@@ -131,7 +131,8 @@ def test_calibrated_with_a_budget(model, text, tmp_path):
     out, plot, ranking = tmp_path / "out", tmp_path / "s.png", tmp_path / "s.json"
     options = ["--calibrate", text, "--window-length", "32", "--calibration-windows", "4"]
     # The text is one window of the length that layers are measured on.
-    code, printed, errors = run("quantize", model, "-o", out, *options, "--budget", "0.3", "--json", "--quiet")
+    budget = ["--budget", "0.3", "--a6", "anywhere"]
+    code, printed, errors = run("quantize", model, "-o", out, *options, *budget, "--json", "--quiet")
     assert code == 0, errors
     assert json.loads(printed)["layers"] == 14 and "of the parameters" in errors
     code, printed, errors = run("info", out, "--layers", "--json")
@@ -149,7 +150,8 @@ def test_calibrated_with_a_budget(model, text, tmp_path):
 
 def test_perplexity_target_estimated_and_resumed(model, text, tmp_path):
     options = ["--calibrate", text, "--window-length", "32", "--resume", tmp_path / "parts", "--estimate", "--quiet"]
-    code, _, errors = run("quantize", model, "-o", tmp_path / "out", *options, "--target-ppl", "1000", "--json")
+    options += ["--target-ppl", "1000", "--a6", "anywhere"]
+    code, _, errors = run("quantize", model, "-o", tmp_path / "out", *options, "--json")
     assert code == 0, errors
     assert len(list((tmp_path / "parts").glob("block-*.safetensors"))) == 2
     produced = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["plan"]["produced_by"]

@@ -4,23 +4,8 @@ import pytest
 import torch
 from flexq import sensitivity
 from flexq.linear import Linear
-from flexq.patch import quantize_model, shared_copy
+from flexq.patch import quantize_model
 from test_calibrate import logits, model_of, windows
-
-
-@pytest.fixture(scope="module")
-def models():
-    """A reference with sharper logits, so that differences show, and the same model quantized."""
-    reference = model_of("llama")
-    with torch.no_grad():
-        reference.lm_head.weight.mul_(20)
-    return reference, quantize_model(shared_copy(reference))
-
-
-@pytest.fixture(scope="module")
-def ranking(models):
-    reference, model = models
-    return sensitivity.measure(model, reference, windows())
 
 
 def test_every_layer_is_measured_as_if_it_were_run_whole(models, ranking):
@@ -45,43 +30,6 @@ def test_measuring_leaves_the_model_as_it_was(models, ranking):
     sensitivity.measure(model, models[0], windows(1))
     assert all(m.config.act_bits == 8 for m in model.modules() if isinstance(m, Linear))
     assert torch.equal(logits(model), before)
-
-
-def test_budget(ranking):
-    total = sum(r.parameters for r in ranking)
-    assert sensitivity.within_budget(ranking, 0.0) == []
-    for budget in (0.1, 0.3, 1.0):
-        chosen = sensitivity.within_budget(ranking, budget)
-        assert sum(r.parameters for r in ranking if r.name in chosen) <= budget * total
-    assert set(sensitivity.within_budget(ranking, 1.0)) == {r.name for r in ranking if r.kl > 0}
-    with pytest.raises(ValueError, match=r"budget must be a share from 0 to 1, got 1\.5"):
-        sensitivity.within_budget(ranking, 1.5)
-
-
-def test_target(models, ranking):
-    reference, model = models
-    divergence = sensitivity.Divergence(reference, windows())
-    at_6 = shared_copy(model)
-    every = list(sensitivity.quantized_layers(at_6).values())
-    with sensitivity.act_bits(every, 6):
-        worst = sum(divergence(at_6)) / 3
-    best = sum(divergence(model)) / 3
-    target = (worst + best) / 2
-    at_8, reached = sensitivity.for_target(model, divergence.mean, ranking, target)
-    assert reached <= target and 0 < len(at_8) < len(ranking)
-    assert sensitivity.for_target(model, divergence.mean, ranking, 2 * worst)[0] == []
-    with pytest.raises(ValueError, match="cannot be met: with A8 in every layer it is"):
-        sensitivity.for_target(model, divergence.mean, ranking, best / 10)
-
-
-def test_plan_is_applied(models, ranking):
-    model = quantize_model(model_of("llama"))
-    at_8 = [r.name for r in ranking[:3]]
-    plan = sensitivity.plan_of(model, at_8, {"budget": 0.1})
-    sensitivity.apply(model, plan)
-    bits = {name: layer.config.act_bits for name, layer in sensitivity.quantized_layers(model).items()}
-    assert {name for name, b in bits.items() if b == 8} == set(at_8) and set(bits.values()) == {6, 8}
-    assert model.flexq_plan.produced_by["budget"] == 0.1
 
 
 def test_file_and_plot(ranking, tmp_path):
@@ -122,19 +70,6 @@ def test_estimate_of_a_layers_whole_error():
         sensitivity.estimate(model, reference, windows(1), of="a4")
     with pytest.raises(ValueError, match="at least one window"):
         sensitivity.estimate(model, reference, [])
-
-
-def test_target_by_leaving_layers_unquantized(models):
-    reference, _ = models
-    model, divergence = quantize_model(shared_copy(reference)), sensitivity.Divergence(reference, windows())
-    best = divergence.mean(model)
-    ranking = sensitivity.estimate(model, reference, windows(), of="quantization")
-    left, reached = sensitivity.unquantized_for_target(model, reference, divergence.mean, ranking, best / 2)
-    assert reached <= best / 2 and 0 < len(left) < len(ranking)
-    assert divergence.mean(model) == pytest.approx(reached)
-    assert all(isinstance(model.get_submodule(name), torch.nn.Linear) for name in left)
-    plan = sensitivity.plan_of(model, [], {})
-    assert [name for name, config in plan.layers.items() if config is None] == sorted(left, key=list(plan.layers).index)
 
 
 def test_perplexity(models):
