@@ -1,9 +1,10 @@
 """The tables of docs/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
-python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--plans | --estimated-plans]
+python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--plans] [--estimated-plans] [--no-rotation] [--resume DIR]
 
 TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
---plans measures the layers' sensitivity and compares plans instead, which takes longer; --estimated-plans estimates it.
+--plans measures the layers' sensitivity and compares plans instead, which takes longer; --estimated-plans estimates it;
+--no-rotation does so for weights rounded to nearest without rotation; --resume keeps the calibration's blocks in DIR.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from flexq.eval import evaluate, windows_of
 from flexq.models import find_model, load_model, load_tokenizer
 from flexq.patch import quantize_model, shared_copy
 from flexq.plan import Plan
+
+BUDGETS = (0.3, 0.2, 0.1, 0.05)
 
 
 def report(name, model, held_out, reference, share=None) -> None:
@@ -48,8 +51,7 @@ def at_random(sizes, budget) -> set[str]:
     return chosen
 
 
-def plans(reference, calibration, held_out, probes, how: str) -> None:
-    model = calibrate_model(shared_copy(reference), calibration)
+def plans(reference, model, held_out, probes, how: str) -> None:
     begin = time.perf_counter()
     ranking = getattr(sensitivity, how)(model, reference, probes)
     print(f"{how} {len(ranking)} layers: {time.perf_counter() - begin:.0f} s", flush=True)
@@ -64,12 +66,12 @@ def plans(reference, calibration, held_out, probes, how: str) -> None:
         ):
             report(name, model, held_out, reference, sum(sizes[n] for n in at_8) / total)
 
-    for budget in (0.3, 0.2, 0.1, 0.05):
+    compare("A6 everywhere", set())
+    for budget in BUDGETS:
         compare(f"{how}d, {100 * budget:.0f}%", set(planning.within_budget(ranking, budget)))
-    if how == "measure":
-        for budget in (0.3, 0.1):
-            compare(f"random, {100 * budget:.0f}%", at_random(sizes, budget))
-        compare("by kind: down_proj", {name for name in layers if name.endswith("down_proj")})
+        compare(f"random, {100 * budget:.0f}%", at_random(sizes, budget))
+    compare("by kind: down_proj", {name for name in layers if name.endswith("down_proj")})
+    compare("A8 everywhere", set(layers))
 
 
 def main() -> None:
@@ -78,6 +80,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, metavar="WINDOWS")
     parser.add_argument("--plans", action="store_true")
     parser.add_argument("--estimated-plans", action="store_true")
+    parser.add_argument("--no-rotation", action="store_true")
+    parser.add_argument("--resume", metavar="DIR")
     args = parser.parse_args()
     source = find_model("smollm2-135m")
     reference, tokenizer = load_model(source), load_tokenizer(source)
@@ -86,10 +90,15 @@ def main() -> None:
     held_out, others = windows[-args.held_out :], windows[: -args.held_out]
     calibration = [others[i * len(others) // DEFAULT_WINDOWS] for i in range(DEFAULT_WINDOWS)]
     probes = windows_of(tokenizer, text[: len(text) // 2], 512)
-    if args.plans:
-        plans(reference, calibration, held_out, probes[-3:], "measure")
-    elif args.estimated_plans:
-        plans(reference, calibration, held_out, probes[-8:], "estimate")
+    if args.plans or args.estimated_plans:
+        if args.no_rotation:
+            model = quantize_model(shared_copy(reference), "rtn")
+        else:
+            model = calibrate_model(shared_copy(reference), calibration, resume=args.resume)
+        if args.plans:
+            plans(reference, model, held_out, probes[-3:], "measure")
+        if args.estimated_plans:
+            plans(reference, model, held_out, probes[-8:], "estimate")
     else:
         recipes(reference, calibration, held_out)
 

@@ -107,6 +107,7 @@ def test_calibrates_as_on_the_cpu():
         with torch.inference_mode():
             outputs.append(model.cpu()(text[0]).logits)
         reference.cpu()
-    # Sums in another order round a few codes otherwise, and then what comes after them.
+    # Sums in another order round a few codes otherwise, and then what comes after them. Roundings that had nothing in
+    # common would differ by 1.4 of their error.
     assert (codes[0] == codes[1]).float().mean() > 0.95
-    assert (outputs[0] - outputs[1]).norm() < 0.7 * (outputs[0] - expected).norm()
+    assert (outputs[0] - outputs[1]).norm() < (outputs[0] - expected).norm()
