@@ -1,10 +1,12 @@
 """The tables of docs/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
-python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--plans] [--estimated-plans] [--no-rotation] [--resume DIR]
+python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--fast | --plans | --estimated-plans] [--no-rotation]
+                              [--resume DIR]
 
 TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
---plans measures the layers' sensitivity and compares plans instead, which takes longer; --estimated-plans estimates it;
---no-rotation does so for weights rounded to nearest without rotation; --resume keeps the calibration's blocks in DIR.
+Instead, --fast evaluates recipes that calibrate nothing on every fourth window of all; --plans measures the layers'
+sensitivity and compares plans, --estimated-plans estimates it (both may be given); with --no-rotation for weights
+rounded to nearest without rotation. --resume keeps the calibration's blocks in DIR.
 """
 
 import argparse
@@ -37,8 +39,11 @@ def recipes(reference, calibration, held_out) -> None:
         if scheme == "group":
             with sensitivity.act_bits(list(sensitivity.quantized_layers(model).values()), 6):
                 report("best W6A6 group", model, held_out, reference)
+
+
+def uncalibrated(reference, windows) -> None:
     for recipe in ("w6a8", "w6a6"):
-        report(f"fast {recipe}", quantize_model(shared_copy(reference), recipe), held_out, reference)
+        report(f"fast {recipe}", quantize_model(shared_copy(reference), recipe), windows, reference)
 
 
 def at_random(sizes, budget) -> set[str]:
@@ -66,18 +71,21 @@ def plans(reference, model, held_out, probes, how: str) -> None:
         ):
             report(name, model, held_out, reference, sum(sizes[n] for n in at_8) / total)
 
-    compare("A6 everywhere", set())
     for budget in BUDGETS:
         compare(f"{how}d, {100 * budget:.0f}%", set(planning.within_budget(ranking, budget)))
-        compare(f"random, {100 * budget:.0f}%", at_random(sizes, budget))
-    compare("by kind: down_proj", {name for name in layers if name.endswith("down_proj")})
-    compare("A8 everywhere", set(layers))
+    if how == "measure":
+        for budget in BUDGETS:
+            compare(f"random, {100 * budget:.0f}%", at_random(sizes, budget))
+        compare("by kind: down_proj", {name for name in layers if name.endswith("down_proj")})
+        compare("A6 everywhere", set())
+        compare("A8 everywhere", set(layers))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", type=Path)
     parser.add_argument("--held-out", type=int, default=16, metavar="WINDOWS")
+    parser.add_argument("--fast", action="store_true")
     parser.add_argument("--plans", action="store_true")
     parser.add_argument("--estimated-plans", action="store_true")
     parser.add_argument("--no-rotation", action="store_true")
@@ -99,6 +107,8 @@ def main() -> None:
             plans(reference, model, held_out, probes[-3:], "measure")
         if args.estimated_plans:
             plans(reference, model, held_out, probes[-8:], "estimate")
+    elif args.fast:
+        uncalibrated(reference, windows[::4])
     else:
         recipes(reference, calibration, held_out)
 

@@ -130,9 +130,12 @@ def _hessians(
     return {name: hessians.get(name, hessians[first]) for name in stage}
 
 
-def _token_weights(model: nn.Module, windows: Sequence[torch.Tensor], names: Sequence[str]):
+def _token_weights(
+    model: nn.Module, windows: Sequence[torch.Tensor], names: Sequence[str], progress: Progress | None
+) -> dict[str, list[torch.Tensor]] | None:
+    """None, with a warning, where there is no memory for them."""
     try:
-        return fisher.token_weights(model, windows, names)
+        return fisher.token_weights(model, windows, names, progress)
     except torch.OutOfMemoryError:
         warnings.warn(
             "no memory for a backward pass of a window: all tokens of the calibration text count the same; shorter "
@@ -210,7 +213,7 @@ def calibrate_model(
         model: on the CPU or a CUDA device.
         windows: token ids, int64 [1, L] each, as `flexq.eval.spread_windows` picks them; 16 of 2048 do well.
         plan, include, skip: as for `quantize_model`.
-        progress: wraps the loop over layers, e.g. `tqdm.tqdm`.
+        progress: wraps the loop over windows that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
         damping, passes: of `flexq.rounding.compensated_round`.
         resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
             computed again. It is left there.
@@ -246,9 +249,9 @@ def calibrate_model(
         put(name, *rounded)
 
     try:
-        weights = (
-            _token_weights(model, windows, list(resolved)) if weigh_tokens and not finished.all(len(blocks)) else None
-        )
+        weights = None
+        if weigh_tokens and not finished.all(len(blocks)):
+            weights = _token_weights(model, windows, list(resolved), progress)
         with torch.no_grad():
             calls = _inputs_of_first_block(model, blocks[0], windows)
             for index, block in enumerate(blocks):

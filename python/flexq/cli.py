@@ -153,21 +153,18 @@ _PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
 
 def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, reference):
     """Compensated rounding on the calibration text, then the plan that a budget or target asks for."""
-    from flexq import planning, sensitivity
     from flexq.calibrate import calibrate_model
     from flexq.checkpoint import save_model
-    from flexq.costs import measure_costs
     from flexq.eval import read_text, spread_windows, windows_of
     from flexq.models import load_tokenizer
     from flexq.patch import shared_copy
-    from flexq.plan import Plan
 
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists; choose another name or overwrite it")  # before the long work
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
     windows = spread_windows(tokenizer, text, args.window_length, args.calibration_windows)
 
-    def calibrated(to: Plan, resume: str | None = None):
+    def calibrated(to, resume: str | None = None):
         return calibrate_model(
             shared_copy(reference), windows, to, args.include, args.skip, _progress("calibrating", args.quiet),
             resume=resume, weigh_tokens=not args.no_token_weights,
@@ -175,33 +172,45 @@ def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, r
 
     model = calibrated(plan, args.resume)
     if args.budget is not None or args.target_kl is not None or args.target_ppl is not None:
-        costs = None
-        if args.a6 == "where-faster" or args.budget_of == "time":
-            on = args.cost_device or args.device
-            costs = measure_costs(model, args.cost_tokens, on, _progress("timing layers", args.quiet))
-        choice = planning.choose(
-            model,
-            reference,
-            [w.to(args.device) for w in windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:]],
-            args.budget,
-            args.target_kl,
-            args.target_ppl,
-            costs,
-            args.budget_of,
-            args.a6 == "anywhere",
-            args.estimate,
-            lambda: calibrated(_in_scheme(plan, "group")),
-            _progress("measuring layers", args.quiet),
-        )
-        for note in choice.notes:
-            _note(args, note)
-        layers = sensitivity.quantized_layers(model)
-        sizes = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
-        share = sum(sizes[name] for name in choice.at_8) / sum(sizes.values())
-        _note(args, f"{len(choice.at_8)} of {len(sizes)} layers keep A8: {100 * share:.1f}% of the parameters")
+        probes = [w.to(args.device) for w in windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:]]
+        _choose_plan(args, model, reference, probes, lambda: calibrated(_in_scheme(plan, "group")))
     model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})
     save_model(model, output, tokenizer, int(args.shard_size * 1e9), args.overwrite)
     return model.flexq_plan
+
+
+def _choose_plan(args: argparse.Namespace, model, reference, probes, in_group) -> None:
+    """Give the calibrated model what --budget, --target-kl or --target-ppl ask for, and say what that is."""
+    import torch
+
+    from flexq import planning, sensitivity
+    from flexq.costs import measure_costs
+
+    costs = None
+    if args.a6 == "where-faster" or args.budget_of == "time":
+        on = args.cost_device or ("cuda" if torch.cuda.is_available() else "cpu")
+        costs = measure_costs(model, args.cost_tokens, on, _progress("timing layers", args.quiet))
+    choice = planning.choose(
+        model,
+        reference,
+        probes,
+        args.budget,
+        args.target_kl,
+        args.target_ppl,
+        costs,
+        args.budget_of,
+        args.a6 == "anywhere",
+        args.estimate,
+        in_group,
+        _progress("measuring layers", args.quiet),
+    )
+    sizes = {n: m.in_features * m.out_features for n, m in sensitivity.quantized_layers(model).items()}
+    share = sum(sizes[name] for name in choice.at_8) / sum(sizes.values())
+    for note in (
+        *choice.notes,
+        f"{len(choice.at_8)} of {len(sizes)} layers keep A8: {100 * share:.1f}% of the parameters",
+    ):
+        _note(args, note)
 
 
 def _in_scheme(plan, scheme: str):
@@ -617,7 +626,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--budget-of", choices=of, default=of[0], help="what --budget is a share of (default: parameters)")
     where_help = "A6 only where it is measured to be faster (default), or for devices where it is"
     p.add_argument("--a6", choices=("where-faster", "anywhere"), default="where-faster", help=where_help)
-    p.add_argument("--cost-device", choices=("cpu", "cuda"), help="where that is measured (default: --device)")
+    p.add_argument(
+        "--cost-device", choices=("cpu", "cuda"), help="where that is measured (default: a GPU if there is one)"
+    )
     p.add_argument("--cost-tokens", type=_positive, default=16, metavar="M", help="and with how many (default: 16)")
     p.add_argument("--no-token-weights", action="store_true", help="calibrate without a backward pass, see the docs")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that calibrates (default: cpu)")

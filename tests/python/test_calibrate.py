@@ -4,6 +4,7 @@ import flexq
 import pytest
 import torch
 from flexq import ops
+from flexq.fisher import token_weights
 from flexq.linear import Linear
 from flexq.patch import quantize_model, shared_copy
 from flexq.plan import LayerConfig, Plan
@@ -220,3 +221,38 @@ def test_goes_on_after_an_interruption(tmp_path):
         assert torch.equal(resumed(text[0]).logits, whole(text[0]).logits)
     with pytest.raises(ValueError, match="belongs to another calibration"):
         flexq.calibrate_model(model_of("llama"), text, "w6a8", resume=tmp_path)
+
+
+def test_weights_count_inputs_so_many_times():
+    x, weights = torch.randn(5, 130), torch.tensor([2.0, 0.0, 1.0, 1.0, 3.0])
+    weighed, repeated = Hessian(130, x.device), Hessian(130, x.device)
+    weighed.add(x, weights)
+    repeated.add(x.repeat_interleave(weights.long(), 0))
+    assert weighed.count == repeated.count == 7
+    torch.testing.assert_close(weighed.sum, repeated.sum)
+
+
+def test_tokens_weigh_what_the_output_minds():
+    model, text = model_of("qwen3"), windows()
+    names = [f"model.layers.{i}.{kind}" for i in (0, 1) for kind in ("self_attn.k_proj", "mlp.down_proj")]
+    weights = token_weights(model, text, names)
+    for name in names:
+        each = torch.cat(weights[name])
+        assert each.shape == (3 * 40,) and (each >= 0).all() and each.mean().item() == pytest.approx(1)
+    # Nothing is predicted from a window's last token, and after the last layer no other token sees it.
+    assert all(w[-1] == 0 and (w[:-1] > 0).all() for w in weights["model.layers.1.mlp.down_proj"])
+    assert all(p.requires_grad for p in model.parameters())
+    again = token_weights(model, text, names)
+    assert all(torch.equal(a, b) for name in names for a, b in zip(weights[name], again[name], strict=True))
+
+
+def test_no_memory_for_weighing_tokens(monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("no")
+
+    model, text = model_of("llama"), windows()
+    expected = flexq.calibrate_model(shared_copy(model), text, weigh_tokens=False)
+    monkeypatch.setattr("flexq.fisher.token_weights", too_much)
+    with pytest.warns(UserWarning, match="all tokens of the calibration text count the same"):
+        got = flexq.calibrate_model(shared_copy(model), text)
+    assert torch.equal(logits(got), logits(expected))
