@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flexq import fisher
+from flexq.blocks import Call, Reached, decoder_blocks, first_calls, placed
 from flexq.linear import Linear
 from flexq.patch import Progress, record_plan, replace_module, resolve_plan
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
@@ -21,59 +21,7 @@ from flexq.rounding import Hessian, compensated_round
 DEFAULT_WINDOWS = 16
 
 
-class _Reached(Exception):
-    """What was wanted has been reached; the rest of the model need not run."""
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of blocks that the hidden state goes through, by structure: the longest list of modules with linears.
-
-    Raises:
-        ValueError: there is none.
-    """
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and all(any(isinstance(m, (nn.Linear, Linear)) for m in block.modules()) for block in module)
-    ]
-    if not stacks:
-        raise ValueError(
-            "the model has no stack of blocks with linear layers, so it cannot be calibrated block by block"
-        )
-    return max(stacks, key=lambda stack: (len(stack[1]), -stack[0].count(".")))
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _inputs_of_first_block(model: nn.Module, block: nn.Module, windows: Sequence[torch.Tensor]):
-    """What the first block is called with: a hidden state, other arguments and keywords for each window."""
-    calls = []
-
-    def keep(_, args, kwargs):
-        calls.append((args[0], args[1:], kwargs))
-        raise _Reached
-
-    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
-    device = next(model.parameters()).device
-    try:
-        for window in windows:
-            with contextlib.suppress(_Reached):
-                model(window.to(device), use_cache=False)
-    finally:
-        handle.remove()
-    return calls
-
-
-def _run(block: nn.Module, call) -> torch.Tensor:
-    hidden, args, kwargs = call
-    return _hidden(block(hidden, *args, **kwargs))
-
-
-def _stages(block: nn.Module, layers: dict[str, nn.Linear], call) -> list[list[str]]:
+def _stages(block: nn.Module, layers: dict[str, nn.Linear], call: Call) -> list[list[str]]:
     """The block's layers in the order in which they run, those that share an input together."""
     stages: list[list[str]] = []
     last: list[torch.Tensor | None] = [None]
@@ -90,7 +38,7 @@ def _stages(block: nn.Module, layers: dict[str, nn.Linear], call) -> list[list[s
 
     handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
     try:
-        _run(block, call)
+        call.run(block)
     finally:
         for handle in handles:
             handle.remove()
@@ -99,7 +47,7 @@ def _stages(block: nn.Module, layers: dict[str, nn.Linear], call) -> list[list[s
 
 
 def _hessians(
-    stage: dict[str, nn.Linear], block: nn.Module, calls, weights: dict[str, list[torch.Tensor]] | None
+    stage: dict[str, nn.Linear], block: nn.Module, calls: Sequence[Call], weights: dict[str, list[torch.Tensor]] | None
 ) -> dict[str, Hessian]:
     """Of the input that a stage's layers share, from every window, with each layer's own weights of tokens."""
     first = next(iter(stage))
@@ -110,13 +58,13 @@ def _hessians(
 
     def keep(_, args):
         inputs.append(args[0])
-        raise _Reached  # what comes after is not needed
+        raise Reached  # what comes after is not needed
 
     handle = stage[first].register_forward_pre_hook(keep)
     try:
         for index, call in enumerate(calls):
-            with contextlib.suppress(_Reached):
-                _run(block, call)
+            with contextlib.suppress(Reached):
+                call.run(block)
             while inputs:
                 x = inputs.pop()
                 for name, hessian in hessians.items():
@@ -128,21 +76,6 @@ def _hessians(
     finally:
         handle.remove()
     return {name: hessians.get(name, hessians[first]) for name in stage}
-
-
-def _token_weights(
-    model: nn.Module, windows: Sequence[torch.Tensor], names: Sequence[str], progress: Progress | None
-) -> dict[str, list[torch.Tensor]] | None:
-    """None, with a warning, where there is no memory for them."""
-    try:
-        return fisher.token_weights(model, windows, names, progress)
-    except torch.OutOfMemoryError:
-        warnings.warn(
-            "no memory for a backward pass of a window: all tokens of the calibration text count the same; shorter "
-            "windows, or weigh_tokens=False, avoid this",
-            stacklevel=3,
-        )
-        return None
 
 
 class _Finished:
@@ -202,6 +135,7 @@ def calibrate_model(
     passes: int = 1,
     resume: str | Path | None = None,
     weigh_tokens: bool = True,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Quantize the linear layers of a transformers model in place with compensated rounding, and return it.
 
@@ -210,16 +144,17 @@ def calibrate_model(
     (`flexq.fisher.token_weights`). If it fails or is interrupted, the model is left as it was.
 
     Args:
-        model: on the CPU or a CUDA device.
+        model: on one device, the CPU or a GPU.
         windows: token ids, int64 [1, L] each, as `flexq.eval.spread_windows` picks them; 16 of 2048 do well.
         plan, include, skip: as for `quantize_model`.
         progress: wraps the loop over windows that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
         damping, passes: of `flexq.rounding.compensated_round`.
         resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
             computed again. It is left there.
-        weigh_tokens: takes a forward and backward pass of the whole unquantized model for each window, with a warning
-            where there is no memory for it. Without, all tokens count the same, and the model is gone through block by
-            block only.
+        weigh_tokens: takes a forward and backward pass of the unquantized model for each window, block by block too.
+            Without, all tokens count the same.
+        device: where blocks are worked on, each moved there and back, so that a model larger than a GPU's memory can
+            be calibrated by it; None works on them where they are.
 
     Raises:
         ValueError: no windows, no stack of blocks, a plan that does not fit, or weights or inputs that are not finite
@@ -229,16 +164,20 @@ def calibrate_model(
         raise ValueError("calibration needs at least one window of text")
     resolved = resolve_plan(model, plan, include, skip)
     stack, blocks = decoder_blocks(model)
+    where = None if device is None else torch.device(device)
+    home = next(model.parameters()).device
     before: dict[str, nn.Linear] = {}
-    steps = iter(progress(list(resolved)) if progress else resolved)  # one a layer, whatever their order
+    steps: Iterator[str] = iter(())  # one a layer, whatever their order
 
     about = _fingerprint(model, windows, resolved) | {"weigh_tokens": weigh_tokens} if resume is not None else {}
     finished = _Finished(resume, about)
 
     def put(name: str, planes: torch.Tensor, scales: torch.Tensor) -> None:
         linear = before[name] = model.get_submodule(name)
-        where = linear.weight.device
-        replace_module(model, name, Linear.from_canonical(planes.to(where), scales.to(where), linear, resolved[name]))
+        on = linear.weight.device
+        replace_module(model, name, Linear.from_canonical(planes.to(on), scales.to(on), linear, resolved[name]))
+        if where is not None:
+            linear.to(home)  # the block goes back without it
         next(steps, None)
 
     def quantize(name: str, hessian: Hessian) -> None:
@@ -251,23 +190,27 @@ def calibrate_model(
     try:
         weights = None
         if weigh_tokens and not finished.all(len(blocks)):
-            weights = _token_weights(model, windows, list(resolved), progress)
+            weights = fisher.token_weights(model, windows, list(resolved), progress, where)
+        steps = iter(progress(list(resolved)) if progress else resolved)
         with torch.no_grad():
-            calls = _inputs_of_first_block(model, blocks[0], windows)
+            calls = first_calls(model, blocks, windows)
+            if where is not None:
+                calls = [call.to(where) for call in calls]
             for index, block in enumerate(blocks):
                 prefix = f"{stack}.{index}."
                 layers = {n: model.get_submodule(n) for n in resolved if n.startswith(prefix)}
                 known = finished.load(index)
-                if known is not None:
-                    for name in layers:
-                        put(name, known[f"{name}.qweight"], known[f"{name}.scales"])
-                else:
-                    for stage in _stages(block, layers, calls[0]) if layers else ():
-                        hessians = _hessians({name: layers[name] for name in stage}, block, calls, weights)
-                        for name, hessian in hessians.items():
-                            quantize(name, hessian)
-                    finished.save(index, {name: model.get_submodule(name) for name in layers})
-                calls = [(_run(block, call), *call[1:]) for call in calls]
+                with placed(block, where):
+                    if known is not None:
+                        for name in layers:
+                            put(name, known[f"{name}.qweight"], known[f"{name}.scales"])
+                    else:
+                        for stage in _stages(block, layers, calls[0]) if layers else ():
+                            hessians = _hessians({name: layers[name] for name in stage}, block, calls, weights)
+                            for name, hessian in hessians.items():
+                                quantize(name, hessian)
+                        finished.save(index, {name: model.get_submodule(name) for name in layers})
+                    calls = [call.after(block) for call in calls]
             for name in resolved:
                 if name not in before:  # outside the stack: nothing is known of its inputs
                     linear = model.get_submodule(name)

@@ -109,7 +109,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"{option} measures layers on a text: give one with --calibrate")
     if args.calibrate is not None:
         reference = reference or load_model(source)
-        reference.to(args.device)
+        _onto(reference, args.device)
         record = _quantize_calibrated(args, source, output, plan, reference)
     else:
         record = quantize_checkpoint(
@@ -167,16 +167,29 @@ def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, r
     def calibrated(to, resume: str | None = None):
         return calibrate_model(
             shared_copy(reference), windows, to, args.include, args.skip, _progress("calibrating", args.quiet),
-            resume=resume, weigh_tokens=not args.no_token_weights,
+            resume=resume, weigh_tokens=not args.no_token_weights, device=args.device,
         )  # fmt: skip
 
     model = calibrated(plan, args.resume)
     if args.budget is not None or args.target_kl is not None or args.target_ppl is not None:
-        probes = [w.to(args.device) for w in windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:]]
+        probes = windows_of(tokenizer, text, _PROBE_LENGTH)[-_PROBE_WINDOWS:]
         _choose_plan(args, model, reference, probes, lambda: calibrated(_in_scheme(plan, "group")))
     model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})
     save_model(model, output, tokenizer, int(args.shard_size * 1e9), args.overwrite)
     return model.flexq_plan
+
+
+# Of the unquantized weights' bytes: themselves, quantized ones, and what is computed beside them.
+_CALIBRATION_MEMORY = 2.0
+
+
+def _onto(model, device: str) -> None:
+    """A model onto a GPU if it fits there with what calibration takes; else its blocks go there one at a time."""
+    import torch
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device == "cpu" or torch.cuda.mem_get_info()[0] > _CALIBRATION_MEMORY * size:
+        model.to(device)
 
 
 def _choose_plan(args: argparse.Namespace, model, reference, probes, in_group) -> None:

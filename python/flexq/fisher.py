@@ -5,28 +5,81 @@ divergence of E[(g . d)^2] / 2, where g is the gradient of the log likelihood of
 distribution: the Fisher information of the output. Drawing them once a text is enough for averages over many tokens.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from flexq.blocks import Call, calls_of, decoder_blocks, first_calls, placed, starting_at
 from flexq.patch import Progress
 
 # Given a layer's input and output in the forward pass, what to do with the gradient at the output in the backward pass.
 Watcher = Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]
 
 
-def backward(model: nn.Module, window: torch.Tensor, watchers: dict[str, Watcher], seed: int) -> int:
-    """One forward and backward pass of drawn next tokens; returns how many there were.
+def backward(
+    model: nn.Module,
+    window: torch.Tensor,
+    watchers: dict[str, Watcher],
+    seed: int,
+    device: torch.device | None = None,
+) -> int:
+    """One forward and backward pass of drawn next tokens, block by block; returns how many there were.
+
+    A block runs once without gradients and once more when its turn in the backward pass comes, so that no more than the
+    hidden states between blocks and what a single block needs is held.
 
     Args:
         model: not quantized; its parameters get no gradient.
         window: token ids [1, L].
         watchers: by names of the model's linear layers.
         seed: of the draw, which is the same on every device up to rounding.
+        device: where blocks are run, each one moved there and back; None runs them where they are.
     """
-    handles = []
+    stack, blocks = decoder_blocks(model)
+    required = [p for p in model.parameters() if p.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            calls = _calls(model, blocks, window, device)
+            hidden = calls.pop().hidden.to(next(model.parameters()).device)
+        outside = [name for name in watchers if not name.startswith(f"{stack}.")]
+        with torch.enable_grad(), _watched(model, watchers, outside), starting_at(blocks, len(blocks), hidden):
+            hidden.requires_grad_(True)
+            logits = model(window.to(hidden.device), use_cache=False).logits
+            log_p = logits[0, :-1].float().log_softmax(-1)
+            log_p.gather(1, _draw(log_p.detach(), seed)).sum().backward()
+        gradient = hidden.grad
+        for index in reversed(range(len(blocks))):
+            inside = [name for name in watchers if name.startswith(f"{stack}.{index}.")]
+            call = replace(calls[index], hidden=calls[index].hidden.detach().requires_grad_(True))
+            with torch.enable_grad(), placed(blocks[index], device), _watched(model, watchers, inside):
+                output = call.run(blocks[index])
+                output.backward(gradient.to(output.device))
+            gradient = call.hidden.grad
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+    return len(log_p)
 
+
+def _calls(model: nn.Module, blocks: nn.ModuleList, window: torch.Tensor, device: torch.device | None) -> list[Call]:
+    """What each block is called with, and one more: what comes out of the last."""
+    if device is None:
+        calls = calls_of(model, blocks, window)
+        return [*calls, calls[-1].after(blocks[-1])]
+    calls = [first_calls(model, blocks, [window])[0].to(device)]
+    for block in blocks:
+        with placed(block, device):
+            calls.append(calls[-1].after(block))
+    return calls
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, watchers: dict[str, Watcher], names: Sequence[str]) -> Iterator[None]:
     def hook(watcher: Watcher):
         def watch(_, args, output):
             with torch.no_grad():
@@ -35,23 +88,12 @@ def backward(model: nn.Module, window: torch.Tensor, watchers: dict[str, Watcher
 
         return watch
 
-    required = [p for p in model.parameters() if p.requires_grad]
-    for parameter in required:
-        parameter.requires_grad_(False)
-    embeddings = model.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_(True)))
-    handles += [model.get_submodule(name).register_forward_hook(hook(watcher)) for name, watcher in watchers.items()]
+    handles = [model.get_submodule(name).register_forward_hook(hook(watchers[name])) for name in names]
     try:
-        with torch.enable_grad():
-            device = next(model.parameters()).device
-            log_p = model(window.to(device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            log_p.gather(1, _draw(log_p.detach(), seed)).sum().backward()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in required:
-            parameter.requires_grad_(True)
-    return len(log_p)
 
 
 def _draw(log_p: torch.Tensor, seed: int) -> torch.Tensor:
@@ -62,7 +104,11 @@ def _draw(log_p: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def token_weights(
-    model: nn.Module, windows: Sequence[torch.Tensor], names: Sequence[str], progress: Progress | None = None
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    names: Sequence[str],
+    progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, list[torch.Tensor]]:
     """How much the model's output minds an error in each token's output of each layer.
 
@@ -75,6 +121,7 @@ def token_weights(
         windows: token ids [1, L] each.
         names: of linear layers.
         progress: wraps the loop over windows.
+        device: as for `backward`.
 
     Returns:
         For each name, float32 [L] on the CPU for each window; ones for a layer whose gradients are zero or not finite.
@@ -90,7 +137,7 @@ def token_weights(
         return lambda x, output: keep
 
     for index, window in enumerate(progress(list(windows)) if progress else windows):
-        backward(model, window, {name: into(name, index) for name in names}, seed=index)
+        backward(model, window, {name: into(name, index) for name in names}, index, device)
     for name, each in weights.items():
         mean = torch.cat(each).mean()
         usable = mean > 0 and torch.isfinite(mean)

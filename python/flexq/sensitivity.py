@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flexq import fisher
-from flexq.calibrate import decoder_blocks
+from flexq.blocks import calls_of, decoder_blocks, starting_at
 from flexq.linear import Linear
 from flexq.patch import Progress
 
@@ -100,37 +100,6 @@ def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
     return model(window.to(device), use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
 
-@contextlib.contextmanager
-def _starting_at(blocks: nn.ModuleList, index: int, hidden: torch.Tensor) -> Iterator[None]:
-    """A forward pass of the model begins with block `index`, whose hidden state is given."""
-    skipped = list(blocks)[:index]
-
-    def enter(_, args, kwargs):
-        return (hidden, *args[1:]), kwargs
-
-    handle = blocks[index].register_forward_pre_hook(enter, with_kwargs=True)
-    for block in skipped:
-        block.forward = lambda hidden, *args, **kwargs: hidden
-    try:
-        yield
-    finally:
-        handle.remove()
-        for block in skipped:
-            del block.forward
-
-
-def _hidden_states(model: nn.Module, blocks: nn.ModuleList, window: torch.Tensor) -> list[torch.Tensor]:
-    """What goes into each block."""
-    states: list[torch.Tensor] = []
-    handles = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in blocks]
-    try:
-        _log_probabilities(model, window)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return states
-
-
 def measure(
     model: nn.Module, reference: nn.Module, windows: Sequence[torch.Tensor], progress: Progress | None = None
 ) -> list[LayerSensitivity]:
@@ -153,13 +122,13 @@ def measure(
     results = []
     with act_bits(list(layers.values()), 8), torch.inference_mode():
         base = divergence(model)
-        states = [_hidden_states(model, blocks, window) for window in windows]
+        states = [[call.hidden for call in calls_of(model, blocks, window)] for window in windows]
         for name, layer in progress(list(layers.items())) if progress else layers.items():
             index = int(name.removeprefix(f"{stack}.").partition(".")[0]) if name.startswith(f"{stack}.") else 0
             added = []
             with act_bits([layer], 6):
                 for i, window in enumerate(windows):
-                    with _starting_at(blocks, index, states[i][index]):
+                    with starting_at(blocks, index, states[i][index]):
                         added.append(divergence.of(_log_probabilities(model, window), i) - base[i])
             results.append(_over_windows(name, layer, added))
     return sorted(results, key=lambda layer: -layer.density)

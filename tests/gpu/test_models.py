@@ -96,17 +96,22 @@ def test_bench_decode(monkeypatch):
     assert "/ floor" in bench_decode.table(points)
 
 
-def test_calibrates_as_on_the_cpu():
-    text = windows()
-    reference = model_of("llama")
-    expected = reference(text[0]).logits
-    outputs, codes = [], []
-    for device in ("cpu", "cuda"):
-        model = calibrate_model(shared_copy(reference).to(device), text)
-        codes.append(model.model.layers[0].self_attn.q_proj.canonical()[0].cpu())
-        with torch.inference_mode():
-            outputs.append(model.cpu()(text[0]).logits)
-        reference.cpu()
+@pytest.mark.parametrize("model_on_the_gpu", (True, False))
+def test_calibrates_as_on_the_cpu(model_on_the_gpu):
+    text, reference = windows(), model_of("llama")
+    on_cpu = calibrate_model(shared_copy(reference), text)
+    codes = [on_cpu.model.layers[0].self_attn.q_proj.canonical()[0]]
+    with torch.inference_mode():
+        expected, outputs = reference(text[0]).logits, [on_cpu(text[0]).logits]
+    if model_on_the_gpu:
+        model = calibrate_model(shared_copy(reference).cuda(), text)
+    else:  # its blocks go there one at a time
+        model = calibrate_model(shared_copy(reference), text, device="cuda")
+        assert not any(t.is_cuda for m in (model, reference) for t in (*m.parameters(), *m.buffers()))
+    model.cpu()
+    codes.append(model.model.layers[0].self_attn.q_proj.canonical()[0])
+    with torch.inference_mode():
+        outputs.append(model(text[0]).logits)
     # Sums in another order round a few codes otherwise, and then what comes after them. Roundings that had nothing in
     # common would differ by 1.4 of their error.
     assert (codes[0] == codes[1]).float().mean() > 0.95

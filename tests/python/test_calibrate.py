@@ -3,7 +3,7 @@
 import flexq
 import pytest
 import torch
-from flexq import ops
+from flexq import fisher, ops
 from flexq.fisher import token_weights
 from flexq.linear import Linear
 from flexq.patch import quantize_model, shared_copy
@@ -246,13 +246,33 @@ def test_tokens_weigh_what_the_output_minds():
     assert all(torch.equal(a, b) for name in names for a, b in zip(weights[name], again[name], strict=True))
 
 
-def test_no_memory_for_weighing_tokens(monkeypatch):
-    def too_much(*_):
-        raise torch.OutOfMemoryError("no")
+def test_backward_block_by_block_is_the_whole_models():
+    model, text = model_of("gemma2"), windows(1)[0]
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj", "lm_head"]
+    gradients, expected = {}, {}
 
-    model, text = model_of("llama"), windows()
-    expected = flexq.calibrate_model(shared_copy(model), text, weigh_tokens=False)
-    monkeypatch.setattr("flexq.fisher.token_weights", too_much)
-    with pytest.warns(UserWarning, match="all tokens of the calibration text count the same"):
-        got = flexq.calibrate_model(shared_copy(model), text)
-    assert torch.equal(logits(got), logits(expected))
+    def watcher(name):
+        return lambda x, output: lambda gradient: gradients.update({name: gradient})
+
+    count = fisher.backward(model, text, {name: watcher(name) for name in names}, seed=3)
+    assert count == 39
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: output.register_hook(lambda g: expected.update({name: g})) and None
+        )
+        for name in names
+    ]
+    log_p = model(text, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    log_p.gather(1, fisher._draw(log_p.detach(), 3)).sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert set(gradients) == set(names)
+    for name in names:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_on_a_device_one_at_a_time():
+    model, text = model_of("qwen2"), windows()
+    whole = flexq.calibrate_model(shared_copy(model), text)
+    moved = flexq.calibrate_model(shared_copy(model), text, device="cpu")
+    assert torch.equal(logits(moved), logits(whole))
