@@ -156,8 +156,8 @@ FLEXQ_API const flexq_executor* flexq_thread_pool_executor(const flexq_thread_po
 /* Bytes of the canonical planes, and bytes of the canonical scales. */
 FLEXQ_API flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* planes_bytes, size_t* scales_bytes);
 
-/* Round to nearest: s = fp16(absmax / 31) per row and group (or row), code = clamp(rint(w / s), -32, 31), after the
- * rotation. All-zero groups get scale 0. FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16 or
+/* Round to nearest, after the rotation: per row and group (or row) s = fp16(share * absmax / 31), the share of 1, 0.975,
+ * ..., 0.85 with the least squared error, and code = clamp(rint(w / s), -32, 31). All-zero groups get scale 0. FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16 or
  * vanishes in it. CPU streams.
  *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written. */
 FLEXQ_API flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,

@@ -203,7 +203,7 @@ void test_zero_and_tiny(const flexq::Stream& stream) {
   for (const float v : y) CHECK(v == 0.0f);
 }
 
-// Rounding to nearest against the stored scale, and the rotation undone.
+// Rounding to nearest against the stored scale, whichever share of absmax / 31 it is, and the rotation undone.
 void test_quantize_weight(const flexq::Stream& stream) {
   std::mt19937 rng(3);
   for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
@@ -222,10 +222,16 @@ void test_quantize_weight(const flexq::Stream& stream) {
           for (int64_t i = g * kGroup; i < std::min(k, (g + 1) * kGroup); ++i) {
             const auto e = static_cast<size_t>(row * k + i);
             const double d = std::abs(static_cast<double>(w[e]) - back[e]);
-            if (rotation == FLEXQ_ROTATION_NONE) CHECK(d <= 0.5001 * step);
+            // The largest codes may be exceeded, by no more than a scale of 0.85 of absmax / 31 leaves.
+            const double beyond = std::abs(w[e]) - (w[e] < 0 ? 32 : 31) * step;
+            if (rotation == FLEXQ_ROTATION_NONE) {
+              CHECK(d <= std::max(0.5001 * step, beyond * 1.0001));
+              CHECK(std::abs(w[e]) <= 31.05 * step / 0.85);
+            }
             error += d * d;
           }
-          CHECK(error <= kGroup * 0.2501 * step * step);  // a rotation keeps the norm of the error
+          const double largest_step = step / 0.85;
+          CHECK(error <= kGroup * 0.2501 * largest_step * largest_step);  // a rotation keeps the norm of the error
         }
       }
     }
