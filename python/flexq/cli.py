@@ -533,6 +533,11 @@ def _bench_decode(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.device != "cpu":
         _core.check_device(args.device)
+
+    def report(point: bench_decode.DecodePoint) -> None:  # each as it comes: the table is a long time coming
+        what = f"prefill of {point.context}" if point.prefill else f"step, batch {point.batch}, context {point.context}"
+        _note(args, f"{point.contender}: {what}: {point.milliseconds:.2f} ms")
+
     points = bench_decode.bench_decode(
         args.shape,
         args.contenders,
@@ -543,6 +548,7 @@ def _bench_decode(args: argparse.Namespace) -> dict[str, Any]:
         not args.no_breakdown,
         None if args.memory_limit is None else args.memory_limit * 1e9,
         _progress("benchmark", args.quiet),
+        report,
     )
     if not points:
         raise ValueError(f"no contender fits in memory at {args.shape}")
