@@ -187,6 +187,10 @@ def _onto(model, device: str) -> None:
     """A model onto a GPU if it fits there with what calibration takes; else its blocks go there one at a time."""
     import torch
 
+    from flexq import _core
+
+    if device != "cpu":
+        _core.check_device(device)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if device == "cpu" or torch.cuda.mem_get_info()[0] > _CALIBRATION_MEMORY * size:
         model.to(device)
