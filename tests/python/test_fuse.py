@@ -63,12 +63,14 @@ FOUND = {
 def test_architectures(kind, dtype):
     model = flexq.quantize_model(random_model(kind, dtype), "w6a8")
     before, tokens = logits(model), greedy(model)
+    # Another kind of cache may break a near tie otherwise, of which random weights have many.
+    static_tokens = greedy(model, cache_implementation="static")
     names = [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)]
     fusion = flexq.fuse_model(model, kernels=True)
     assert (len(fusion.merged), len(fusion.mlps), len(fusion.norms), len(fusion.layers)) == FOUND[kind], str(fusion)
     assert (logits(model) - before).norm() <= 0.02 * before.norm()
     assert torch.equal(greedy(model), tokens)
-    assert torch.equal(greedy(model, cache_implementation="static"), tokens)
+    assert torch.equal(greedy(model, cache_implementation="static"), static_tokens)
     flexq.unfuse_model(model)
     assert torch.equal(logits(model), before)
     assert [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)] == names
