@@ -16,7 +16,7 @@ from pathlib import Path
 
 from flexq import planning, sensitivity
 from flexq.calibrate import DEFAULT_WINDOWS, calibrate_model
-from flexq.eval import evaluate, windows_of
+from flexq.eval import evaluate, spread, windows_of
 from flexq.models import find_model, load_model, load_tokenizer
 from flexq.patch import quantize_model, shared_copy
 from flexq.plan import Plan
@@ -96,7 +96,7 @@ def main() -> None:
     text = args.text.read_text(encoding="utf-8")
     windows = windows_of(tokenizer, text)
     held_out, others = windows[-args.held_out :], windows[: -args.held_out]
-    calibration = [others[i * len(others) // DEFAULT_WINDOWS] for i in range(DEFAULT_WINDOWS)]
+    calibration = spread(others, DEFAULT_WINDOWS)
     probes = windows_of(tokenizer, text[: len(text) // 2], 512)
     if args.plans or args.estimated_plans:
         if args.no_rotation:

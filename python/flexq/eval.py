@@ -84,13 +84,8 @@ def windows_of(tokenizer, text: str, length: int = DEFAULT_WINDOW, count: int | 
     return [ids[:, i * length : (i + 1) * length] for i in range(min(available, count or available))]
 
 
-def spread_windows(tokenizer, text: str, length: int = DEFAULT_WINDOW, count: int = 16) -> list[torch.Tensor]:
-    """`count` of the text's windows, evenly spaced from its beginning on: more of its subjects than the first ones.
-
-    Raises:
-        ValueError: as `windows_of`.
-    """
-    windows = windows_of(tokenizer, text, length)
+def spread(windows: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """`count` of a text's windows, or all that there are, evenly spaced: more of its subjects than the first ones."""
     count = min(count, len(windows))
     return [windows[i * len(windows) // count] for i in range(count)]
 

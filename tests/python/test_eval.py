@@ -6,7 +6,7 @@ import math
 import flexq
 import pytest
 import torch
-from flexq.eval import Evaluation, default_text, evaluate, plot, windows_of, with_recipe
+from flexq.eval import Evaluation, default_text, evaluate, plot, spread, windows_of, with_recipe
 from flexq.patch import linear_bytes
 from torch import nn
 
@@ -116,3 +116,9 @@ def test_logits_match_a_whole_model_in_float64(tiny_llama, recipe):
         got, expected = packed(WINDOWS[0]).logits.double(), emulated(WINDOWS[0]).logits
     # A code next to a rounding boundary may fall on its other side in fp32. Quantizing moves the logits by 1 to 10%.
     assert (got - expected).norm() / expected.norm() < 2e-3
+
+
+def test_windows_spread_over_a_text():
+    windows = [torch.tensor([[i]]) for i in range(10)]
+    assert [w.item() for w in spread(windows, 4)] == [0, 2, 5, 7]
+    assert spread(windows, 20) == windows
