@@ -145,7 +145,7 @@ def calibrate_model(
 
     Args:
         model: on one device, the CPU or a GPU.
-        windows: token ids, int64 [1, L] each, as `flexq.eval.windows_of` cuts them; 16 of 2048, `spread` over a text, do well.
+        windows: token ids, int64 [1, L] each, as `flexq.eval` cuts and spreads them; 16 of 2048 do well.
         plan, include, skip: as for `quantize_model`.
         progress: wraps the loop over windows that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
         damping, passes: of `flexq.rounding.compensated_round`.
