@@ -157,8 +157,9 @@ FLEXQ_API const flexq_executor* flexq_thread_pool_executor(const flexq_thread_po
 FLEXQ_API flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* planes_bytes, size_t* scales_bytes);
 
 /* Round to nearest, after the rotation: per row and group (or row) s = fp16(share * absmax / 31), with the one of seven
- * shares from 1 down to 0.85 that gives the least squared error, and code = clamp(rint(w / s), -32, 31). All-zero groups
- * get scale 0. FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16 or vanishes in it. CPU streams.
+ * shares from 1 down to 0.85 that gives the least squared error, and code = clamp(rint(w / s), -32, 31). All-zero
+ * groups get scale 0. FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16 or vanishes in it. For CPU
+ * streams.
  *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written. */
 FLEXQ_API flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
                                              flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales);
