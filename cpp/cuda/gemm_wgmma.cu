@@ -52,8 +52,8 @@ struct Config {
   constexpr int threads() const { return (consumers() + 1) * kWarpGroup; }
   // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
   // producer gives back.
-  constexpr int producer_registers() const { return consumers() == 2 ? 56 : 32; }
-  constexpr int consumer_registers() const {
+  [[maybe_unused]] constexpr int producer_registers() const { return consumers() == 2 ? 56 : 32; }
+  [[maybe_unused]] constexpr int consumer_registers() const {
     const int at_launch = 65536 / threads() / 8 * 8;
     return at_launch + (at_launch - producer_registers()) / consumers() / 8 * 8;
   }
