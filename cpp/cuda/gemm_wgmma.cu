@@ -50,14 +50,6 @@ struct Config {
 
   constexpr int consumers() const { return kRowParts * token_parts; }
   constexpr int threads() const { return (consumers() + 1) * kWarpGroup; }
-  // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
-  // producer gives back.
-  [[maybe_unused]] constexpr int producer_registers() const { return consumers() == 2 ? 56 : 32; }
-  [[maybe_unused]] constexpr int consumer_registers() const {
-    const int at_launch = 65536 / threads() / 8 * 8;
-    return at_launch + (at_launch - producer_registers()) / consumers() / 8 * 8;
-  }
-
   constexpr int chunk_tokens() const { return std::min(tokens / token_parts, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * record_and_scale_bytes(true); }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
@@ -108,7 +100,13 @@ class Kernel {
   static constexpr Config kC = kConfigs[kConfig];
   static constexpr int kConsumers = kC.consumers();
   static constexpr int kTokens = kC.tokens / kC.token_parts;  // of a consumer
-  static constexpr int kSums = kTokens / 2;                   // a thread's
+  // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
+  // producer gives back.
+  static constexpr int kLaunchRegisters = 65536 / kC.threads() / 8 * 8;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 32;
+  static constexpr int kConsumerRegisters =
+      kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / kConsumers / 8 * 8;
+  static constexpr int kSums = kTokens / 2;  // a thread's
   static constexpr int kGroupsAStage = kC.groups_a_stage;
   static constexpr int kRecord = record_and_scale_bytes(kPerGroup);
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
@@ -145,12 +143,12 @@ class Kernel {
     __syncthreads();
     ptx::cluster_meet();
     if (warp_ >= 4 * kConsumers) {
-      ptx::set_fewer_registers<kC.producer_registers()>();
+      ptx::set_fewer_registers<kProducerRegisters>();
       if (lane_ == 0) produce();
       __syncwarp();
       if (p_.splits > 1) ptx::cluster_sync();  // add_up_parts'
     } else {
-      ptx::set_more_registers<kC.consumer_registers()>();
+      ptx::set_more_registers<kConsumerRegisters>();
       consume();
     }
     // Nobody leaves while a peer may still copy to it, arrive at its barriers or read its sums.
