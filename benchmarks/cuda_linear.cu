@@ -5,7 +5,8 @@
 //   cmake --preset cuda -DFLEXQ_BUILD_BENCHMARKS=ON && cmake --build --preset cuda
 //   build/cuda/benchmarks/cuda_linear [--kernels] [NxK ...] [M ...]
 //
-// --kernels: instead, each kernel that could run the GEMM, its time and the model's, as rows of CSV.
+// --kernels: instead, each kernel that could run the GEMM, the model's time, its own and that of the
+// whole linear, as rows of CSV.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -98,10 +99,11 @@ void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, i
   flexq::check(flexq_activation_size(&stream, &act, &act_bytes));
   auto* quantized = allocate<uint8_t>(act_bytes);
   flexq::check(flexq_quantize_activation(&stream, &act, x, FLEXQ_BF16, desc.k, quantized, act_bytes));
-  flexq_kernel_info infos[128];
+  size_t linear_bytes = 0;
+  flexq_kernel_info infos[256];
   int32_t count = 0;
-  flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, infos, 128, &count));
-  for (int32_t i = 0; i < std::min(count, 128); ++i) {
+  flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, infos, 256, &count));
+  for (int32_t i = 0; i < std::min(count, 256); ++i) {
     if (infos[i].estimated_microseconds > 2 * infos[0].estimated_microseconds) break;
     flexq_stream with = stream;
     with.kernel = infos[i].name;
@@ -116,9 +118,20 @@ void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, i
                                   workspace_bytes));
         },
         3);
-    std::printf("%lld,%lld,%s,%lld,%d,%s,%.2f,%.2f\n", static_cast<long long>(desc.n), static_cast<long long>(desc.k),
-                desc.scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel", static_cast<long long>(m), i, infos[i].name,
-                infos[i].estimated_microseconds, gemm);
+    flexq::check(flexq_linear_workspace_size(&with, &desc, 8, m, &linear_bytes));
+    auto* linear_workspace = allocate<uint8_t>(linear_bytes);
+    const double linear = microseconds(
+        handle, rounds,
+        [&](int j) {
+          flexq::check(flexq_linear(&with, &desc, weights[static_cast<size_t>(j) % weights.size()], bytes, 8, m, x,
+                                    FLEXQ_BF16, desc.k, nullptr, FLEXQ_F32, y, FLEXQ_BF16, desc.n, linear_workspace,
+                                    linear_bytes));
+        },
+        3);
+    check(cudaFree(linear_workspace));
+    std::printf("%lld,%lld,%s,%lld,%d,%s,%.2f,%.2f,%.2f\n", static_cast<long long>(desc.n),
+                static_cast<long long>(desc.k), desc.scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel",
+                static_cast<long long>(m), i, infos[i].name, infos[i].estimated_microseconds, gemm, linear);
     check(cudaFree(workspace));
   }
   check(cudaFree(quantized));

@@ -2,6 +2,8 @@
 #include "core/backend.h"
 
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "core/error.h"
@@ -54,23 +56,39 @@ class DeviceScope {
 
 Device query_device(int32_t device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  // Two transfers a clock (kHz) of so many bits; nine tenths of that can be had.
+  // Two transfers a clock (kHz) of so many bits; of HBM's 94% can be had.
   const double peak =
       2e-3 * attribute(cudaDevAttrMemoryClockRate, device) * (attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0);
-  return {attribute(cudaDevAttrMultiProcessorCount, device), major >= 9, kHasWgmma && major == 9, 0.9 * peak,
-          1e-3 * attribute(cudaDevAttrClockRate, device)};
+  Device d{.num_sms = attribute(cudaDevAttrMultiProcessorCount, device),
+           .has_sm90 = major >= 9,
+           .has_wgmma = kHasWgmma && major == 9,
+           .dram_bytes_per_us = 0.94 * peak,
+           .clocks_per_us = 1e-3 * attribute(cudaDevAttrClockRate, device),
+           .clusters = {}};
+  if (d.has_wgmma) {
+    const DeviceScope scope(device);
+    d.clusters = wgmma_clusters(d.num_sms);
+  }
+  return d;
 }
 
-// Asked for once: the driver reads clock rates from the device, which is too slow for every call.
+// Asked for once, as the driver reads clock rates from the device, which is too slow for every call; and only of
+// devices in use, as it needs their contexts.
 const Device& device_of(const flexq_stream& stream) {
-  static const std::vector<Device> devices = [] {
+  struct Known {
+    std::once_flag once;
+    Device device;
+  };
+  static const std::vector<std::unique_ptr<Known>> devices = [] {
     int count = 0;
     check(cudaGetDeviceCount(&count), "device count");
-    std::vector<Device> all;
-    for (int32_t device = 0; device < count; ++device) all.push_back(query_device(device));
+    std::vector<std::unique_ptr<Known>> all(static_cast<size_t>(count));
+    for (auto& known : all) known = std::make_unique<Known>();
     return all;
   }();
-  return devices.at(static_cast<size_t>(stream.device_index));
+  Known& known = *devices.at(static_cast<size_t>(stream.device_index));
+  std::call_once(known.once, [&] { known.device = query_device(stream.device_index); });
+  return known.device;
 }
 
 cudaStream_t handle(const flexq_stream& stream) { return static_cast<cudaStream_t>(stream.handle); }

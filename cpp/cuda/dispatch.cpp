@@ -2,8 +2,9 @@
 // GPU and says where the model is wrong.
 //
 // A GEMM takes as long as the slower of reading the weights from memory and a multiprocessor's own work on its tiles,
-// wave by wave. The constants are fitted to measurements on an H100 (docs/kernels.md); they are clocks where the work
-// is a multiprocessor's, and scale with the device's bandwidth, clock and number of multiprocessors.
+// wave by wave. The constants are fitted to measurements on an H100 (docs/kernels.md), of GEMMs in linear layers,
+// between their quantizers; they are clocks where the work is a multiprocessor's, and scale with the device's
+// bandwidth, clock and number of multiprocessors.
 #include "cuda/dispatch.h"
 
 #include <algorithm>
@@ -17,9 +18,8 @@
 namespace flexq::cuda {
 namespace {
 
-// Up to so many tokens mma.sync was never behind.
-constexpr int64_t kMmaTokens = 16;
-constexpr double kMmaLaunchUs = 1.3, kWgmmaLaunchUs = 4.0;
+// Up to so many tokens, a tile of mma.sync's, wgmma is not asked; from so many on mma.sync is not.
+constexpr int64_t kMmaTokens = kTokenTile, kWgmmaTokens = 256;
 
 struct Problem {
   const Device& device;
@@ -36,69 +36,84 @@ struct Problem {
 double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const WgmmaShape c = wgmma_shape(plan.config);
   const int64_t row_tiles = ceil_div(p.desc.n, static_cast<int64_t>(c.rows) * plan.multicast) * plan.multicast;
-  const int64_t blocks = row_tiles * ceil_div(p.m, c.tokens) * plan.splits;
+  const int64_t tiles = row_tiles * ceil_div(p.m, c.tokens);
+  const auto blocks = static_cast<double>(tiles * plan.splits);
   const auto tokens = static_cast<double>(c.tokens);
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
-  const auto waves = static_cast<double>(ceil_div(blocks, p.device.num_sms));
+  const auto waves = static_cast<double>(ceil_div(tiles, p.device.clusters[plan.splits]));
   // Of a group: under 4 clocks a token are the tensor cores' own, the rest is not hidden behind them.
-  double group_clocks = p.per_group() ? 330 + 6.4 * tokens : 150 + 3.85 * tokens;
+  double group_clocks = p.per_group() ? 404 + 7.7 * tokens : 213 + 4.98 * tokens;
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
   const bool relief = c.tokens >= 128 && waves > 2;
-  if (relief != (plan.multicast > 1)) group_clocks *= 1.04;
-  const double output_clocks = 600 + 17 * tokens;
-  const double parts_clocks = plan.splits > 1 ? 1500 + 40 * tokens : 0;
+  if (relief != (plan.multicast > 1)) group_clocks *= 1.044;
+  const double output_clocks = 215 + 11.9 * tokens;
+  const double parts_clocks = plan.splits > 1 ? 1070 + 27.8 * tokens : 0;
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
   // Weights from memory, and what every tile brings in from L2.
   const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
-  const double idle = std::max(0.0, 1 - static_cast<double>(blocks) / p.device.num_sms);
-  const double memory_us = (1 + 0.1 * idle) * 0.87 * p.memory_us(p.weight_bytes) +
-                           0.072 * p.memory_us(static_cast<double>(blocks) * work * bytes);
+  const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
+  const double memory_us =
+      (1 + 0.16 * idle) * 0.935 * p.memory_us(p.weight_bytes) + 0.085 * p.memory_us(blocks * work * bytes);
   const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
-  return kWgmmaLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 1.0 : 0.0) +
-         (plan.multicast > 1 && !relief ? 1.0 : 0.0);
+  constexpr double kLaunchUs = 2.2;
+  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 1.25 : 0.0) +
+         (plan.multicast > 1 && !relief ? 0.72 : 0.0);
 }
 
-// What differs between few tokens, whose single tile overlaps with the layer before, and several tiles of tokens.
+// What differs between one tile of tokens, of 8 or more, and several.
 struct MmaFit {
+  double launch_us;
   double group_ops, channel_ops;  // a clock, of a multiprocessor beside unpacking
-  double shared_act;              // weight of activations that a thread block waits for together
-  double again, idle;             // shares of reading the weights: for each further tile, for an idle last wave
-  double l2;                      // of its traffic, in terms of the memory's
+  // Shares of reading the weights that are lost:
+  double idle_wave;   // to the idle part of the last wave
+  double idle_sms;    // to multiprocessors without a thread block
+  double imbalance;   // to those with more rows than the others
+  double empty;       // to columns without a token
+  double wide;        // to warps with many sums, whose activations come late
+  double again;       // to each further tile of tokens
+  double l2;          // weight of L2's traffic, in terms of the memory's
+  double shared_act;  // and of activations that a thread block waits for together
   double row_us, split_us;
 };
-constexpr MmaFit kOneTile{1720, 4860, 5.5, 0.0, 0.48, 0.05, 0.018, 1.75};
-constexpr MmaFit kTiles{1700, 2050, 1.0, 0.5, 0.3, 0.07, 0.02, 2.0};
+constexpr MmaFit kEightTokens{1.55, 760, 3410, 0.24, 0.09, 0.17, 0.09, 0.26, 0.0, 0.067, 0.37, 0.006, 1.88};
+constexpr MmaFit kOneTile{1.67, 790, 1150, 0.39, 0.19, 0.0, 0.0, 0.26, 0.0, 0.17, 0.86, 0.0034, 2.07};
+constexpr MmaFit kTiles{1.67, 825, 1090, 0.32, 0.19, 0.0, 0.0, 0.26, 0.21, 0.227, 0.86, 0.0034, 2.07};
 
 double mma_us(const Problem& p, const GemmPlan& plan) {
   const MmaShape c = mma_shape(plan.config);
   const int64_t token_tiles = ceil_div(p.m, c.tokens);
-  const MmaFit& fit = token_tiles == 1 ? kOneTile : kTiles;
-  const int64_t tiles = ceil_div(p.desc.n, c.rows) * token_tiles;
-  const double waves =
-      static_cast<double>(tiles * plan.splits) / (static_cast<double>(p.device.num_sms) * c.ctas_per_sm);
-  const double idle = waves <= 1 ? 1.0 : std::ceil(waves) / waves;  // of the last wave
+  const MmaFit& fit = p.m <= kTokenTile ? kEightTokens : token_tiles == 1 ? kOneTile : kTiles;
+  const int blocks = c.warps_n * plan.blocks;
+  const double rows = kRecordRows * blocks, tokens = c.tokens;
+  const int64_t row_blocks = num_row_blocks(p.desc);
+  const int64_t tiles = ceil_div(row_blocks, blocks) * token_tiles, ctas = tiles * plan.splits;
+  const auto sms = static_cast<double>(p.device.num_sms);
+  const double waves = static_cast<double>(ctas) / (sms * c.ctas_per_sm);
+  const double idle = waves <= 1 ? 1.0 : std::ceil(waves) / waves;
+  const double most = static_cast<double>(ceil_div(ctas, p.device.num_sms)) * blocks / plan.splits;
+  const double imbalance = std::min(1.0, most * sms / static_cast<double>(row_blocks * token_tiles) - 1);
+  const double idle_sms = std::max(0.0, sms / static_cast<double>(ctas) - 1);
   const double work = static_cast<double>(tiles * p.groups);
-  const double rows = c.rows, tokens = c.tokens;
   // A tile's group: products at what mma.sync reaches; for bits, its MMAs and transposes.
   double clocks = 2 * rows * std::max(tokens, 16.0) * kGroup / (p.per_group() ? fit.group_ops : fit.channel_ops);
   if (c.act_bits != 0) clocks = rows / kRecordRows * (110 + 2.0 * kPlanes * c.act_bits);
-  const double sm_us = p.clocks_us(work * clocks / p.device.num_sms) * idle;
-  const double act_bytes = tokens * kGroup * (c.shared_act ? fit.shared_act : p.per_group() ? 1.0 : 0.5);
-  const double bytes = work * (kRecordBytes * rows / kRecordRows + act_bytes) - p.weight_bytes;
-  // Measured and not understood: over a long K this kernel for 16 tokens loses to the same one for 8 and for 32.
-  const double depth = static_cast<double>(p.desc.k) / 28672;
-  const double odd = c.tokens == 16 && !c.shared_act ? 0.1 * depth * depth : 0.0;
-  const double empty = p.m <= kTokenTile && c.tokens > kTokenTile ? 0.06 : 0.0;  // columns without a token
-  const double reads = 1 + odd + empty + fit.again * static_cast<double>(token_tiles - 1) + fit.idle * (idle - 1);
-  const double memory_us = p.memory_us(p.weight_bytes) * reads + fit.l2 * p.memory_us(bytes);
-  const double ramp_us = fit.row_us * rows + (tiles * plan.splits < p.device.num_sms ? 0.5 : 0.0);
-  return kMmaLaunchUs + (p.m > kMmaTokens ? 1.5 : 0.0) + std::max(sm_us, memory_us) + ramp_us +
-         (plan.splits > 1 ? fit.split_us : 0.0);
+  const double sm_us = p.clocks_us(work * clocks / sms) * idle;
+  const double act_bytes = tokens * kGroup;
+  // Without a barrier between them, warps of a multiprocessor find some of what they load in its L1.
+  const double l1_misses = c.shared_act || p.per_group() ? 1.0 : 0.5;
+  const double bytes = work * (kRecordBytes * rows / kRecordRows + l1_misses * act_bytes) - p.weight_bytes;
+  const double lost = fit.idle_wave * (idle - 1) + fit.idle_sms * idle_sms + fit.imbalance * imbalance +
+                      (p.m <= kTokenTile && c.tokens > kTokenTile ? fit.empty : 0.0) +
+                      (!c.shared_act && c.max_blocks * c.tokens > 8 * kTokenTile ? fit.wide : 0.0) +
+                      fit.again * static_cast<double>(token_tiles - 1);
+  const double memory_us = p.memory_us(p.weight_bytes) * (1 + lost) + fit.l2 * p.memory_us(bytes) +
+                           (c.shared_act ? fit.shared_act * p.memory_us(work * act_bytes) : 0.0);
+  return fit.launch_us + std::max(sm_us, memory_us) + fit.row_us * rows + (plan.splits > 1 ? fit.split_us : 0.0);
 }
 
 // Splitting K costs mma a second kernel: only where tiles leave a good part of the GPU idle.
 int mma_splits(const Problem& p, const MmaShape& c) {
-  const int64_t tiles = ceil_div(p.desc.n, c.rows) * ceil_div(p.m, c.tokens);
+  const int64_t tiles = ceil_div(num_row_blocks(p.desc), int64_t{c.warps_n} * c.max_blocks) * ceil_div(p.m, c.tokens);
   if (4 * tiles >= 3 * p.device.num_sms) return 1;
   const int64_t slots = static_cast<int64_t>(p.device.num_sms) * c.ctas_per_sm;
   return static_cast<int>(std::max<int64_t>(1, std::min(ceil_div(p.groups, c.warps_k), slots / tiles)));
@@ -112,11 +127,18 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
   const auto add = [&](const GemmPlan& plan) {
     items_[count_++] = {plan, plan.family == GemmPlan::kMma ? mma_us(p, plan) : wgmma_us(p, plan)};
   };
-  for (int i = 0; i < num_mma_configs(); ++i) {
+  for (int i = 0; (!device.has_wgmma || m < kWgmmaTokens) && i < num_mma_configs(); ++i) {
     const MmaShape c = mma_shape(i);
     const bool bits = c.act_bits != 0;
     if (bits && (c.act_bits != act_bits || m > c.tokens)) continue;
-    add({GemmPlan::kMma, i, mma_splits(p, c), 1});
+    const int splits = mma_splits(p, c);
+    add({GemmPlan::kMma, i, splits, 1, c.max_blocks});
+    // Fewer rows where they fill the GPU evenly.
+    for (int blocks = c.min_blocks; splits == 1 && blocks < c.max_blocks; ++blocks) {
+      const int64_t slots = static_cast<int64_t>(device.num_sms) * c.warps_n;
+      const int64_t turns = ceil_div(num_row_blocks(desc), slots * blocks);
+      if (ceil_div(num_row_blocks(desc), slots * turns) == blocks) add({GemmPlan::kMma, i, 1, 1, blocks});
+    }
   }
   for (int i = 0; device.has_wgmma && m > kMmaTokens && i < num_wgmma_configs(); ++i) {
     const WgmmaShape c = wgmma_shape(i);
@@ -126,10 +148,11 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);
     add({GemmPlan::kWgmma, i, 1, 1});
     if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
-    // Parts of K only while all of them are at work at once, and clusters of them fit.
-    for (const int splits : {2, 3, 4}) {
-      if (tiles * splits <= device.num_sms && splits * c.groups_a_stage <= groups)
+    // Parts of K only while all of them are at work at once.
+    for (int splits = 2; splits <= kMaxSplits; ++splits) {
+      if (tiles <= device.clusters[splits] && splits * c.groups_a_stage <= groups) {
         add({GemmPlan::kWgmma, i, splits, 1});
+      }
     }
   }
   std::sort(items_.begin(), items_.begin() + static_cast<std::ptrdiff_t>(count_),
@@ -151,7 +174,8 @@ PlanName name_of(const GemmPlan& plan) {
                   plan.multicast);
   } else {
     const MmaShape c = mma_shape(plan.config);
-    std::snprintf(name.text, sizeof name.text, "mma-%s %dx%d split%d", c.product, c.rows, c.tokens, plan.splits);
+    std::snprintf(name.text, sizeof name.text, "mma-%s %dx%d split%d%s", c.product,
+                  kRecordRows * c.warps_n * plan.blocks, c.tokens, plan.splits, c.shared_act ? " shared" : "");
   }
   return name;
 }

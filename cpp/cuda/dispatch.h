@@ -25,7 +25,7 @@ class Candidates {
   const Candidate& named(const char* name) const;
 
  private:
-  std::array<Candidate, 64> items_;  // room for every config and way to split
+  std::array<Candidate, 96> items_;  // room for every config and way to split
   size_t count_ = 0;
 };
 

@@ -33,8 +33,8 @@ struct Config {
   int token_tiles;  // of 8 tokens
   int warps_n;      // warps side by side along N
   int warps_k;      // warps that share the groups of a tile's K
-  int blocks;       // of 16 rows a warp works on, sharing its activations
-  int stages;       // of the ring of copies
+  int blocks;       // of 16 rows a warp has, for the same activations; at most so many, where it loads its own
+  int slots;        // for records in a warp's ring of copies
   int ctas_per_sm;
   bool shared_act;  // activations go through shared memory too, read once for all warps side by side
   Product product = Product::kS8;
@@ -43,12 +43,16 @@ struct Config {
   constexpr int tokens() const { return kTokenTile * token_tiles; }
   constexpr int warp_rows() const { return kRecordRows * blocks; }
   constexpr int rows() const { return warp_rows() * warps_n; }
-  constexpr int stage_bytes(bool per_group) const { return blocks * record_and_scale_bytes(per_group); }
-  constexpr int ring_bytes(bool per_group) const { return warps_n * warps_k * stages * stage_bytes(per_group); }
+  constexpr int stages() const { return slots / blocks; }  // of shared activations
+  constexpr int ring_bytes(bool per_group) const {
+    return warps_n * warps_k * slots * record_and_scale_bytes(per_group);
+  }
   constexpr int act_step_bytes(bool per_group) const {
     return warps_k * token_tiles * (kTileGroupBytes + (per_group ? kTokenTile * 4 : 0));
   }
-  constexpr int act_ring_bytes(bool per_group) const { return shared_act ? stages * act_step_bytes(per_group) : 0; }
+  constexpr int act_ring_bytes(bool per_group) const { return shared_act ? stages() * act_step_bytes(per_group) : 0; }
+  // A warp loads its activations a step ahead, where there are registers for it.
+  constexpr bool act_ahead() const { return !shared_act && token_tiles <= 2 && token_tiles * blocks <= 8; }
   constexpr int sums() const { return rows() * tokens(); }
   constexpr int shared_bytes(bool per_group) const {
     const int rings = ring_bytes(per_group) + act_ring_bytes(per_group);
@@ -58,20 +62,26 @@ struct Config {
 
 // Of these, dispatch.cpp picks.
 constexpr Config kConfigs[] = {
-    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 1, .stages = 3, .ctas_per_sm = 4, .shared_act = false},
-    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 3, .shared_act = false},
-    {.token_tiles = 2, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
-    {.token_tiles = 2, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
-    {.token_tiles = 2, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
-    {.token_tiles = 4, .warps_n = 1, .warps_k = 8, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = false},
-    {.token_tiles = 4, .warps_n = 4, .warps_k = 2, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
-    {.token_tiles = 4, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 2, .shared_act = true},
-    {.token_tiles = 8, .warps_n = 8, .warps_k = 1, .blocks = 2, .stages = 3, .ctas_per_sm = 1, .shared_act = true},
+    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 1, .slots = 2, .ctas_per_sm = 4, .shared_act = false},
+    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 2, .slots = 3, .ctas_per_sm = 3, .shared_act = false},
+    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 4, .slots = 6, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 1, .warps_n = 1, .warps_k = 8, .blocks = 8, .slots = 8, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 2, .warps_n = 1, .warps_k = 8, .blocks = 1, .slots = 3, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 2, .warps_n = 1, .warps_k = 8, .blocks = 2, .slots = 3, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 2, .warps_n = 1, .warps_k = 8, .blocks = 4, .slots = 6, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 2, .warps_n = 1, .warps_k = 8, .blocks = 8, .slots = 8, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 2, .warps_n = 4, .warps_k = 2, .blocks = 2, .slots = 6, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 2, .warps_n = 8, .warps_k = 1, .blocks = 2, .slots = 6, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 4, .warps_n = 1, .warps_k = 8, .blocks = 2, .slots = 3, .ctas_per_sm = 2, .shared_act = false},
+    {.token_tiles = 4, .warps_n = 1, .warps_k = 8, .blocks = 4, .slots = 6, .ctas_per_sm = 1, .shared_act = false},
+    {.token_tiles = 4, .warps_n = 4, .warps_k = 2, .blocks = 2, .slots = 6, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 4, .warps_n = 8, .warps_k = 1, .blocks = 2, .slots = 6, .ctas_per_sm = 2, .shared_act = true},
+    {.token_tiles = 8, .warps_n = 8, .warps_k = 1, .blocks = 2, .slots = 6, .ctas_per_sm = 1, .shared_act = true},
     {.token_tiles = 1,
      .warps_n = 1,
      .warps_k = 8,
      .blocks = 1,
-     .stages = 3,
+     .slots = 3,
      .ctas_per_sm = 3,
      .shared_act = false,
      .product = Product::kB1A6},
@@ -79,7 +89,7 @@ constexpr Config kConfigs[] = {
      .warps_n = 1,
      .warps_k = 8,
      .blocks = 1,
-     .stages = 3,
+     .slots = 3,
      .ctas_per_sm = 3,
      .shared_act = false,
      .product = Product::kB1A8},
@@ -98,6 +108,7 @@ struct Params {
   int64_t ldy;
   int64_t n;
   int64_t row_blocks;
+  int blocks;  // of a warp
   int groups;
   int steps;            // of a tile: ceil(groups / warps_k)
   int64_t m;            // tokens
@@ -160,7 +171,10 @@ template <int kConfig, bool kPerGroup>
 class Kernel {
  public:
   static constexpr Config kC = kConfigs[kConfig];
-  static constexpr int kStageBytes = kC.stage_bytes(kPerGroup);
+  static constexpr int kSlotBytes = record_and_scale_bytes(kPerGroup);
+  // Whether a warp's records may lie in two tiles of 128 rows.
+  static constexpr bool kTwoTiles = !kC.shared_act && kC.blocks > 2;
+  static_assert(kC.blocks <= kTileBlocks && (kTwoTiles || kTileBlocks % kC.blocks == 0));
   // Sums of a tile: fp32 of scaled groups, or int32 over all of K.
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
 
@@ -169,7 +183,7 @@ class Kernel {
         lane_(threadIdx.x % 32),
         warp_n_(threadIdx.x / 32 / kC.warps_k),
         warp_k_(threadIdx.x / 32 % kC.warps_k) {
-    ring_ = shared + static_cast<int>(threadIdx.x / 32) * kC.stages * kStageBytes;
+    ring_ = shared + static_cast<int>(threadIdx.x / 32) * kC.slots * kSlotBytes;
     act_ring_ = shared + kC.ring_bytes(kPerGroup);
     sums_ = reinterpret_cast<Sum*>(shared);
   }
@@ -177,30 +191,11 @@ class Kernel {
   __device__ void run() {
     const int begin = part_begin(blockIdx.y);
     const int end = part_begin(blockIdx.y + 1);
-    start(begin);
-    fetches_left_ = end - begin;
-    act_fetches_left_ = end - begin;
-    // Weights do not depend on the kernel before this one; activations do.
-    for (int i = 0; i < kC.stages - 1; ++i) {
-      fetch_weights(i);
-      if (!kC.shared_act) ptx::cp_async_commit();
-    }
-    ptx::wait_for_previous_kernel();
-    ptx::launch_dependents();
-    if (kC.shared_act) {
-      for (int i = 0; i < kC.stages - 1; ++i) {
-        fetch_activations(i);
-        ptx::cp_async_commit();
-      }
-    }
-    int stage = 0;
-    for (int step = begin; step < end; ++step) {
-      accumulate(stage);
-      const int free = stage == 0 ? kC.stages - 1 : stage - 1;
-      fetch_weights(free);
-      if (kC.shared_act) fetch_activations(free);
-      ptx::cp_async_commit();  // an empty group too, so that counts stay right
-      stage = stage + 1 == kC.stages ? 0 : stage + 1;
+    start(begin, end);
+    if constexpr (kC.shared_act) {
+      add_up_together(end - begin);
+    } else {
+      add_up_alone();
     }
     finish();
   }
@@ -211,17 +206,18 @@ class Kernel {
     return static_cast<int>(static_cast<int64_t>(p_.steps) * i / static_cast<int>(gridDim.y));
   }
 
-  __device__ void start(int step) {
-    const int64_t block = (static_cast<int64_t>(blockIdx.x) * kC.warps_n + warp_n_) * kC.blocks;
-    blocks_ = static_cast<int>(min(static_cast<int64_t>(kC.blocks), max(p_.row_blocks - block, int64_t{0})));
-    group_ = fetch_group_ = step * kC.warps_k + warp_k_;
-    act_fetch_group_ = step * kC.warps_k;
-    static_assert(kTileBlocks % kC.blocks == 0, "a warp's records of a group lie side by side");
-    const auto of_tile = static_cast<int>(blocks_of_tile(block, p_.row_blocks));
-    fetch_records_ = p_.records + record_offset(block, group_, p_.row_blocks, p_.groups, kPerGroup) + lane_ * 16;
-    fetch_stride_ = kC.warps_k * of_tile * record_and_scale_bytes(kPerGroup);
-    const int in_tile = static_cast<int>(block % kTileBlocks);
-    scales_ahead_ = (of_tile - in_tile) * kRecordBytes + in_tile * kRecordScaleBytes;
+  __device__ void start(int begin, int end) {
+    const int64_t block = (static_cast<int64_t>(blockIdx.x) * kC.warps_n + warp_n_) * p_.blocks;
+    blocks_ = static_cast<int>(min(static_cast<int64_t>(p_.blocks), max(p_.row_blocks - block, int64_t{0})));
+    group_ = begin * kC.warps_k + warp_k_;
+    act_fetch_group_ = begin * kC.warps_k;
+    // Groups of this warp: the last step may have none.
+    steps_ = begin == end || blocks_ == 0 ? 0 : end - begin - (group_ + (end - begin - 1) * kC.warps_k >= p_.groups);
+    fetches_left_ = steps_ * blocks_;
+    fetch_block_ = 0;
+    in_tile_ = static_cast<int>(block % kTileBlocks);
+    fetch_tile_ = tile_of_records(block);
+    if constexpr (kTwoTiles) next_fetch_tile_ = tile_of_records(min(block + kTileBlocks, p_.row_blocks - 1));
     first_tile_ = static_cast<int64_t>(blockIdx.z) * kC.token_tiles;
     tiles_ = static_cast<int>(min(static_cast<int64_t>(kC.token_tiles), p_.token_tiles - first_tile_));
 #pragma unroll
@@ -234,32 +230,45 @@ class Kernel {
     }
   }
 
-  // ---- Copies, running stages - 1 steps ahead of the work ----
+  // ---- Copies, running ahead of the work ----
 
-  // This warp's records of a step.
-  __device__ void fetch_weights(int stage) {
-    if (fetches_left_-- <= 0) return;
-    if (fetch_group_ < p_.groups) {
-      const uint32_t to = ptx::shared_address(ring_ + stage * kStageBytes) + lane_ * 16;
-#pragma unroll
-      for (int b = 0; b < kC.blocks; ++b) {
-        if (b < blocks_) {
-#pragma unroll
-          for (int j = 0; j < 3; ++j) {
-            ptx::cp_async_16(to + b * kRecordBytes + j * 512, fetch_records_ + b * kRecordBytes + j * 512);
-          }
-        }
-      }
-      if (kPerGroup && lane_ < 2 * blocks_)
-        ptx::cp_async_16(to + kC.blocks * kRecordBytes, fetch_records_ + scales_ahead_);
+  // A tile of 128 rows: where its next group's records begin, with this lane's part of them, and how many they are.
+  struct TileOfRecords {
+    const uint8_t* from;
+    int blocks;
+  };
+  __device__ TileOfRecords tile_of_records(int64_t block) const {
+    return {p_.records + tile_offset(block, group_, p_.row_blocks, p_.groups, kPerGroup) + lane_ * 16,
+            static_cast<int>(blocks_of_tile(block, p_.row_blocks))};
+  }
+
+  __device__ static void advance(TileOfRecords& tile) { tile.from += kC.warps_k * tile.blocks * kSlotBytes; }
+
+  // The warp's next record: block after block of a group, group after group.
+  __device__ void fetch_record(int slot) {
+    if (fetches_left_ == 0) return;
+    --fetches_left_;
+    TileOfRecords tile = fetch_tile_;
+    int record = in_tile_ + fetch_block_;
+    if (kTwoTiles && record >= kTileBlocks) {
+      tile = next_fetch_tile_;
+      record -= kTileBlocks;
     }
-    fetch_group_ += kC.warps_k;
-    fetch_records_ += fetch_stride_;
+    const uint8_t* from = tile.from + record * kRecordBytes;
+    const uint32_t to = ptx::shared_address(ring_ + slot * kSlotBytes) + lane_ * 16;
+#pragma unroll
+    for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + j * 512, from + j * 512);
+    if (kPerGroup && lane_ < 2) {
+      ptx::cp_async_16(to + kRecordBytes, tile.from + tile.blocks * kRecordBytes + record * kRecordScaleBytes);
+    }
+    if (++fetch_block_ < blocks_) return;
+    fetch_block_ = 0;
+    advance(fetch_tile_);
+    if constexpr (kTwoTiles) advance(next_fetch_tile_);
   }
 
   // All threads together: the codes and scales of a step's groups, [warps_k][token tiles].
   __device__ void fetch_activations(int stage) {
-    if (act_fetches_left_-- <= 0) return;
     constexpr int kTileVectors = kTileGroupBytes / 16;
     constexpr int kVectors = kC.warps_k * kC.token_tiles * kTileVectors;
     const uint32_t to = ptx::shared_address(act_ring_ + stage * kC.act_step_bytes(kPerGroup));
@@ -295,101 +304,162 @@ class Kernel {
 
   // ---- Work ----
 
-  __device__ void accumulate(int stage) {
-    const bool active = group_ < p_.groups && blocks_ > 0;
-    // Word c of a token tile: the codes of chunk c, this lane's column.
-    uint32_t act[kC.token_tiles][8] = {};
-    float2 act_scale[kC.token_tiles] = {};
-    if constexpr (!kC.shared_act) {
-      if (active) load_activations(act, act_scale);
+  // A group's activations: word c of a token tile has the codes of chunk c, this lane's column.
+  struct Activations {
+    uint32_t codes[kC.token_tiles][8];
+    float2 scales[kC.token_tiles];
+  };
+
+  // Each warp by itself: as soon as a record has been used, the copy of another one takes its place.
+  __device__ void add_up_alone() {
+    // Weights do not depend on the kernel before this one; activations do.
+    for (int i = 0; i < kC.slots; ++i) {
+      fetch_record(i);
+      ptx::cp_async_commit();
     }
-    group_ += kC.warps_k;
-    ptx::cp_async_wait<kC.stages - 2>();
-    if constexpr (kC.shared_act) {
+    ptx::wait_for_previous_kernel();
+    ptx::launch_dependents();
+    constexpr bool kAhead = kC.act_ahead();
+    Activations now{}, next{};
+    if (kAhead && steps_ > 0) load_activations(next);
+    int slot = 0;
+    for (int step = 0; step < steps_; ++step) {
+      if constexpr (kAhead) {
+        now = next;
+        group_ += kC.warps_k;
+        if (step + 1 < steps_) load_activations(next);
+      } else {
+        load_activations(now);
+        group_ += kC.warps_k;
+      }
+      if constexpr (kC.product != Product::kS8) transpose_bits(now.codes[0]);
+#pragma unroll
+      for (int b = 0; b < kC.blocks; ++b) {
+        if (b >= blocks_) break;
+        ptx::cp_async_wait<kC.slots - 1>();
+        __syncwarp();
+        multiply(b, ring_ + slot * kSlotBytes, now);
+        __syncwarp();
+        fetch_record(slot);
+        ptx::cp_async_commit();  // an empty group too, so that counts stay right
+        slot = slot + 1 == kC.slots ? 0 : slot + 1;
+      }
+    }
+  }
+
+  // All warps in step, for they share the activations.
+  __device__ void add_up_together(int steps) {
+    constexpr int kStages = kC.stages();
+    const auto fetch_weights = [&](int stage) {
+      for (int b = 0; b < blocks_; ++b) fetch_record(stage * kC.blocks + b);
+    };
+    for (int i = 0; i < kStages - 1; ++i) fetch_weights(i);
+    ptx::wait_for_previous_kernel();
+    ptx::launch_dependents();
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < steps) fetch_activations(i);
+      ptx::cp_async_commit();
+    }
+    int stage = 0;
+    for (int step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
-    } else {
-      __syncwarp();
-    }
-    if (!active) return;
-    if constexpr (kC.shared_act) {
-      const uint8_t* step = act_ring_ + stage * kC.act_step_bytes(kPerGroup);
-      const uint8_t* tiles = step + warp_k_ * kC.token_tiles * kTileGroupBytes;
-      const auto* scales = reinterpret_cast<const float*>(step + kC.warps_k * kC.token_tiles * kTileGroupBytes) +
-                           warp_k_ * kC.token_tiles * kTokenTile;
+      if (step < steps_) {
+        Activations now;
+        read_activations(stage, now);
 #pragma unroll
-      for (int t = 0; t < kC.token_tiles; ++t) {
-        const uint32_t tile = ptx::shared_address(tiles + t * kTileGroupBytes);
-        ptx::ldmatrix_x4(&act[t][0], tile + chunk_offset(lane_ % 8, lane_ / 8));
-        ptx::ldmatrix_x4(&act[t][4], tile + chunk_offset(lane_ % 8, lane_ / 8 + 4));
-        if (kPerGroup) act_scale[t] = reinterpret_cast<const float2*>(scales + t * kTokenTile)[lane_ % 4];
-      }
-    }
-    if constexpr (kC.product != Product::kS8) transpose_bits(act[0]);
-    const uint8_t* records = ring_ + stage * kStageBytes;
-#pragma unroll
-    for (int b = 0; b < kC.blocks; ++b) {
-      if (b >= blocks_) break;
-      const auto* vectors = reinterpret_cast<const uint4*>(records + b * kRecordBytes) + lane_;
-      const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
-      int32_t dots[kC.token_tiles][4];
-#pragma unroll
-      for (int t = 0; t < kC.token_tiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) dots[t][i] = kPerGroup ? 0 : static_cast<int32_t>(acc_[b][t][i]);
-      }
-      uint32_t low[8], high[8];  // of rows g and g + 8, for bits
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        uint32_t a[4];
-        unpack(word(v[0], s), word(v[1], s), word(v[2], s), a);
-        if constexpr (kC.product == Product::kS8) {
-#pragma unroll
-          for (int t = 0; t < kC.token_tiles; ++t) ptx::mma_m16n8k32_s8(dots[t], a, act[t][2 * s], act[t][2 * s + 1]);
-        } else {
-          low[2 * s] = a[0];
-          low[2 * s + 1] = a[2];
-          high[2 * s] = a[1];
-          high[2 * s + 1] = a[3];
+        for (int b = 0; b < kC.blocks; ++b) {
+          if (b >= blocks_) break;
+          multiply(b, ring_ + (stage * kC.blocks + b) * kSlotBytes, now);
         }
       }
-      if constexpr (kC.product != Product::kS8) {
-        static_assert(kC.token_tiles == 1, "bits are for few tokens");
-        transpose_bits(low);
-        transpose_bits(high);
-        b1_products<kC.product == Product::kB1A6 ? 6 : 8>(dots[0], low, high, act[0]);
-      }
-      if constexpr (kPerGroup) {
-        const auto* scales =
-            reinterpret_cast<const __half*>(records + kC.blocks * kRecordBytes + b * kRecordScaleBytes);
-        const float low = __half2float(scales[lane_ / 4]);
-        const float high = __half2float(scales[lane_ / 4 + 8]);
+      const int free = stage == 0 ? kStages - 1 : stage - 1;
+      fetch_weights(free);
+      if (step + kStages - 1 < steps) fetch_activations(free);
+      ptx::cp_async_commit();
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+  }
+
+  // This warp's group of a step, from shared memory.
+  __device__ void read_activations(int stage, Activations& act) const {
+    const uint8_t* step = act_ring_ + stage * kC.act_step_bytes(kPerGroup);
+    const uint8_t* tiles = step + warp_k_ * kC.token_tiles * kTileGroupBytes;
+    const auto* scales = reinterpret_cast<const float*>(step + kC.warps_k * kC.token_tiles * kTileGroupBytes) +
+                         warp_k_ * kC.token_tiles * kTokenTile;
+#pragma unroll
+    for (int t = 0; t < kC.token_tiles; ++t) {
+      const uint32_t tile = ptx::shared_address(tiles + t * kTileGroupBytes);
+      ptx::ldmatrix_x4(&act.codes[t][0], tile + chunk_offset(lane_ % 8, lane_ / 8));
+      ptx::ldmatrix_x4(&act.codes[t][4], tile + chunk_offset(lane_ % 8, lane_ / 8 + 4));
+      if (kPerGroup) act.scales[t] = reinterpret_cast<const float2*>(scales + t * kTokenTile)[lane_ % 4];
+    }
+  }
+
+  // Block b's record times the group's activations.
+  __device__ __forceinline__ void multiply(int b, const uint8_t* record, const Activations& act) {
+    const auto* vectors = reinterpret_cast<const uint4*>(record) + lane_;
+    const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
+    int32_t dots[kC.token_tiles][4];
+#pragma unroll
+    for (int t = 0; t < kC.token_tiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dots[t][i] = kPerGroup ? 0 : static_cast<int32_t>(acc_[b][t][i]);
+    }
+    uint32_t low_bits[8], high_bits[8];  // of rows g and g + 8
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t a[4];
+      unpack(word(v[0], s), word(v[1], s), word(v[2], s), a);
+      if constexpr (kC.product == Product::kS8) {
 #pragma unroll
         for (int t = 0; t < kC.token_tiles; ++t) {
-          acc_[b][t][0] += static_cast<float>(dots[t][0]) * (low * act_scale[t].x);
-          acc_[b][t][1] += static_cast<float>(dots[t][1]) * (low * act_scale[t].y);
-          acc_[b][t][2] += static_cast<float>(dots[t][2]) * (high * act_scale[t].x);
-          acc_[b][t][3] += static_cast<float>(dots[t][3]) * (high * act_scale[t].y);
+          ptx::mma_m16n8k32_s8(dots[t], a, act.codes[t][2 * s], act.codes[t][2 * s + 1]);
         }
       } else {
+        low_bits[2 * s] = a[0];
+        low_bits[2 * s + 1] = a[2];
+        high_bits[2 * s] = a[1];
+        high_bits[2 * s + 1] = a[3];
+      }
+    }
+    if constexpr (kC.product != Product::kS8) {
+      static_assert(kC.token_tiles == 1, "bits are for few tokens");
+      transpose_bits(low_bits);
+      transpose_bits(high_bits);
+      b1_products<kC.product == Product::kB1A6 ? 6 : 8>(dots[0], low_bits, high_bits, act.codes[0]);
+    }
+    if constexpr (kPerGroup) {
+      const auto* scales = reinterpret_cast<const __half*>(record + kRecordBytes);
+      const float low = __half2float(scales[lane_ / 4]);
+      const float high = __half2float(scales[lane_ / 4 + 8]);
 #pragma unroll
-        for (int t = 0; t < kC.token_tiles; ++t) {
+      for (int t = 0; t < kC.token_tiles; ++t) {
+        acc_[b][t][0] += static_cast<float>(dots[t][0]) * (low * act.scales[t].x);
+        acc_[b][t][1] += static_cast<float>(dots[t][1]) * (low * act.scales[t].y);
+        acc_[b][t][2] += static_cast<float>(dots[t][2]) * (high * act.scales[t].x);
+        acc_[b][t][3] += static_cast<float>(dots[t][3]) * (high * act.scales[t].y);
+      }
+    } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc_[b][t][i] = dots[t][i];
-        }
+      for (int t = 0; t < kC.token_tiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc_[b][t][i] = dots[t][i];
       }
     }
   }
 
   // Lanes and tiles of tokens that are not there keep zeros: what they would read was never written, or is not there.
-  __device__ void load_activations(uint32_t (&act)[kC.token_tiles][8], float2 (&act_scale)[kC.token_tiles]) const {
+  __device__ void load_activations(Activations& act) const {
 #pragma unroll
     for (int t = 0; t < kC.token_tiles; ++t) {
       if ((first_tile_ + t) * kTokenTile + lane_ / 4 < p_.m) {
         const uint8_t* tile = tile_of(group_, t) + lane_ % 4 * 4;
 #pragma unroll
-        for (int c = 0; c < 8; ++c) act[t][c] = *reinterpret_cast<const uint32_t*>(tile + chunk_offset(lane_ / 4, c));
+        for (int c = 0; c < 8; ++c)
+          act.codes[t][c] = *reinterpret_cast<const uint32_t*>(tile + chunk_offset(lane_ / 4, c));
       }
-      if (kPerGroup && t < tiles_) act_scale[t] = reinterpret_cast<const float2*>(scales_of(group_, t))[lane_ % 4];
+      if (kPerGroup && t < tiles_) act.scales[t] = reinterpret_cast<const float2*>(scales_of(group_, t))[lane_ % 4];
     }
   }
 
@@ -412,6 +482,7 @@ class Kernel {
     }
     __syncthreads();
     const int64_t tile = static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
+    const int rows_a_warp = p_.blocks * kRecordRows;
     Sum* partials =
         static_cast<Sum*>(p_.partials) + (blockIdx.y * static_cast<int64_t>(gridDim.z) * gridDim.x + tile) * kC.sums();
     for (int i = static_cast<int>(threadIdx.x); i < tiles_ * kTokenTile * kC.rows(); i += kC.threads()) {
@@ -420,8 +491,8 @@ class Kernel {
       for (int k = 1; k < kC.warps_k; ++k) sum += sums_[k * kC.sums() + i];
       if (gridDim.y > 1) {
         partials[i] = sum;
-      } else {
-        write<kPerGroup>(p_, static_cast<int64_t>(blockIdx.x) * kC.rows() + i % kC.rows(),
+      } else if (i % kC.rows() < kC.warps_n * rows_a_warp) {
+        write<kPerGroup>(p_, static_cast<int64_t>(blockIdx.x) * kC.warps_n * rows_a_warp + i % kC.rows(),
                          first_tile_ * kTokenTile + i / kC.rows(), sum);
       }
     }
@@ -433,13 +504,14 @@ class Kernel {
   uint8_t* act_ring_;
   Sum* sums_;
   int blocks_;  // of 16 rows that there are
-  // Where the copies and the work are.
-  const uint8_t* fetch_records_;
-  int fetch_stride_, scales_ahead_;  // bytes
-  int fetch_group_, fetches_left_, act_fetch_group_, act_fetches_left_;
+  int steps_;   // with a group for this warp
+  int group_;   // the next one whose activations are wanted
+  // Where the copies are.
+  TileOfRecords fetch_tile_, next_fetch_tile_;
+  int in_tile_;
+  int fetch_block_, fetches_left_, act_fetch_group_;
   int64_t first_tile_;  // of tokens
   int tiles_;
-  int group_;
   Sum acc_[kC.blocks][kC.token_tiles][4];
 };
 
@@ -486,8 +558,8 @@ KernelFunction kernel_of(int config) {
   return kernels_of<kPerGroup>(std::make_index_sequence<std::size(kConfigs)>{})[static_cast<size_t>(config)];
 }
 
-int64_t row_tiles_of(const Config& c, const flexq_weight_desc& desc) {
-  return ceil_div(num_row_blocks(desc), c.warps_n * c.blocks);
+int64_t row_tiles_of(const Config& c, const flexq_weight_desc& desc, int blocks) {
+  return ceil_div(num_row_blocks(desc), c.warps_n * blocks);
 }
 
 int64_t token_tiles_of(const Config& c, int64_t m) { return ceil_div(m, c.tokens()); }
@@ -501,13 +573,15 @@ int num_mma_configs() { return kNumConfigs; }
 MmaShape mma_shape(int config) {
   const Config& c = kConfigs[config];
   const int act_bits = c.product == Product::kB1A6 ? 6 : c.product == Product::kB1A8 ? 8 : 0;
-  return {product_name(c.product), act_bits, c.rows(), c.tokens(), c.ctas_per_sm, c.warps_k, c.shared_act};
+  return {
+      product_name(c.product), act_bits,  c.warps_n,   c.shared_act ? c.blocks : c.blocks / 2 + 1, c.blocks, c.tokens(),
+      c.ctas_per_sm,           c.warps_k, c.shared_act};
 }
 
 size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits) {
   const Config& c = kConfigs[config];
   if (splits == 1) return 0;
-  return align_up(static_cast<size_t>(splits * row_tiles_of(c, desc) * token_tiles_of(c, m) * c.sums() * 4));
+  return align_up(static_cast<size_t>(splits * row_tiles_of(c, desc, c.blocks) * token_tiles_of(c, m) * c.sums() * 4));
 }
 
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
@@ -529,13 +603,14 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
       .ldy = args.ldy,
       .n = args.desc.n,
       .row_blocks = num_row_blocks(args.desc),
+      .blocks = plan.blocks,
       .groups = static_cast<int>(groups),
       .steps = static_cast<int>(ceil_div(groups, c.warps_k)),
       .m = args.act.m,
       .token_tiles = act.tiles,
       .partials = args.workspace,
   };
-  const int64_t row_tiles = row_tiles_of(c, args.desc), token_tiles = token_tiles_of(c, args.act.m);
+  const int64_t row_tiles = row_tiles_of(c, args.desc, plan.blocks), token_tiles = token_tiles_of(c, args.act.m);
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   int shared = c.shared_bytes(per_group);
   if (device.has_sm90) {

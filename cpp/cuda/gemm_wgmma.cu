@@ -50,6 +50,10 @@ struct Config {
 
   constexpr int consumers() const { return kRowParts * token_parts; }
   constexpr int threads() const { return (consumers() + 1) * kWarpGroup; }
+  // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
+  // producer gives back. Where tokens are few a part is left for the quantizer of the layer after: it starts while this
+  // kernel is at work, and where it had to wait, so would the GEMM behind it.
+  constexpr int launch_registers() const { return 65536 / (threads() + (tokens <= 32 ? 128 : 0)) / 8 * 8; }
   constexpr int chunk_tokens() const { return std::min(tokens / token_parts, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * record_and_scale_bytes(true); }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
@@ -100,9 +104,7 @@ class Kernel {
   static constexpr Config kC = kConfigs[kConfig];
   static constexpr int kConsumers = kC.consumers();
   static constexpr int kTokens = kC.tokens / kC.token_parts;  // of a consumer
-  // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
-  // producer gives back.
-  static constexpr int kLaunchRegisters = 65536 / kC.threads() / 8 * 8;
+  static constexpr int kLaunchRegisters = kC.launch_registers();
   static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 32;
   static constexpr int kConsumerRegisters =
       kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / kConsumers / 8 * 8;
@@ -608,7 +610,7 @@ class Kernel {
 #endif  // FLEXQ_SM90A
 
 template <int kConfig, bool kPerGroup>
-__global__ void __launch_bounds__(kConfigs[kConfig].threads(), 1)
+__global__ void __launch_bounds__(65536 / kConfigs[kConfig].launch_registers() / kWarpGroup * kWarpGroup, 1)
     gemm_wgmma_kernel(const __grid_constant__ Params params) {
 #if FLEXQ_SM90A
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -652,6 +654,21 @@ int num_wgmma_configs() { return static_cast<int>(std::size(kConfigs)); }
 WgmmaShape wgmma_shape(int config) {
   const Config& c = kConfigs[config];
   return {kRows, c.tokens, c.groups_a_stage, c.group, c.channel};
+}
+
+// The driver knows: it depends on which multiprocessors of which part of the GPU are there.
+std::array<int, kMaxSplits + 1> wgmma_clusters(int num_sms) {
+  std::array<int, kMaxSplits + 1> clusters{};
+  const Config& c = kConfigs[0];
+  for (int size = 1; size <= kMaxSplits; ++size) {
+    const Launch how{.grid = dim3(static_cast<unsigned>(size)),
+                     .block = dim3(static_cast<unsigned>(c.threads())),
+                     .shared_bytes = static_cast<size_t>(c.shared_bytes()),
+                     .overlapped = true,
+                     .cluster = static_cast<unsigned>(size)};
+    clusters[static_cast<size_t>(size)] = size == 1 ? num_sms : clusters_at_once(kernel_of<true>(0), how);
+  }
+  return clusters;
 }
 
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {

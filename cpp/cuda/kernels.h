@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,12 +12,15 @@
 
 namespace flexq::cuda {
 
+constexpr int kMaxSplits = 4;  // of K between the thread blocks of a cluster
+
 // What the launches want to know of the device.
 struct Device {
   int num_sms;
   bool has_sm90;   // clusters, and kernels that start before the one ahead of them has finished
   bool has_wgmma;  // sm_90a code runs
   double dram_bytes_per_us, clocks_per_us;
+  std::array<int, kMaxSplits + 1> clusters;  // of so many thread blocks, each with a multiprocessor, that run at once
 };
 
 // Throws FLEXQ_DEVICE_ERROR.
@@ -49,9 +53,10 @@ struct GemmArgs {
 struct GemmPlan {
   enum Family { kMma, kWgmma };
   Family family;
-  int config;     // of the family's table
-  int splits;     // parts of K, each a thread block's for each tile
-  int multicast;  // thread blocks of a cluster that share their activations (wgmma)
+  int config;      // of the family's table
+  int splits;      // parts of K, each a thread block's for each tile
+  int multicast;   // thread blocks of a cluster that share their activations (wgmma)
+  int blocks = 0;  // of 16 rows a warp has (mma)
 };
 
 // Both start, and read weights, before what is ahead of them in the stream has finished (launch.h).
@@ -59,8 +64,10 @@ struct GemmPlan {
 // gemm_mma.cu: mma.sync, s8 or b1; sm_80 and later.
 struct MmaShape {
   const char* product;
-  int act_bits;      // that it takes, 0 for any
-  int rows, tokens;  // of a tile
+  int act_bits;                // that it takes, 0 for any
+  int warps_n;                 // side by side along N
+  int min_blocks, max_blocks;  // of 16 rows that each of them may have; parts of K only with the most
+  int tokens;                  // of a tile
   int ctas_per_sm;
   int warps_k;
   bool shared_act;  // the activations go through shared memory
@@ -78,6 +85,8 @@ struct WgmmaShape {
 };
 int num_wgmma_configs();
 WgmmaShape wgmma_shape(int config);
+// Device::clusters of the current device.
+std::array<int, kMaxSplits + 1> wgmma_clusters(int num_sms);
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
 }  // namespace flexq::cuda
