@@ -42,22 +42,22 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
   const auto waves = static_cast<double>(ceil_div(tiles, p.device.clusters[plan.splits]));
   // Of a group: under 4 clocks a token are the tensor cores' own, the rest is not hidden behind them.
-  double group_clocks = p.per_group() ? 404 + 7.7 * tokens : 213 + 4.98 * tokens;
+  double group_clocks = p.per_group() ? 350 + 7.82 * tokens : 213 + 4.98 * tokens;
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
   const bool relief = c.tokens >= 128 && waves > 2;
-  if (relief != (plan.multicast > 1)) group_clocks *= 1.044;
-  const double output_clocks = 215 + 11.9 * tokens;
-  const double parts_clocks = plan.splits > 1 ? 1070 + 27.8 * tokens : 0;
+  if (relief != (plan.multicast > 1)) group_clocks *= 1.026;
+  const double output_clocks = 393 + 14.5 * tokens;
+  const double parts_clocks = plan.splits > 1 ? 505 + 21.0 * tokens : 0;
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
   // Weights from memory, and what every tile brings in from L2.
   const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
   const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
   const double memory_us =
-      (1 + 0.16 * idle) * 0.935 * p.memory_us(p.weight_bytes) + 0.085 * p.memory_us(blocks * work * bytes);
+      (1 + 0.05 * idle) * 0.9 * p.memory_us(p.weight_bytes) + 0.116 * p.memory_us(blocks * work * bytes);
   const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
-  constexpr double kLaunchUs = 2.2;
-  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 1.25 : 0.0) +
-         (plan.multicast > 1 && !relief ? 0.72 : 0.0);
+  constexpr double kLaunchUs = 2.4;
+  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 1.22 : 0.0) +
+         (plan.multicast > 1 && !relief ? 0.54 : 0.0);
 }
 
 // What differs between one tile of tokens, of 8 or more, and several.
@@ -76,8 +76,8 @@ struct MmaFit {
   double row_us, split_us;
 };
 constexpr MmaFit kEightTokens{1.55, 760, 3410, 0.24, 0.09, 0.17, 0.09, 0.26, 0.0, 0.067, 0.37, 0.006, 1.88};
-constexpr MmaFit kOneTile{1.67, 790, 1150, 0.39, 0.19, 0.0, 0.0, 0.26, 0.0, 0.17, 0.86, 0.0034, 2.07};
-constexpr MmaFit kTiles{1.67, 825, 1090, 0.32, 0.19, 0.0, 0.0, 0.26, 0.21, 0.227, 0.86, 0.0034, 2.07};
+constexpr MmaFit kOneTile{1.81, 821, 1260, 0.22, 0.34, 0.0, 0.0, 0.134, 0.0, 0.123, 0.61, 0.0034, 2.62};
+constexpr MmaFit kTiles{1.92, 827, 1090, 0.03, 0.34, 0.0, 0.0, 0.134, 0.21, 0.231, 0.61, 0.0034, 2.62};
 
 double mma_us(const Problem& p, const GemmPlan& plan) {
   const MmaShape c = mma_shape(plan.config);
@@ -108,7 +108,9 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
                       fit.again * static_cast<double>(token_tiles - 1);
   const double memory_us = p.memory_us(p.weight_bytes) * (1 + lost) + fit.l2 * p.memory_us(bytes) +
                            (c.shared_act ? fit.shared_act * p.memory_us(work * act_bytes) : 0.0);
-  return fit.launch_us + std::max(sm_us, memory_us) + fit.row_us * rows + (plan.splits > 1 ? fit.split_us : 0.0);
+  constexpr double kWaveUs = 0.3;
+  return fit.launch_us + kWaveUs * std::max(0.0, std::ceil(waves) - 1) + std::max(sm_us, memory_us) +
+         fit.row_us * rows + (plan.splits > 1 ? fit.split_us : 0.0);
 }
 
 // Splitting K costs mma a second kernel: only where tiles leave a good part of the GPU idle.
@@ -144,7 +146,7 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     const WgmmaShape c = wgmma_shape(i);
     if (!(p.per_group() ? c.group : c.channel)) continue;
     // Nobody wants more columns than there are tokens, nor few columns for many tokens.
-    if (c.tokens >= 2 * m || (m >= 256 && c.tokens < 64)) continue;
+    if (c.tokens >= 2 * m || (m >= 64 && c.tokens < 32) || (m >= 256 && c.tokens < 64)) continue;
     const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);
     add({GemmPlan::kWgmma, i, 1, 1});
     if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
