@@ -108,6 +108,35 @@ class _CpuPeers:
         }
 
 
+HUMMING_INPUTS = {"W6A8": {"dtype": "int8", "group_size": ops.GROUP_SIZE}, "W6A16": None}
+
+
+def humming_layer(weight: torch.Tensor, inputs: str) -> nn.Module:
+    """A layer of the package humming-kernels with 6-bit weights, a scale per group of 128.
+
+    Args:
+        weight: [N, K] on a GPU.
+        inputs: of HUMMING_INPUTS.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    from humming.layer import HummingLayer
+
+    n, k = weight.shape
+    config = HUMMING_INPUTS[inputs]
+    layer = HummingLayer(
+        shape_n=n,
+        shape_k=k,
+        weight_config={"dtype": "int6", "group_size": ops.GROUP_SIZE},
+        input_config=None if config is None else dict(config),
+        torch_dtype=torch.bfloat16,
+    ).to(weight.device)
+    layer.load_from_unquantized(weight.bfloat16())
+    layer.transform()
+    return layer
+
+
 class _CudaPeers:
     """cuBLAS through PyTorch, and Humming where it is installed. cuBLAS int8 and fp8 are given activations that are
     quantized already; Humming quantizes them, as FlexQ does."""
@@ -127,27 +156,14 @@ class _CudaPeers:
     @staticmethod
     def _humming(weight: torch.Tensor) -> dict[str, list[nn.Module]]:
         """W6A8 and W6A16 with a scale per group of 128, one layer a copy of the weight."""
-        try:
-            from humming.layer import HummingLayer
-        except ImportError:
-            return {}
-        n, k = weight.shape
-        copies = max(2, int(_ROTATED_BYTES / (n * k * 49 / 64)) + 1)
-        inputs = {"W6A8": {"dtype": "int8", "group_size": ops.GROUP_SIZE}, "W6A16": None}
+        copies = max(2, int(_ROTATED_BYTES / (weight.numel() * 49 / 64)) + 1)
         layers: dict[str, list[nn.Module]] = {}
-        for name, config in inputs.items():
+        for name in HUMMING_INPUTS:
             try:
                 for _ in range(copies):
-                    layer = HummingLayer(
-                        shape_n=n,
-                        shape_k=k,
-                        weight_config={"dtype": "int6", "group_size": ops.GROUP_SIZE},
-                        input_config=None if config is None else dict(config),
-                        torch_dtype=torch.bfloat16,
-                    ).to(weight.device)
-                    layer.load_from_unquantized(weight.bfloat16())
-                    layer.transform()
-                    layers.setdefault(f"Humming {name}", []).append(layer)
+                    layers.setdefault(f"Humming {name}", []).append(humming_layer(weight, name))
+            except ImportError:
+                return {}
             except Exception as error:  # whatever a version of it does not do is left out, and said
                 warnings.warn(f"Humming {name} is left out: {error}", stacklevel=2)
                 layers.pop(f"Humming {name}", None)

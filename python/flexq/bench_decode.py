@@ -6,6 +6,7 @@ downloaded and no model is ever there in floating point unless it is measured so
 
 import functools
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from flexq import ops
-from flexq.bench import read_bandwidth
+from flexq.bench import humming_layer, read_bandwidth
 from flexq.fuse import fuse_model
 from flexq.linear import Linear
 from flexq.patch import Progress, linear_layers, replace_module
@@ -107,6 +108,19 @@ class Fp8Linear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
+class HummingLinear(nn.Module):
+    """W6A8 of the package humming-kernels, scales per group of 128."""
+
+    def __init__(self, n: int, k: int, device, dtype):
+        super().__init__()
+        self.layer = humming_layer(torch.randn((n, k), dtype=torch.bfloat16, device=device) * 0.02, "W6A8")
+        self.in_features, self.out_features = k, n
+        self.weight_bytes = self.stored_bytes = sum(p.nbytes for p in self.layer.parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+
 def _float_linear(n: int, k: int, device, dtype) -> nn.Module:
     layer = nn.Linear(k, n, bias=False, device=device, dtype=dtype)
     layer.weight.requires_grad_(False)
@@ -166,6 +180,9 @@ CONTENDERS = {
         Contender("bf16 graph", _float_linear, compiled=False),
         Contender("W8A8", Int8Linear),
         Contender("fp8", Fp8Linear),
+        Contender(
+            "Humming W6A8", HummingLinear, compiled=False
+        ),  # compiles its kernels itself, when they are first used
     )
 }
 DEFAULT_CONTENDERS = ("flexq W6A8", "flexq W6A6", "bf16", "bf16 graph", "W8A8", "fp8")
@@ -347,7 +364,8 @@ def bench_decode(
 
     Args:
         shape: one of SHAPES.
-        contenders: of CONTENDERS; DEFAULT_CONTENDERS (on the CPU CPU_CONTENDERS) if None.
+        contenders: of CONTENDERS; DEFAULT_CONTENDERS (on the CPU CPU_CONTENDERS), and Humming if it is installed, if
+            None.
         batches, contexts: tokens a step, and in the cache before it. Where a cache does not fit, the point is left out.
         prefills: lengths of prompts to time, batch 1.
         device: "cuda" or "cpu".
@@ -356,7 +374,9 @@ def bench_decode(
         progress: wraps the loop over contenders, e.g. `tqdm.tqdm`.
         report: called with each point as soon as it is there.
     """
-    contenders = list(contenders or (CPU_CONTENDERS if device == "cpu" else DEFAULT_CONTENDERS))
+    if not contenders:
+        humming = ("Humming W6A8",) if importlib.util.find_spec("humming") is not None else ()
+        contenders = CPU_CONTENDERS if device == "cpu" else DEFAULT_CONTENDERS + humming
     for name in contenders:
         if name not in CONTENDERS:
             raise ValueError(f"unknown contender {name!r}; known are {', '.join(CONTENDERS)}")

@@ -137,7 +137,7 @@ def test_bench_decode(monkeypatch):
                                       "num_attention_heads": 4},
     )  # fmt: skip
     points = bench_decode.bench_decode("tiny", batches=[1], contexts=[16], prefills=[32])
-    assert {p.contender for p in points} == set(bench_decode.DEFAULT_CONTENDERS)
+    assert {p.contender for p in points} >= set(bench_decode.DEFAULT_CONTENDERS)
     assert all(p.milliseconds > 0 for p in points)
     assert "/ floor" in bench_decode.table(points)
 
