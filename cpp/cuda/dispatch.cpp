@@ -53,7 +53,7 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
   const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
   const double memory_us =
-      (1 + 0.05 * idle) * 0.9 * p.memory_us(p.weight_bytes) + 0.116 * p.memory_us(blocks * work * bytes);
+      (1 + 0.1 * idle) * 0.9 * p.memory_us(p.weight_bytes) + 0.116 * p.memory_us(blocks * work * bytes);
   const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
   constexpr double kLaunchUs = 2.4;
   return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 1.22 : 0.0) +
