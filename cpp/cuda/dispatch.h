@@ -10,7 +10,7 @@ namespace flexq::cuda {
 
 struct Candidate {
   GemmPlan plan;
-  double microseconds;  // by the model of cost, the kernel alone
+  double microseconds;  // by the model of cost, in a linear layer but without its quantizer
 };
 
 // Every plan that could run the GEMM, cheapest first. No allocation: this is in the way of every call.

@@ -377,23 +377,23 @@ _EXPLAIN_WITHIN = 2.0
 def _candidates(
     m: int, n: int, k: int, bits: int, scheme: str, packed: list[torch.Tensor]
 ) -> tuple[list[tuple[str, float]], _Kernels]:
-    """Names and estimates of what could run the GEMM and is not out of the question, and how to run each."""
+    """Names and estimates of what could run the GEMM and is not out of the question, and how to run a layer with it."""
     where = packed[0].device
-    quantized = ops.quantize_activation(torch.randn(m, k, device=where, dtype=torch.bfloat16), bits, scheme, _ROTATION)
+    x = torch.randn(m, k, device=where, dtype=torch.bfloat16)
     y = torch.empty(m, n, device=where, dtype=torch.bfloat16)
     desc = _core.WeightDesc(n, k, scheme, _ROTATION)
-    act_desc = _core.ActivationDesc(m, k, bits, scheme, _ROTATION)
+    bfloat16 = 2  # FLEXQ_BF16
     candidates = _core.gemm_kernels(stream_for(where), desc, bits, m)
     candidates = [c for c in candidates if c[1] <= _EXPLAIN_WITHIN * candidates[0][1]]
 
     def runner(name: str) -> Callable[[torch.Tensor], Callable[[], None]]:
-        size = _core.gemm_workspace_size(stream_for(where).with_kernel(name), desc, bits, m)
+        size = _core.linear_workspace_size(stream_for(where).with_kernel(name), desc, bits, m)
         workspace = torch.empty(size, dtype=torch.uint8, device=where)
 
         def run(weight: torch.Tensor) -> None:
-            _core.gemm(
-                stream_for(where).with_kernel(name), desc, weight.data_ptr(), weight.numel(), act_desc,
-                quantized.data_ptr(), quantized.numel(), 0, 0, y.data_ptr(), 2, n, workspace.data_ptr(), size,
+            _core.linear(
+                stream_for(where).with_kernel(name), desc, weight.data_ptr(), weight.numel(), bits, m, x.data_ptr(),
+                bfloat16, k, 0, 0, y.data_ptr(), bfloat16, n, workspace.data_ptr(), size,
             )  # fmt: skip
 
         return lambda weight: lambda: run(weight)
@@ -412,7 +412,7 @@ def explain_linear(
     configs: Sequence[tuple[int, str]] = DEFAULT_CONFIGS,
     progress: Progress | None = None,
 ) -> list[Choice]:
-    """Measure the GEMM alone with every kernel that could run it: is the choice right on this device?
+    """Measure whole linear layers with every kernel that could run the GEMM: is the choice right on this device?
 
     Args:
         as for `bench_linear`.
@@ -449,7 +449,7 @@ def explain_table(choices: Sequence[Choice]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     worst = max((c.regret for c in choices), default=0.0)
     changes = sum(c.best[0] != c.kernels[0][0] for c in choices)
-    note = f"GEMM alone; by these measurements {changes} of {len(choices)} choices would change, the worst by"
+    note = f"Whole layers, the model's time without their quantizers; by these measurements {changes} of {len(choices)} choices would change, the worst by"
     return "\n".join([*lines, f"{note} {100 * worst:.0f}%"])
 
 
