@@ -449,7 +449,8 @@ def explain_table(choices: Sequence[Choice]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     worst = max((c.regret for c in choices), default=0.0)
     changes = sum(c.best[0] != c.kernels[0][0] for c in choices)
-    note = f"Whole layers, the model's time without their quantizers; by these measurements {changes} of {len(choices)} choices would change, the worst by"
+    what = "whole layers, the model's time without their quantizers"
+    note = f"{what}; by these measurements {changes} of {len(choices)} choices would change, the worst by"
     return "\n".join([*lines, f"{note} {100 * worst:.0f}%"])
 
 
