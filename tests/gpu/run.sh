@@ -23,6 +23,7 @@ export PYTHONPATH=$results/site
 run pytest 180 python3 -m pytest -q -p no:cacheprovider tests/gpu
 run contract 150 "$build/tests/test_cuda"
 run kernels 100 "$build/benchmarks/cuda_linear"
+run layer 60 "$build/benchmarks/cuda_linear" --layer
 run linear 150 python3 -m flexq.cli bench linear --device cuda --quiet \
   --tokens 1 8 16 32 64 128 256 1024 4096
 run decode 300 python3 -m flexq.cli bench decode --quiet --contenders "flexq W6A8" bf16 --batches 1 16 --contexts 128
