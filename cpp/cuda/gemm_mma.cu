@@ -1,11 +1,12 @@
 // y = x * w^T by a warp's tensor core instructions (mma.sync, sm_80 and later) on int8 codes, or on their bits.
 //
 // For few tokens the time is that of reading the weights, so everything serves the memory: each warp keeps its own ring
-// of cp.async copies in shared memory and reads back only what it copied itself, and codes become int8 fragments with
-// nine instructions for 16 of them. A thread block has a tile of rows and all of K or, where N alone does not fill the
-// GPU, a part of it; the parts are added up by a second kernel in a fixed order, so that every run gives the same bits.
-// Where tiles are few rows and activations few tokens, each warp loads its own activations; elsewhere that would be
-// more traffic than the weights, and the thread block copies them to shared memory once for all of its warps.
+// of cp.async copies in shared memory, reads back only what it copied itself and asks for the next record in place of
+// one that it has used, and codes become int8 fragments with nine instructions for 16 of them. A thread block has a
+// tile of rows and all of K or, where N alone does not fill the GPU, a part of it; the parts are added up by a second
+// kernel in a fixed order, so that every run gives the same bits. Its warps share K, and each loads the activations of
+// its own groups; or they have rows of their own, and the thread block copies the activations to shared memory once for
+// all of them.
 //
 // The b1 products are the paper's: an integer product as a sum of products of single bits, weighted by powers of two
 // (arXiv 2508.04405). Both operands' bits are gathered in registers from the same records and tiles.
