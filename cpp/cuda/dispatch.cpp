@@ -18,7 +18,7 @@
 namespace flexq::cuda {
 namespace {
 
-// Up to so many tokens, a tile of mma.sync's, wgmma is not asked; from so many on mma.sync is not.
+// Up to so many tokens, a tile of mma.sync's, wgmma is not asked; from so many on mma.sync runs only by its name.
 constexpr int64_t kMmaTokens = kTokenTile, kWgmmaTokens = 256;
 
 struct Problem {
@@ -65,14 +65,14 @@ struct MmaFit {
   double launch_us;
   double group_ops, channel_ops;  // a clock, of a multiprocessor beside unpacking
   // Shares of reading the weights that are lost:
-  double idle_wave;   // to the idle part of the last wave
-  double idle_sms;    // to multiprocessors without a thread block
-  double imbalance;   // to those with more rows than the others
-  double empty;       // to columns without a token
-  double wide;        // to warps with many sums, whose activations come late
-  double again;       // to each further tile of tokens
-  double l2;          // weight of L2's traffic, in terms of the memory's
-  double shared_act;  // and of activations that a thread block waits for together
+  double idle_wave;      // to the idle part of the last wave
+  double idle_sms;       // to multiprocessors without a thread block
+  double imbalance = 0;  // to those with more rows than the others
+  double empty = 0;      // to columns without a token
+  double wide;           // to warps with many sums, whose activations come late
+  double again = 0;      // to each further tile of tokens
+  double l2;             // weight of L2's traffic, in terms of the memory's
+  double shared_act;     // and of activations that a thread block waits for together
   double row_us, split_us;
 };
 constexpr MmaFit kEightTokens{.launch_us = 1.55,
@@ -83,7 +83,6 @@ constexpr MmaFit kEightTokens{.launch_us = 1.55,
                               .imbalance = 0.17,
                               .empty = 0.09,
                               .wide = 0.26,
-                              .again = 0.0,
                               .l2 = 0.067,
                               .shared_act = 0.37,
                               .row_us = 0.006,
@@ -93,10 +92,7 @@ constexpr MmaFit kOneTile{.launch_us = 1.81,
                           .channel_ops = 1260,
                           .idle_wave = 0.22,
                           .idle_sms = 0.34,
-                          .imbalance = 0.0,
-                          .empty = 0.0,
                           .wide = 0.134,
-                          .again = 0.0,
                           .l2 = 0.123,
                           .shared_act = 0.61,
                           .row_us = 0.0034,
@@ -106,8 +102,6 @@ constexpr MmaFit kTiles{.launch_us = 1.92,
                         .channel_ops = 1090,
                         .idle_wave = 0.03,
                         .idle_sms = 0.34,
-                        .imbalance = 0.0,
-                        .empty = 0.0,
                         .wide = 0.134,
                         .again = 0.21,
                         .l2 = 0.231,
@@ -165,7 +159,7 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
   const auto add = [&](const GemmPlan& plan) {
     items_[count_++] = {plan, plan.family == GemmPlan::kMma ? mma_us(p, plan) : wgmma_us(p, plan)};
   };
-  for (int i = 0; (!device.has_wgmma || m < kWgmmaTokens) && i < num_mma_configs(); ++i) {
+  for (int i = 0; i < num_mma_configs(); ++i) {
     const MmaShape c = mma_shape(i);
     const bool bits = c.act_bits != 0;
     if (bits && (c.act_bits != act_bits || m > c.tokens)) continue;
@@ -193,8 +187,14 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
       }
     }
   }
+  // Of many tokens the model knows wgmma alone.
+  const auto last = [&](const Candidate& c) {
+    return c.plan.family == GemmPlan::kMma && device.has_wgmma && m >= kWgmmaTokens;
+  };
   std::sort(items_.begin(), items_.begin() + static_cast<std::ptrdiff_t>(count_),
-            [](const Candidate& a, const Candidate& b) { return a.microseconds < b.microseconds; });
+            [&](const Candidate& a, const Candidate& b) {
+              return last(a) != last(b) ? last(b) : a.microseconds < b.microseconds;
+            });
 }
 
 const Candidate& Candidates::named(const char* name) const {

@@ -13,7 +13,8 @@ struct Candidate {
   double microseconds;  // by the model of cost, in a linear layer but without its quantizer
 };
 
-// Every plan that could run the GEMM, cheapest first. No allocation: this is in the way of every call.
+// Every plan that could run the GEMM, cheapest first, but for those that nobody would choose. No allocation: this is in
+// the way of every call.
 class Candidates {
  public:
   Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m);
@@ -25,7 +26,7 @@ class Candidates {
   const Candidate& named(const char* name) const;
 
  private:
-  std::array<Candidate, 96> items_;  // room for every config and way to split
+  std::array<Candidate, 64> items_;  // room for every config and way to split
   size_t count_ = 0;
 };
 
