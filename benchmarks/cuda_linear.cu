@@ -62,9 +62,11 @@ __global__ void read(const uint4* p, size_t count, uint32_t* out) {
   if (x == 0x12345) *out = x;  // keeps the loads alive
 }
 
+constexpr int kRounds = 11;
+
 // Median microseconds of run(i) for i = 0 ... count - 1.
 template <typename Run>
-double microseconds(cudaStream_t stream, int count, const Run& run, int rounds = 11) {
+double microseconds(cudaStream_t stream, int count, const Run& run, int rounds = kRounds) {
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -92,52 +94,60 @@ double microseconds(cudaStream_t stream, int count, const Run& run, int rounds =
   return 1e3 * times[times.size() / 2] / count;
 }
 
-// The GEMM of each candidate that is not out of the question; the library chooses the first.
+// Of a GEMM and of a whole linear with copies of a weight, by `kernel` or the library's choice.
+struct Times {
+  double linear, gemm;
+};
+Times times_of(const flexq::Stream& stream, const char* kernel, const flexq::WeightDesc& desc, int32_t bits, int64_t m,
+               size_t bytes, const std::vector<uint8_t*>& weights, const uint16_t* x, uint16_t* y, int rounds) {
+  const auto handle = static_cast<cudaStream_t>(stream.handle);
+  const int count = 2 * static_cast<int>(weights.size());
+  const auto weight = [&](int i) { return weights[static_cast<size_t>(i) % weights.size()]; };
+  flexq_stream with = stream;
+  with.kernel = kernel;
+  const flexq_activation_desc act{m, desc.k, bits, desc.scheme, desc.rotation};
+  size_t linear_bytes = 0, gemm_bytes = 0, act_bytes = 0;
+  flexq::check(flexq_linear_workspace_size(&with, &desc, bits, m, &linear_bytes));
+  flexq::check(flexq_gemm_workspace_size(&with, &desc, bits, m, &gemm_bytes));
+  flexq::check(flexq_activation_size(&with, &act, &act_bytes));
+  auto* linear_workspace = allocate<uint8_t>(linear_bytes);
+  auto* gemm_workspace = allocate<uint8_t>(gemm_bytes);
+  auto* quantized = allocate<uint8_t>(act_bytes);
+  flexq::check(flexq_quantize_activation(&with, &act, x, FLEXQ_BF16, desc.k, quantized, act_bytes));
+  Times times{};
+  times.linear = microseconds(
+      handle, count,
+      [&](int i) {
+        flexq::check(flexq_linear(&with, &desc, weight(i), bytes, bits, m, x, FLEXQ_BF16, desc.k, nullptr, FLEXQ_F32, y,
+                                  FLEXQ_BF16, desc.n, linear_workspace, linear_bytes));
+      },
+      rounds);
+  times.gemm = microseconds(
+      handle, count,
+      [&](int i) {
+        flexq::check(flexq_gemm(&with, &desc, weight(i), bytes, &act, quantized, act_bytes, nullptr, FLEXQ_F32, y,
+                                FLEXQ_BF16, desc.n, gemm_workspace, gemm_bytes));
+      },
+      rounds);
+  for (auto* p : {linear_workspace, gemm_workspace, quantized}) check(cudaFree(p));
+  return times;
+}
+
+// Each candidate that is not out of the question; the library chooses the first.
 void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, int64_t m, size_t bytes,
                    const std::vector<uint8_t*>& weights, const uint16_t* x, uint16_t* y) {
-  const auto handle = static_cast<cudaStream_t>(stream.handle);
-  const int rounds = 2 * static_cast<int>(weights.size());
-  const flexq_activation_desc act{m, desc.k, 8, desc.scheme, desc.rotation};
-  size_t act_bytes = 0;
-  flexq::check(flexq_activation_size(&stream, &act, &act_bytes));
-  auto* quantized = allocate<uint8_t>(act_bytes);
-  flexq::check(flexq_quantize_activation(&stream, &act, x, FLEXQ_BF16, desc.k, quantized, act_bytes));
-  size_t linear_bytes = 0;
-  flexq_kernel_info infos[256];
   int32_t count = 0;
-  flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, infos, 256, &count));
-  for (int32_t i = 0; i < std::min(count, 256); ++i) {
+  flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, nullptr, 0, &count));
+  std::vector<flexq_kernel_info> infos(static_cast<size_t>(count));
+  flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, infos.data(), count, &count));
+  for (size_t i = 0; i < infos.size(); ++i) {
     if (infos[i].estimated_microseconds > 2 * infos[0].estimated_microseconds) break;
-    flexq_stream with = stream;
-    with.kernel = infos[i].name;
-    size_t workspace_bytes = 0;
-    flexq::check(flexq_gemm_workspace_size(&with, &desc, 8, m, &workspace_bytes));
-    auto* workspace = allocate<uint8_t>(workspace_bytes);
-    const double gemm = microseconds(
-        handle, rounds,
-        [&](int j) {
-          flexq::check(flexq_gemm(&with, &desc, weights[static_cast<size_t>(j) % weights.size()], bytes, &act,
-                                  quantized, act_bytes, nullptr, FLEXQ_F32, y, FLEXQ_BF16, desc.n, workspace,
-                                  workspace_bytes));
-        },
-        3);
-    flexq::check(flexq_linear_workspace_size(&with, &desc, 8, m, &linear_bytes));
-    auto* linear_workspace = allocate<uint8_t>(linear_bytes);
-    const double linear = microseconds(
-        handle, rounds,
-        [&](int j) {
-          flexq::check(flexq_linear(&with, &desc, weights[static_cast<size_t>(j) % weights.size()], bytes, 8, m, x,
-                                    FLEXQ_BF16, desc.k, nullptr, FLEXQ_F32, y, FLEXQ_BF16, desc.n, linear_workspace,
-                                    linear_bytes));
-        },
-        3);
-    check(cudaFree(linear_workspace));
-    std::printf("%lld,%lld,%s,%lld,%d,%s,%.2f,%.2f,%.2f\n", static_cast<long long>(desc.n),
+    constexpr int kFewRounds = 3;  // there are many
+    const Times times = times_of(stream, infos[i].name, desc, 8, m, bytes, weights, x, y, kFewRounds);
+    std::printf("%lld,%lld,%s,%lld,%zu,%s,%.2f,%.2f,%.2f\n", static_cast<long long>(desc.n),
                 static_cast<long long>(desc.k), desc.scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel",
-                static_cast<long long>(m), i, infos[i].name, infos[i].estimated_microseconds, gemm, linear);
-    check(cudaFree(workspace));
+                static_cast<long long>(m), i, infos[i].name, infos[i].estimated_microseconds, times.gemm, times.linear);
   }
-  check(cudaFree(quantized));
 }
 
 // Copies of a weight with pseudo-random codes and scales.
@@ -258,8 +268,6 @@ void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme schem
   const flexq::WeightDesc& desc = packed.desc;
   const size_t bytes = packed.bytes;
   const std::vector<uint8_t*>& weights = packed.copies;
-  const int rounds = 2 * static_cast<int>(weights.size());
-  const auto weight = [&](int i) { return weights[static_cast<size_t>(i) % weights.size()]; };
   const double floor = read_microseconds(handle, weights, bytes);
   const char* name = scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel";
   std::printf("%lldx%lld %s: floor %.1f us, %.2f TB/s\n", static_cast<long long>(n), static_cast<long long>(k), name,
@@ -276,29 +284,16 @@ void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme schem
       continue;
     }
     for (const int32_t bits : {8, 6}) {
-      size_t workspace_bytes = 0, gemm_bytes = 0, act_bytes = 0;
+      const Times times = times_of(stream, nullptr, desc, bits, m, bytes, weights, x, y, kRounds);
+      size_t act_bytes = 0;
       const flexq_activation_desc act{m, k, bits, scheme, desc.rotation};
-      flexq::check(flexq_linear_workspace_size(&stream, &desc, bits, m, &workspace_bytes));
-      flexq::check(flexq_gemm_workspace_size(&stream, &desc, bits, m, &gemm_bytes));
       flexq::check(flexq_activation_size(&stream, &act, &act_bytes));
-      auto* workspace = allocate<uint8_t>(workspace_bytes);
-      auto* gemm_workspace = allocate<uint8_t>(gemm_bytes);
       auto* quantized = allocate<uint8_t>(act_bytes);
-      const double linear = microseconds(handle, rounds, [&](int i) {
-        flexq::check(flexq_linear(&stream, &desc, weight(i), bytes, bits, m, x, FLEXQ_BF16, k, nullptr, FLEXQ_F32, y,
-                                  FLEXQ_BF16, n, workspace, workspace_bytes));
-      });
       const double quantize = microseconds(handle, 20, [&](int) {
         flexq::check(flexq_quantize_activation(&stream, &act, x, FLEXQ_BF16, k, quantized, act_bytes));
       });
-      const double gemm = microseconds(handle, rounds, [&](int i) {
-        flexq::check(flexq_gemm(&stream, &desc, weight(i), bytes, &act, quantized, act_bytes, nullptr, FLEXQ_F32, y,
-                                FLEXQ_BF16, n, gemm_workspace, gemm_bytes));
-      });
       std::printf("  W6A%d M = %4lld: linear %7.2f us, %.3f of the floor; gemm %7.2f, quantize %5.2f\n", bits,
-                  static_cast<long long>(m), linear, linear / floor, gemm, quantize);
-      check(cudaFree(workspace));
-      check(cudaFree(gemm_workspace));
+                  static_cast<long long>(m), times.linear, times.linear / floor, times.gemm, quantize);
       check(cudaFree(quantized));
     }
     check(cudaFree(x));

@@ -2,9 +2,8 @@
 #include "core/backend.h"
 
 #include <cstring>
-#include <memory>
+#include <deque>
 #include <mutex>
-#include <vector>
 
 #include "core/error.h"
 #include "cuda/dispatch.h"
@@ -67,7 +66,7 @@ Device query_device(int32_t device) {
            .clusters = {}};
   if (d.has_wgmma) {
     const DeviceScope scope(device);
-    d.clusters = wgmma_clusters(d.num_sms);
+    d.clusters = wgmma_clusters();
   }
   return d;
 }
@@ -79,14 +78,12 @@ const Device& device_of(const flexq_stream& stream) {
     std::once_flag once;
     Device device;
   };
-  static const std::vector<std::unique_ptr<Known>> devices = [] {
+  static std::deque<Known> devices = [] {
     int count = 0;
     check(cudaGetDeviceCount(&count), "device count");
-    std::vector<std::unique_ptr<Known>> all(static_cast<size_t>(count));
-    for (auto& known : all) known = std::make_unique<Known>();
-    return all;
+    return std::deque<Known>(static_cast<size_t>(count));
   }();
-  Known& known = *devices.at(static_cast<size_t>(stream.device_index));
+  Known& known = devices.at(static_cast<size_t>(stream.device_index));
   std::call_once(known.once, [&] { known.device = query_device(stream.device_index); });
   return known.device;
 }

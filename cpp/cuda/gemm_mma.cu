@@ -486,7 +486,7 @@ class Kernel {
     }
     __syncthreads();
     const int64_t tile = static_cast<int64_t>(blockIdx.z) * gridDim.x + blockIdx.x;
-    const int rows_a_warp = p_.blocks * kRecordRows;
+    const int rows = kC.warps_n * p_.blocks * kRecordRows;  // of kC.rows() at most
     Sum* partials =
         static_cast<Sum*>(p_.partials) + (blockIdx.y * static_cast<int64_t>(gridDim.z) * gridDim.x + tile) * kC.sums();
     for (int i = static_cast<int>(threadIdx.x); i < tiles_ * kTokenTile * kC.rows(); i += kC.threads()) {
@@ -495,8 +495,8 @@ class Kernel {
       for (int k = 1; k < kC.warps_k; ++k) sum += sums_[k * kC.sums() + i];
       if (gridDim.y > 1) {
         partials[i] = sum;
-      } else if (i % kC.rows() < kC.warps_n * rows_a_warp) {
-        write<kPerGroup>(p_, static_cast<int64_t>(blockIdx.x) * kC.warps_n * rows_a_warp + i % kC.rows(),
+      } else if (i % kC.rows() < rows) {
+        write<kPerGroup>(p_, static_cast<int64_t>(blockIdx.x) * rows + i % kC.rows(),
                          first_tile_ * kTokenTile + i / kC.rows(), sum);
       }
     }

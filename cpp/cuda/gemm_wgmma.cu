@@ -666,7 +666,7 @@ WgmmaShape wgmma_shape(int config) {
 }
 
 // The driver knows: it depends on which multiprocessors of which part of the GPU are there.
-std::array<int, kMaxSplits + 1> wgmma_clusters(int num_sms) {
+std::array<int, kMaxSplits + 1> wgmma_clusters() {
   std::array<int, kMaxSplits + 1> clusters{};
   const Config& c = kConfigs[0];
   for (int size = 1; size <= kMaxSplits; ++size) {
@@ -675,7 +675,7 @@ std::array<int, kMaxSplits + 1> wgmma_clusters(int num_sms) {
                      .shared_bytes = static_cast<size_t>(c.shared_bytes()),
                      .overlapped = true,
                      .cluster = static_cast<unsigned>(size)};
-    clusters[static_cast<size_t>(size)] = size == 1 ? num_sms : clusters_at_once(kernel_of<true>(0), how);
+    clusters[static_cast<size_t>(size)] = clusters_at_once(kernel_of<true>(0), how);
   }
   return clusters;
 }

@@ -86,7 +86,7 @@ struct WgmmaShape {
 int num_wgmma_configs();
 WgmmaShape wgmma_shape(int config);
 // Device::clusters of the current device.
-std::array<int, kMaxSplits + 1> wgmma_clusters(int num_sms);
+std::array<int, kMaxSplits + 1> wgmma_clusters();
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
 }  // namespace flexq::cuda
