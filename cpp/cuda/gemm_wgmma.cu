@@ -6,10 +6,8 @@
 // must come faster than the tensor cores use them up.
 // A consumer warp group has 64 rows: a warp reads its own records, turns them into A fragments in registers (nine
 // instructions for 16 codes), and the activations are the B operand straight from shared memory, core matrices without
-// swizzle. Two of them, for the tile's two halves of rows, unpack while the tensor cores work on what they unpacked
-// before. Where scheme group's scaling of every group's sums takes longer than the products, there are four, each with
-// half of the tokens too: more warps to choose from keep the schedulers busy, and one's scaling hides another's
-// products.
+// swizzle. It unpacks while the tensor cores work on what it unpacked before; in scheme group, whose sums of every
+// group of 128 are scaled, it scales one product's while they have the next one.
 //
 // A cluster is `multicast` thread blocks side by side along N, which each copy a share of the activations to all of
 // them, times the parts of K, whose sums meet through distributed shared memory in a fixed order. Thread blocks without
@@ -35,42 +33,41 @@ namespace flexq::cuda {
 namespace {
 
 constexpr int kWarpGroup = 128;
-constexpr int kRowParts = 2;  // warp groups along a tile's rows
-constexpr int kRows = 64 * kRowParts;
+constexpr int kConsumers = 2;  // warp groups along a tile's rows
+constexpr int kThreads = (kConsumers + 1) * kWarpGroup;
+constexpr int kRows = 64 * kConsumers;
 static_assert(kRows == kTileBlocks * kRecordRows, "a tile's records are one copy");
 constexpr int kMaxChunkTokens = 32;  // that the epilogue stores at a time
 constexpr int kSharedLimit = 227 * 1024;
 
 struct Config {
   int tokens;          // of a tile
-  int token_parts;     // warp groups along them: each one's share is wgmma's n
+  int turns;           // in which scheme group multiplies them: a turn's are wgmma's n
   int groups_a_stage;  // of 128 k
   int stages;
   bool group, channel;  // the schemes of scales that it is for
 
-  constexpr int consumers() const { return kRowParts * token_parts; }
-  constexpr int threads() const { return (consumers() + 1) * kWarpGroup; }
   // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
   // producer gives back. Where tokens are few a part is left for the quantizer of the layer after: it starts while this
   // kernel is at work, and where it had to wait, so would the GEMM behind it.
-  constexpr int launch_registers() const { return 65536 / (threads() + (tokens <= 32 ? 128 : 0)) / 8 * 8; }
-  constexpr int chunk_tokens() const { return std::min(tokens / token_parts, kMaxChunkTokens); }
+  constexpr int launch_registers() const { return 65536 / (kThreads + (tokens <= 32 ? 128 : 0)) / 8 * 8; }
+  constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * record_and_scale_bytes(true); }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
   constexpr int scale_bytes() const { return groups_a_stage * tokens * 4; }  // of the activations
   constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
-  constexpr int staging_bytes() const { return consumers() * 4 * chunk_tokens() * kRecordRows * 4; }
+  constexpr int staging_bytes() const { return kTileBlocks * chunk_tokens() * kRecordRows * 4; }
   constexpr int shared_bytes() const { return stages * (stage_bytes() + scale_bytes() + 2 * 8) + staging_bytes(); }
 };
 
 // Of these, dispatch.cpp picks.
 constexpr Config kConfigs[] = {
-    {.tokens = 16, .token_parts = 1, .groups_a_stage = 2, .stages = 7, .group = true, .channel = true},
-    {.tokens = 32, .token_parts = 1, .groups_a_stage = 2, .stages = 6, .group = true, .channel = true},
-    {.tokens = 64, .token_parts = 1, .groups_a_stage = 2, .stages = 5, .group = true, .channel = true},
-    {.tokens = 128, .token_parts = 2, .groups_a_stage = 1, .stages = 6, .group = true, .channel = false},
-    {.tokens = 128, .token_parts = 1, .groups_a_stage = 1, .stages = 7, .group = false, .channel = true},
-    {.tokens = 256, .token_parts = 1, .groups_a_stage = 1, .stages = 4, .group = false, .channel = true},
+    {.tokens = 16, .turns = 1, .groups_a_stage = 2, .stages = 7, .group = true, .channel = true},
+    {.tokens = 32, .turns = 1, .groups_a_stage = 2, .stages = 6, .group = true, .channel = true},
+    {.tokens = 64, .turns = 1, .groups_a_stage = 2, .stages = 5, .group = true, .channel = true},
+    {.tokens = 128, .turns = 2, .groups_a_stage = 2, .stages = 3, .group = true, .channel = false},
+    {.tokens = 128, .turns = 1, .groups_a_stage = 1, .stages = 7, .group = false, .channel = true},
+    {.tokens = 256, .turns = 1, .groups_a_stage = 1, .stages = 4, .group = false, .channel = true},
 };
 
 struct Params {
@@ -103,10 +100,9 @@ template <int kConfig, bool kPerGroup>
 class Kernel {
  public:
   static constexpr Config kC = kConfigs[kConfig];
-  static constexpr int kConsumers = kC.consumers();
-  static constexpr int kTokens = kC.tokens / kC.token_parts;  // of a consumer
+  static constexpr int kTokens = kC.tokens;
   static constexpr int kLaunchRegisters = kC.launch_registers();
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 56 : 32;
+  static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters =
       kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSums = kTokens / 2;  // a thread's
@@ -120,12 +116,11 @@ class Kernel {
         base_(ptx::shared_address(shared)),
         warp_(__shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0)),  // for the compiler: the same in all lanes
         lane_(threadIdx.x % 32),
-        block_(warp_ % kTileBlocks),
-        first_token_(warp_ / kTileBlocks * kTokens) {
+        block_(warp_ % kTileBlocks) {
     const uint32_t rank = ptx::cluster_rank();
     peer_ = static_cast<int>(rank) % p_.multicast;
     part_ = static_cast<int>(rank) / p_.multicast;
-    share_ = kC.tokens / kTokenTile / p_.multicast;
+    share_ = kTokens / kTokenTile / p_.multicast;
     const int steps = (p_.groups + kGroupsAStage - 1) / kGroupsAStage;
     step_begin_ = static_cast<int>(static_cast<int64_t>(steps) * part_ / p_.splits);
     step_end_ = static_cast<int>(static_cast<int64_t>(steps) * (part_ + 1) / p_.splits);
@@ -175,7 +170,7 @@ class Kernel {
     const int row_tile = within / width;
     const int token = turn * p_.tokens_a_turn + within % width;
     const int row_block = (row_tile * p_.multicast + peer_) * kTileBlocks;
-    return {row_block, max(1, min(kTileBlocks, p_.row_blocks - row_block)), token * (kC.tokens / kTokenTile)};
+    return {row_block, max(1, min(kTileBlocks, p_.row_blocks - row_block)), token * (kTokens / kTokenTile)};
   }
 
   // ---- Shared memory: stages (records, activations), their scales, staging of outputs, barriers ----
@@ -231,7 +226,7 @@ class Kernel {
       filled = min(filled + 1, kC.stages);
       const int groups = groups_of(step);
       const int blocks = max(0, min(kTileBlocks, p_.row_blocks - tile.row_block));  // none past the last
-      const int act_tiles = min(kC.tokens / kTokenTile, p_.token_tiles - tile.token_tile);
+      const int act_tiles = min(kTokens / kTokenTile, p_.token_tiles - tile.token_tile);
       const int act = act_tiles * (kTileGroupBytes + (kPerGroup ? kTokenTile * 4 : 0));
       const int bytes = groups * blocks * kRecord;
       ptx::mbarrier_arrive_expect(full(stage), static_cast<uint32_t>(bytes + groups * act));
@@ -262,7 +257,7 @@ class Kernel {
         if (g > 0 && g >= groups_of(step)) break;
         const int64_t from =
             (step * kGroupsAStage + g) * static_cast<int64_t>(p_.token_tiles) + tile.token_tile + first;
-        const int to = g * (kC.tokens / kTokenTile) + first;
+        const int to = g * (kTokens / kTokenTile) + first;
         copy(acts(stage) + to * kTileGroupBytes, p_.codes + from * kTileGroupBytes, tiles * kTileGroupBytes, stage);
         if constexpr (kPerGroup) {
           copy(scales(stage) + to * kTokenTile * 4, p_.act_scales + from * kTokenTile, tiles * kTokenTile * 4, stage);
@@ -289,34 +284,26 @@ class Kernel {
   // Where this lane's part of a stage's first record is in the stage.
   __device__ int record_place() const { return block_ * kRecordBytes + lane_ * 16; }
 
-  // Waits for a stage and unpacks this warp's rows of it.
-  __device__ __forceinline__ void unpack_stage(const Tile& tile, const Place& place, int step, int record_place,
+  template <int g>
+  __device__ __forceinline__ void unpack_group(const Tile& tile, int stage, int record_place,
                                                Fragments& fragments) const {
-    ptx::mbarrier_wait(full(place.stage), place.parity);
-    const uint8_t* records = shared_ + place.stage * kC.stage_bytes() + record_place;
+    const uint8_t* record = shared_ + stage * kC.stage_bytes() + record_place + g * tile.blocks * kRecord;
+    const auto* vectors = reinterpret_cast<const uint4*>(record);
+    const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
 #pragma unroll
-    for (int g = 0; g < kGroupsAStage; ++g) {
-      const auto* vectors = reinterpret_cast<const uint4*>(records + g * tile.blocks * kRecord);
-      const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
-      const bool there = g == 0 || g < groups_of(step);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        unpack(word(v[0], s), word(v[1], s), word(v[2], s), fragments.a[g][s]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) fragments.a[g][s][i] = there ? fragments.a[g][s][i] : 0;
-      }
-    }
+    for (int s = 0; s < 4; ++s) unpack(word(v[0], s), word(v[1], s), word(v[2], s), fragments.a[g][s]);
   }
 
   // wgmma's description of k step s of a stage's group: core matrices 128 bytes apart along k, 1 KB along tokens.
-  __device__ __forceinline__ uint64_t b_operand(int stage, int g, int s) const {
+  __device__ __forceinline__ uint64_t b_operand(int stage, int g, int s, int first_token) const {
     // Addresses are in units of 16 bytes, the bits above them say whose of a cluster; nothing that is added carries
     // over.
-    const uint64_t first = static_cast<uint64_t>((acts(0) + first_token_ * kGroup) >> 4 & 0x3fff) |
+    const uint64_t first = static_cast<uint64_t>(acts(0) >> 4 & 0x3fff) |
                            static_cast<uint64_t>(kCoreMatrixBytes >> 4) << 16 |
                            static_cast<uint64_t>(kTileGroupBytes >> 4) << 32;
     const uint32_t offset = static_cast<uint32_t>(stage) * (kC.stage_bytes() / 16);
-    return first + offset + static_cast<uint32_t>(g * kC.tokens * kGroup / 16 + s * 2 * kCoreMatrixBytes / 16);
+    const int within = (g * kTokens + first_token) * kGroup + s * 2 * kCoreMatrixBytes;
+    return first + offset + static_cast<uint32_t>(within / 16);
   }
 
   // This warp is done with a stage, here and at the peers that filled it too: a lane tells each of them.
@@ -327,6 +314,19 @@ class Kernel {
 
   // ---- Scheme channel: sums over all of K, in the tensor cores ----
 
+  // Waits for a stage and unpacks this warp's rows of it; zeros past the last group.
+  __device__ __forceinline__ void unpack_stage(const Tile& tile, const Place& place, int step,
+                                               Fragments& fragments) const {
+    ptx::mbarrier_wait(full(place.stage), place.parity);
+    unpack_group<0>(tile, place.stage, record_place(), fragments);
+    if constexpr (kGroupsAStage == 2) {
+      unpack_group<1>(tile, place.stage, record_place(), fragments);
+      const bool there = groups_of(step) == 2;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) fragments.a[1][i / 4][i % 4] = there ? fragments.a[1][i / 4][i % 4] : 0;
+    }
+  }
+
   // Starts the products of `now`, and unpacks the next step's fragments beside them.
   __device__ __forceinline__ void advance(const Tile& tile, int step, Place& place, const Fragments& now,
                                           Fragments& next, Sum (&sums)[kSums]) const {
@@ -336,13 +336,13 @@ class Kernel {
 #pragma unroll
     for (int g = 0; g < kGroupsAStage; ++g) {
 #pragma unroll
-      for (int s = 0; s < 4; ++s) ptx::wgmma_s8<true>(sums, now.a[g][s], b_operand(stage, g, s));
+      for (int s = 0; s < 4; ++s) ptx::wgmma_s8<true>(sums, now.a[g][s], b_operand(stage, g, s, 0));
     }
     ptx::wgmma_commit();
     // The tensor cores have this step's products to do while those of the step before are seen off.
     ptx::wgmma_wait<1>();
     if (step > step_begin_) release(stage == 0 ? kC.stages - 1 : stage - 1);
-    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, record_place(), next);
+    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
   }
 
   __device__ __forceinline__ void add_up_channel(const Tile& tile, Place& place, Fragments& even, Fragments& odd,
@@ -358,86 +358,101 @@ class Kernel {
 
   // ---- Scheme group: every group's sums are scaled ----
 
-  template <int g>
-  __device__ __forceinline__ void start(int stage, const Fragments& fragments, int32_t (&dots)[kSums]) const {
+  // A stage's products are each of its groups by each turn's tokens.
+  static constexpr int kTurns = kC.turns, kTurnTokens = kTokens / kTurns, kTurnSums = kTurnTokens / 2;
+
+  template <int product>
+  __device__ __forceinline__ void start(int stage, const Fragments& fragments, int32_t (&dots)[kTurnSums]) const {
+    constexpr int g = product / kTurns, kFirstToken = product % kTurns * kTurnTokens;
     ptx::wgmma_fence();
-    ptx::wgmma_s8<false>(dots, fragments.a[g][0], b_operand(stage, g, 0));
+    ptx::wgmma_s8<false>(dots, fragments.a[g][0], b_operand(stage, g, 0, kFirstToken));
 #pragma unroll
-    for (int s = 1; s < 4; ++s) ptx::wgmma_s8<true>(dots, fragments.a[g][s], b_operand(stage, g, s));
+    for (int s = 1; s < 4; ++s) {
+      ptx::wgmma_s8<true>(dots, fragments.a[g][s], b_operand(stage, g, s, kFirstToken));
+    }
     ptx::wgmma_commit();
   }
 
-  // Where this lane's scales of a stage's first group are: of rows in the stage, of tokens in shared memory.
-  struct ScalePlaces {
-    int rows, tokens;
+  // Where this lane's part of a stage's first group is: its record and its rows' scales in the stage, the tokens'
+  // scales in shared memory.
+  struct Places {
+    int record, rows, tokens;
   };
-  __device__ ScalePlaces scale_places(const Tile& tile) const {
-    return {tile.blocks * kRecordBytes + (block_ * kRecordRows + lane_ / 4) * 2,
-            kScalesAt + (first_token_ / 2 + lane_ % 4) * 8};
+  __device__ Places places_of(const Tile& tile) const {
+    return {ptx::keep(record_place()), ptx::keep(tile.blocks * kRecordBytes + (block_ * kRecordRows + lane_ / 4) * 2),
+            ptx::keep(kScalesAt + lane_ % 4 * 8)};
   }
 
   // sums come out kCodeFactor times too large.
-  template <int g>
-  __device__ __forceinline__ void scale(const Tile& tile, const ScalePlaces& places, int stage,
-                                        const int32_t (&dots)[kSums], Sum (&sums)[kSums]) const {
+  template <int product>
+  __device__ __forceinline__ void scale(const Tile& tile, const Places& places, int stage,
+                                        const int32_t (&dots)[kTurnSums], Sum (&sums)[kSums]) const {
+    constexpr int g = product / kTurns, kFirstToken = product % kTurns * kTurnTokens;
     const auto* of_rows =
         reinterpret_cast<const __half*>(shared_ + stage * kC.stage_bytes() + places.rows + g * tile.blocks * kRecord);
     const float low = __half2float(of_rows[0]), high = __half2float(of_rows[8]);
-    const auto* of_tokens =
-        reinterpret_cast<const float2*>(shared_ + stage * kC.scale_bytes() + places.tokens + g * kC.tokens * 4);
+    const auto* of_tokens = reinterpret_cast<const float2*>(shared_ + stage * kC.scale_bytes() + places.tokens +
+                                                            (g * kTokens + kFirstToken) * 4);
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
+    for (int j = 0; j < kTurnTokens / 8; ++j) {
       const float2 act = of_tokens[4 * j];
-      sums[4 * j] += static_cast<float>(dots[4 * j]) * (low * act.x);
-      sums[4 * j + 1] += static_cast<float>(dots[4 * j + 1]) * (low * act.y);
-      sums[4 * j + 2] += static_cast<float>(dots[4 * j + 2]) * (high * act.x);
-      sums[4 * j + 3] += static_cast<float>(dots[4 * j + 3]) * (high * act.y);
+      const int32_t* from = dots + 4 * j;
+      Sum* to = sums + kFirstToken / 2 + 4 * j;
+      to[0] += static_cast<float>(from[0]) * (low * act.x);
+      to[1] += static_cast<float>(from[1]) * (low * act.y);
+      to[2] += static_cast<float>(from[2]) * (high * act.x);
+      to[3] += static_cast<float>(from[3]) * (high * act.y);
     }
   }
 
-  // A stage of two groups: the second in the tensor cores while the first one's sums are scaled, and the next stage
-  // unpacked meanwhile.
-  __device__ __forceinline__ void advance_groups(const Tile& tile, int step, Place& place, const Fragments& now,
-                                                 Fragments& next, Sum (&sums)[kSums]) const {
+  // The products of a stage: while one's sums are scaled, the tensor cores have the next one and the one after that is
+  // unpacked. The first one's sums are there when it begins, and the next stage's first ones when it returns: no
+  // product is under way where the loop turns around, which the compiler would not take. Past the last group, sums of
+  // whatever was there are left alone.
+  template <bool kLast>
+  __device__ __forceinline__ void advance_group(const Tile& tile, const Places& places, int step, Place& place,
+                                                Fragments& fragments, int32_t (&dots)[2][kTurnSums],
+                                                Sum (&sums)[kSums]) const {
+    constexpr int kProducts = kGroupsAStage * kTurns;
+    static_assert(kProducts % 2 == 0, "every stage begins with the same dots");
     const int stage = place.stage;
     place.advance();
-    int32_t first[kSums], second[kSums];
-    start<0>(stage, now, first);
-    start<1>(stage, now, second);
-    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, record_place(), next);
-    ptx::wgmma_wait<1>();
-    ptx::hold(first);
-    scale<0>(tile, scale_places(tile), stage, first, sums);
-    ptx::wgmma_wait<0>();
-    ptx::hold(second);
-    if (groups_of(step) == 2) scale<1>(tile, scale_places(tile), stage, second, sums);
+    const int groups = kLast ? groups_of(step) : kGroupsAStage;
+    const auto product = [&]<int p>(std::integral_constant<int, p>) {
+      constexpr int kNext = (p + 1) % kProducts, kAfter = (p + 2) % kProducts;
+      constexpr bool kNextHere = p + 1 < kProducts, kAfterHere = p + 2 < kProducts;
+      if constexpr (kNextHere || !kLast) start<kNext>(kNextHere ? stage : place.stage, fragments, dots[kNext % 2]);
+      if constexpr (kAfter % kTurns == 0 && (kAfterHere || !kLast)) {
+        if constexpr (kAfter == 0) ptx::mbarrier_wait(full(place.stage), place.parity);
+        constexpr int g = kAfter / kTurns;
+        unpack_group<g>(tile, kAfterHere ? stage : place.stage, places.record, fragments);
+      }
+      if (p / kTurns < groups) scale<p>(tile, places, stage, dots[p % 2], sums);
+      ptx::wgmma_wait<0>();
+      ptx::hold(dots[kNext % 2]);
+    };
+    [&]<int... p>(std::integer_sequence<int, p...>) {
+      (product(std::integral_constant<int, p>{}), ...);
+    }(std::make_integer_sequence<int, kProducts>{});
     release(stage);
   }
 
   __device__ __forceinline__ void add_up_groups(const Tile& tile, Place& place, Sum (&sums)[kSums]) const {
-    if constexpr (kGroupsAStage == 2) {
-      Fragments even, odd;
-      unpack_stage(tile, place, step_begin_, record_place(), even);
-      for (int step = step_begin_; step < step_end_; step += 2) {
-        advance_groups(tile, step, place, even, odd, sums);
-        if (step + 1 < step_end_) advance_groups(tile, step + 1, place, odd, even, sums);
-      }
-    } else {  // one thing after the other: the other warp groups are at something else
-      const int from = ptx::keep(record_place());
-      const ScalePlaces places{ptx::keep(scale_places(tile).rows), ptx::keep(scale_places(tile).tokens)};
+    const Places places = places_of(tile);
+    Fragments fragments;
+    int32_t dots[2][kTurnSums];
+    // The records of the first two products.
+    ptx::mbarrier_wait(full(place.stage), place.parity);
+    unpack_group<0>(tile, place.stage, places.record, fragments);
+    if constexpr (kTurns == 1) unpack_group<1>(tile, place.stage, places.record, fragments);
+    start<0>(place.stage, fragments, dots[0]);
+    ptx::wgmma_wait<0>();
+    ptx::hold(dots[0]);
 #pragma unroll 1
-      for (int step = step_begin_; step < step_end_; ++step) {
-        Fragments fragments;
-        int32_t dots[kSums];
-        unpack_stage(tile, place, step, from, fragments);
-        start<0>(place.stage, fragments, dots);
-        ptx::wgmma_wait<0>();
-        ptx::hold(dots);
-        scale<0>(tile, places, place.stage, dots, sums);
-        release(place.stage);
-        place.advance();
-      }
+    for (int step = step_begin_; step + 1 < step_end_; ++step) {
+      advance_group<false>(tile, places, step, place, fragments, dots, sums);
     }
+    advance_group<true>(tile, places, step_end_ - 1, place, fragments, dots, sums);
   }
 
   // Barriers of the thread block: a consumer's warps alone, all consumers.
@@ -454,14 +469,14 @@ class Kernel {
         add_up_groups(tile, place, sums);
       } else {
         Fragments even, odd;
-        unpack_stage(tile, place, step_begin_, record_place(), even);
+        unpack_stage(tile, place, step_begin_, even);
         // Only now, when the first activations have come, are their scales there.
         float token_scales[kTokenScales];
         load_token_scales(tile, token_scales);
         add_up_channel(tile, place, even, odd, sums);
         share_token_scales(token_scales);
       }
-      store_all(kPerGroup ? tile_at(ptx::keep(index)) : tile, sums);  // computed again, where registers are few
+      store_all(tile_at(ptx::keep(index)), sums);  // computed again: registers are few before
     }
   }
 
@@ -483,10 +498,10 @@ class Kernel {
 
   // Scheme channel: the tokens' scales, asked for ahead of time, a few a thread, and then shared by the warp group
   // where scheme group has those of the stages.
-  static constexpr int kTokenScales = (kC.tokens + kWarpGroup - 1) / kWarpGroup;
+  static constexpr int kTokenScales = (kTokens + kWarpGroup - 1) / kWarpGroup;
 
   __device__ float* shared_token_scales() const {
-    return reinterpret_cast<float*>(shared_ + kScalesAt) + warp_ / 4 * kC.tokens;
+    return reinterpret_cast<float*>(shared_ + kScalesAt) + warp_ / 4 * kTokens;
   }
   __device__ __forceinline__ void load_token_scales(const Tile& tile, float (&scales)[kTokenScales]) const {
 #pragma unroll
@@ -497,12 +512,12 @@ class Kernel {
     }
   }
   __device__ __forceinline__ void share_token_scales(const float (&scales)[kTokenScales]) const {
-    static_assert(kConsumers * kC.tokens * 4 <= kC.stages * kC.scale_bytes(), "room for the tokens' scales");
+    static_assert(kConsumers * kTokens * 4 <= kC.stages * kC.scale_bytes(), "room for the tokens' scales");
     ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);  // the tile before has been stored
 #pragma unroll
     for (int i = 0; i < kTokenScales; ++i) {
       const int token = i * kWarpGroup + static_cast<int>(threadIdx.x) % kWarpGroup;
-      if (token < kC.tokens) shared_token_scales()[token] = scales[i];
+      if (token < kTokens) shared_token_scales()[token] = scales[i];
     }
     ptx::named_barrier(kAlone + warp_ / 4, kWarpGroup);
   }
@@ -555,8 +570,7 @@ class Kernel {
   __device__ __forceinline__ void store(const Tile& tile, const Rows& rows, int chunk,
                                         const Sum (&sums)[kChunkSums]) const {
     uint8_t* staging = shared_ + kStagingAt + warp_ * kC.chunk_tokens() * kRecordRows * 4;
-    const int64_t token0 =
-        static_cast<int64_t>(tile.token_tile) * kTokenTile + first_token_ + chunk * kC.chunk_tokens();
+    const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kC.chunk_tokens();
     const int64_t row0 = static_cast<int64_t>(tile.row_block + block_) * kRecordRows;
     const bool wide = p_.y_dtype == FLEXQ_F32;
     __syncwarp();  // the chunk before has left
@@ -607,7 +621,6 @@ class Kernel {
   uint32_t base_;  // its shared address
   int warp_, lane_;
   int block_;            // of a consumer warp: its rows in the tile
-  int first_token_;      // and its tokens
   int peer_;             // among those that share activations
   int share_;            // of their tiles of 8 tokens
   int part_;             // of K
@@ -671,7 +684,7 @@ std::array<int, kMaxSplits + 1> wgmma_clusters() {
   const Config& c = kConfigs[0];
   for (int size = 1; size <= kMaxSplits; ++size) {
     const Launch how{.grid = dim3(static_cast<unsigned>(size)),
-                     .block = dim3(static_cast<unsigned>(c.threads())),
+                     .block = dim3(static_cast<unsigned>(kThreads)),
                      .shared_bytes = static_cast<size_t>(c.shared_bytes()),
                      .overlapped = true,
                      .cluster = static_cast<unsigned>(size)};
@@ -723,7 +736,7 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   const int cluster = plan.multicast * plan.splits;
   Launch how{.grid = dim3(static_cast<unsigned>(cluster)),
-             .block = dim3(static_cast<unsigned>(c.threads())),
+             .block = dim3(static_cast<unsigned>(kThreads)),
              .shared_bytes = static_cast<size_t>(c.shared_bytes()),
              .overlapped = true,
              .cluster = static_cast<unsigned>(cluster)};

@@ -234,16 +234,17 @@ __device__ inline void hold(int32_t (&d)[kCount]) {
 }
 
 // d += a * b, or d = a * b without kAdd, for a 64x32 in registers and b 32xN in shared memory, int8; kCount = N / 2 is
-// a thread's part of d.
+// a thread's part of d. That d is read as well keeps it in the registers where it was: new ones for a product that
+// begins while the sums before it are still being used are more than there are.
 template <bool kAdd, int kCount>
 __device__ void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b);
 
-#define FLEXQ_D4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
-#define FLEXQ_D8(c, d, i) FLEXQ_D4(c, d, i), FLEXQ_D4(c, d, i + 4)
-#define FLEXQ_D16(c, d, i) FLEXQ_D8(c, d, i), FLEXQ_D8(c, d, i + 8)
-#define FLEXQ_D32(c, d, i) FLEXQ_D16(c, d, i), FLEXQ_D16(c, d, i + 16)
-#define FLEXQ_D64(c, d, i) FLEXQ_D32(c, d, i), FLEXQ_D32(c, d, i + 32)
-#define FLEXQ_D128(c, d, i) FLEXQ_D64(c, d, i), FLEXQ_D64(c, d, i + 64)
+#define FLEXQ_D4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define FLEXQ_D8(d, i) FLEXQ_D4(d, i), FLEXQ_D4(d, i + 4)
+#define FLEXQ_D16(d, i) FLEXQ_D8(d, i), FLEXQ_D8(d, i + 8)
+#define FLEXQ_D32(d, i) FLEXQ_D16(d, i), FLEXQ_D16(d, i + 16)
+#define FLEXQ_D64(d, i) FLEXQ_D32(d, i), FLEXQ_D32(d, i + 32)
+#define FLEXQ_D128(d, i) FLEXQ_D64(d, i), FLEXQ_D64(d, i + 64)
 #define FLEXQ_R4 "%0,%1,%2,%3"
 #define FLEXQ_R8 FLEXQ_R4 ",%4,%5,%6,%7"
 #define FLEXQ_R16 FLEXQ_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
@@ -259,19 +260,19 @@ __device__ void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t 
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
   ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-#define FLEXQ_WGMMA_CASE(kAdd, c, n, count, a0, a1, a2, a3, b, p)                                            \
+#define FLEXQ_WGMMA_CASE(kAdd, n, count, a0, a1, a2, a3, b, p)                                               \
   template <>                                                                                                \
   __device__ inline void wgmma_s8<kAdd, count>(int32_t (&d)[count], const uint32_t (&a)[4], uint64_t desc) { \
     asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %" #p                                             \
                  ", 0;\n\t"                                                                                  \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" FLEXQ_R##count                     \
                  "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", add;\n\t}"                              \
-                 : FLEXQ_D##count(c, d, 0)                                                                   \
+                 : FLEXQ_D##count(d, 0)                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "n"(kAdd));                        \
   }
-#define FLEXQ_WGMMA(...)                    \
-  FLEXQ_WGMMA_CASE(true, "+r", __VA_ARGS__) \
-  FLEXQ_WGMMA_CASE(false, "=r", __VA_ARGS__)
+#define FLEXQ_WGMMA(...)              \
+  FLEXQ_WGMMA_CASE(true, __VA_ARGS__) \
+  FLEXQ_WGMMA_CASE(false, __VA_ARGS__)
 FLEXQ_WGMMA(8, 4, 4, 5, 6, 7, 8, 9)
 FLEXQ_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
 FLEXQ_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
