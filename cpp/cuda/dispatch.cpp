@@ -41,23 +41,23 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const auto tokens = static_cast<double>(c.tokens);
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
   const auto waves = static_cast<double>(ceil_div(tiles, p.device.clusters[plan.splits]));
-  // Of a group: under 4 clocks a token are the tensor cores' own, the rest is not hidden behind them.
-  double group_clocks = p.per_group() ? 350 + 7.82 * tokens : 213 + 4.98 * tokens;
+  // Of a group, the tensor cores' work and what is not hidden behind it.
+  double group_clocks = p.per_group() ? 267 + 5.83 * tokens : 203 + 3.41 * tokens;
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
   const bool relief = c.tokens >= 128 && waves > 2;
-  if (relief != (plan.multicast > 1)) group_clocks *= 1.026;
-  const double output_clocks = 393 + 14.5 * tokens;
-  const double parts_clocks = plan.splits > 1 ? 505 + 21.0 * tokens : 0;
+  if (relief != (plan.multicast > 1)) group_clocks *= 1.264;
+  const double output_clocks = 448 + 15.2 * tokens;
+  const double parts_clocks = plan.splits > 1 ? 1950 + 30.3 * tokens : 0;
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
   // Weights from memory, and what every tile brings in from L2.
   const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
   const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
   const double memory_us =
-      (1 + 0.1 * idle) * 0.9 * p.memory_us(p.weight_bytes) + 0.116 * p.memory_us(blocks * work * bytes);
+      (1 + 0.1 * idle) * 0.811 * p.memory_us(p.weight_bytes) + 0.162 * p.memory_us(blocks * work * bytes);
   const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
-  constexpr double kLaunchUs = 2.4;
-  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 1.22 : 0.0) +
-         (plan.multicast > 1 && !relief ? 0.54 : 0.0);
+  constexpr double kLaunchUs = 2.19;
+  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 0.62 : 0.0) +
+         (plan.multicast > 1 && !relief ? 0.76 : 0.0);
 }
 
 // What differs between one tile of tokens, of 8 or more, and several.
