@@ -22,6 +22,16 @@ __device__ inline uint16_t to_16_bits(float value, flexq_dtype dtype) {
                             : __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+// Of two, the first in the low half.
+__device__ inline uint32_t to_16_bits(float low, float high, flexq_dtype dtype) {
+  if (dtype == FLEXQ_F16) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(both);
+}
+
 __device__ inline void store_float(void* p, flexq_dtype dtype, int64_t i, float value) {
   if (dtype == FLEXQ_F32) {
     static_cast<float*>(p)[i] = value;

@@ -532,7 +532,7 @@ class Kernel {
     for (int i = 0; i < 2; ++i) {
       const int64_t row = static_cast<int64_t>(tile.row_block + block_) * kRecordRows + lane_ / 4 + 8 * i;
       if (row >= p_.n) continue;
-      if (!kPerGroup) rows.scale[i] = __half2float(__ushort_as_half(p_.scales[row])) * (1.0f / kCodeFactor);
+      rows.scale[i] = (kPerGroup ? 1.0f : __half2float(__ushort_as_half(p_.scales[row]))) / kCodeFactor;
       if (p_.bias != nullptr) rows.bias[i] = load_float(p_.bias, p_.bias_dtype, row);
     }
     return rows;
@@ -569,49 +569,76 @@ class Kernel {
   // Scales, biases, rounds, and turns a warp's 16 rows of a chunk of tokens, so that each token's are written together.
   __device__ __forceinline__ void store(const Tile& tile, const Rows& rows, int chunk,
                                         const Sum (&sums)[kChunkSums]) const {
-    uint8_t* staging = shared_ + kStagingAt + warp_ * kC.chunk_tokens() * kRecordRows * 4;
-    const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kC.chunk_tokens();
-    const int64_t row0 = static_cast<int64_t>(tile.row_block + block_) * kRecordRows;
-    const bool wide = p_.y_dtype == FLEXQ_F32;
-    __syncwarp();  // the chunk before has left
+    float values[kChunkSums];
 #pragma unroll
-    for (int i = 0; i < kChunkSums; ++i) {
-      const int half = i % 4 / 2;
-      const int token = i / 4 * 8 + lane_ % 4 * 2 + i % 2;
-      float value = static_cast<float>(sums[i]);
+    for (int j = 0; j < kChunkSums / 4; ++j) {
+      float2 act{1, 1};
       if constexpr (!kPerGroup) {
-        value *= rows.scale[half] * shared_token_scales()[chunk * kC.chunk_tokens() + token];
-      } else {
-        value *= 1.0f / kCodeFactor;
+        const int token = chunk * kC.chunk_tokens() + j * kTokenTile + lane_ % 4 * 2;
+        act = *reinterpret_cast<const float2*>(shared_token_scales() + token);
       }
-      value += rows.bias[half];
-      const int at = token * kRecordRows + lane_ / 4 + 8 * half;
-      if (wide) {
-        reinterpret_cast<float*>(staging)[at] = value;
-      } else {
-        reinterpret_cast<uint16_t*>(staging)[at] = to_16_bits(value, p_.y_dtype);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scale = rows.scale[i / 2] * (i % 2 == 0 ? act.x : act.y);
+        values[4 * j + i] = static_cast<float>(sums[4 * j + i]) * scale + rows.bias[i / 2];
       }
     }
-    __syncwarp();
-    const int element = wide ? 4 : 2;
-    const int shift = wide ? 2 : 1;  // vectors of 16 bytes a token
-    for (int i = lane_; i < kC.chunk_tokens() << shift; i += 32) {
-      const int64_t token = token0 + (i >> shift);
-      const int64_t row = row0 + (i & (1 << shift) - 1) * (16 / element);
+    uint8_t* staging = shared_ + kStagingAt + warp_ * kC.chunk_tokens() * kRecordRows * 4;
+    __syncwarp();  // the chunk before has left
+    if (p_.y_dtype == FLEXQ_F32) {
+      turn_wide(values, reinterpret_cast<float*>(staging));
+      __syncwarp();
+      copy_out<float>(tile, chunk, staging);
+    } else {
+      turn(values, ptx::shared_address(staging));
+      __syncwarp();
+      copy_out<uint16_t>(tile, chunk, staging);
+    }
+  }
+
+  // Staged outputs are [tokens][16 rows], and of 16 bits each, a token's two vectors of 8 rows change places in every
+  // other four tokens: so eight tokens' vectors are in different banks.
+  static __device__ int swapped(int token) { return token / 4 % 2; }
+
+  __device__ __forceinline__ void turn(const float (&values)[kChunkSums], uint32_t staging) const {
+    const int token = lane_ / 16 * kTokenTile + lane_ % 8, vector = lane_ / 8 % 2;  // whose address a lane gives
+    const uint32_t at = staging + token * kRecordRows * 2 + (vector ^ swapped(token)) * 16;
+#pragma unroll
+    for (int j = 0; j < kChunkSums / 8; ++j) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = to_16_bits(values[8 * j + 2 * i], values[8 * j + 2 * i + 1], p_.y_dtype);
+      ptx::stmatrix_x4_trans(at + j * 2 * kTokenTile * kRecordRows * 2, words);
+    }
+  }
+
+  __device__ __forceinline__ void turn_wide(const float (&values)[kChunkSums], float* staging) const {
+#pragma unroll
+    for (int i = 0; i < kChunkSums; ++i) {
+      const int token = i / 4 * kTokenTile + lane_ % 4 * 2 + i % 2;
+      staging[token * kRecordRows + lane_ / 4 + i % 4 / 2 * 8] = values[i];
+    }
+  }
+
+  // A warp's staged outputs, elements T, to y.
+  template <typename T>
+  __device__ __forceinline__ void copy_out(const Tile& tile, int chunk, const uint8_t* staging) const {
+    constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kVectors = kRecordRows / kElements;  // of a token
+    const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kC.chunk_tokens();
+    const int64_t row0 = static_cast<int64_t>(tile.row_block + block_) * kRecordRows;
+    for (int i = lane_; i < kC.chunk_tokens() * kVectors; i += 32) {
+      const int64_t token = token0 + i / kVectors;
+      const int64_t row = row0 + i % kVectors * kElements;
       if (token >= p_.m || row >= p_.n) continue;
-      const uint8_t* from = staging + i * 16;
-      uint8_t* to = static_cast<uint8_t*>(p_.y) + (token * p_.ldy + row) * element;
-      if (p_.vectors && row + 16 / element <= p_.n) {
+      const int at = sizeof(T) == 2 ? i ^ swapped(i / kVectors) : i;
+      const T* from = reinterpret_cast<const T*>(staging + at * 16);
+      T* to = static_cast<T*>(p_.y) + token * p_.ldy + row;
+      if (p_.vectors && row + kElements <= p_.n) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
       } else {
+        const auto count = static_cast<int>(min(static_cast<int64_t>(kElements), p_.n - row));
 #pragma unroll 1
-        for (int64_t j = 0; j < min(static_cast<int64_t>(16 / element), p_.n - row); ++j) {
-          if (wide) {
-            reinterpret_cast<float*>(to)[j] = reinterpret_cast<const float*>(from)[j];
-          } else {
-            reinterpret_cast<uint16_t*>(to)[j] = reinterpret_cast<const uint16_t*>(from)[j];
-          }
-        }
+        for (int e = 0; e < count; ++e) to[e] = from[e];
       }
     }
   }

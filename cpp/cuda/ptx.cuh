@@ -99,6 +99,14 @@ __device__ inline void wait_for_previous_kernel() {
 
 #if FLEXQ_SM90A
 
+// Four matrices of 8x8 elements of 16 bits as MMAs leave them, a lane with two neighbours of row lane / 4 of each,
+// turned: lane i gives the address of column i % 8 of matrix i / 8, 16 bytes.
+__device__ inline void stmatrix_x4_trans(uint32_t shared, const uint32_t (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(d[0]),
+               "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+}
+
 // ---- Barriers in shared memory: they count arrivals and, for bulk copies, bytes ----
 
 __device__ inline void mbarrier_init(uint32_t barrier, uint32_t count) {
