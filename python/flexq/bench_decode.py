@@ -4,9 +4,13 @@ Models have the shape of a known one and random weights, made layer by layer whe
 downloaded and no model is ever there in floating point unless it is measured so.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.util
+import multiprocessing
+import os
+import queue
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -189,13 +193,17 @@ DEFAULT_CONTENDERS = ("flexq W6A8", "flexq W6A6", "bf16", "bf16 graph", "W8A8", 
 CPU_CONTENDERS = ("flexq W6A8", "bf16")
 
 
+def _shape_config(shape: str) -> dict[str, int]:
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+    return SHAPES[shape]
+
+
 def make_model(shape: str, contender: Contender, device: str, dtype: torch.dtype) -> nn.Module:
     """A Llama of that shape and random weights on `device`, its linear layers made by the contender one by one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
-    config = LlamaConfig(**({"vocab_size": 32000, "max_position_embeddings": 8192} | SHAPES[shape]), dtype=dtype)
+    config = LlamaConfig(**({"vocab_size": 32000, "max_position_embeddings": 8192} | _shape_config(shape)), dtype=dtype)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype).eval()
     for name, linear in linear_layers(model).items():
@@ -348,6 +356,147 @@ def _breakdown(run: Callable[[], None], steps: int) -> dict[str, float]:
     return times
 
 
+class _Alone:
+    """The turns of a contender that is the only one at work."""
+
+    def turn(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+@dataclass
+class _SideBySide:
+    """The turns of contenders in processes of their own: all have prepared a point when the first one is timed, and
+    none prepares the next before the last one has been.
+
+    Args:
+        barrier: a multiprocessing barrier of all contenders.
+        lock: a multiprocessing lock.
+    """
+
+    barrier: Any
+    lock: Any
+
+    @contextlib.contextmanager
+    def turn(self):
+        self.barrier.wait()
+        with self.lock:
+            yield
+        self.barrier.wait()
+
+
+def _contend(
+    shape: str,
+    name: str,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    prefills: Sequence[int],
+    device: str,
+    breakdown: bool,
+    bandwidth: float,
+    turns: "_Alone | _SideBySide",
+    report: Callable[[DecodePoint], None],
+) -> None:
+    """The points of one contender; where it does not fit in memory, it takes its turns without any."""
+    on_gpu = device != "cpu"
+    torch.manual_seed(0)
+    contender = CONTENDERS[name]
+    model = None
+    with contextlib.suppress(torch.OutOfMemoryError):  # bf16 where only fewer bits fit
+        model = make_model(shape, contender, device, torch.bfloat16)
+    total_bytes, read_bytes = model_bytes(model) if model is not None else (0, 0)
+
+    def time_point(prepare: Callable[[], Callable[[], None]], batch: int, context: int, prefill: bool, times: int):
+        run = None
+        _clean(on_gpu)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            run = prepare() if model is not None else None
+        milliseconds, shares = 0.0, {}
+        with turns.turn():
+            if run is not None:
+                milliseconds = _milliseconds(run, times, device)
+                first = (batch, context, prefill) == (batches[0], contexts[0], False)
+                shares = _breakdown(run, 4) if on_gpu and breakdown and first else {}
+        if run is None:
+            return
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        floor = 1e3 * read_bytes / bandwidth
+        report(DecodePoint(shape, name, batch, context, milliseconds, prefill, total_bytes, peak, floor, shares))
+
+    def prepare_step(batch: int, context: int) -> Callable[[], None]:
+        step = _Step(model, batch, context, contender.compiled, device)
+        for _ in range(_WARMUP):
+            step()
+        return step
+
+    def prepare_prefill(length: int) -> Callable[[], None]:
+        ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
+        prefill = functools.partial(model, input_ids=ids, use_cache=False, logits_to_keep=1)
+        captured = _captured(prefill) if on_gpu else prefill
+        captured()
+
+        def run() -> None:
+            assert ids is not None  # the graph reads them
+            captured()
+
+        return run
+
+    for context in contexts:
+        for batch in batches:
+            prepare = functools.partial(prepare_step, batch, context)
+            time_point(prepare, batch, context, False, _STEPS if on_gpu else 5)
+    for length in prefills:
+        time_point(functools.partial(prepare_prefill, length), 1, length, True, 5 if on_gpu else 2)
+
+
+def _contend_apart(messages, shapes: dict[str, dict[str, int]], *args) -> None:
+    """A contender's process: its points to the queue `messages`, and None at the end."""
+    SHAPES.update(shapes)
+    with torch.inference_mode():
+        _contend(*args, messages.put)
+    messages.put(None)
+
+
+def _all_apart(contenders: Sequence[str], shape: str, *args) -> list[DecodePoint]:
+    """`_contend` for each in a process of its own, at once; `args` are its arguments after the name, the last of them
+    the report."""
+    *args, report = args
+    context = multiprocessing.get_context("spawn")
+    turns = _SideBySide(context.Barrier(len(contenders)), context.Lock())
+    messages = context.Queue()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // len(contenders))))
+    processes = {
+        name: context.Process(
+            target=_contend_apart, args=(messages, SHAPES, shape, name, *args, turns), name=name, daemon=True
+        )
+        for name in contenders
+    }
+    points: list[DecodePoint] = []
+    try:
+        for process in processes.values():
+            process.start()
+        working = len(processes)
+        while working:
+            try:
+                message = messages.get(timeout=1.0)
+            except queue.Empty:
+                failed = [name for name, process in processes.items() if process.exitcode not in (None, 0)]
+                if failed:
+                    raise RuntimeError(f"the process of {', '.join(failed)} failed; it said why above") from None
+                continue
+            if message is None:
+                working -= 1
+                continue
+            points.append(message)
+            report(message)
+        for process in processes.values():
+            process.join()
+    finally:
+        for process in processes.values():
+            if process.is_alive():
+                process.terminate()
+    return sorted(points, key=lambda point: contenders.index(point.contender))
+
+
 def bench_decode(
     shape: str = "llama-2-7b",
     contenders: Sequence[str] | None = None,
@@ -357,6 +506,7 @@ def bench_decode(
     device: str = "cuda",
     breakdown: bool = True,
     memory_limit: float | None = None,
+    side_by_side: bool = False,
     progress: Progress | None = None,
     report: Callable[[DecodePoint], None] | None = None,
 ) -> list[DecodePoint]:
@@ -370,9 +520,15 @@ def bench_decode(
         prefills: lengths of prompts to time, batch 1.
         device: "cuda" or "cpu".
         breakdown: also profile a step at the first batch and context.
-        memory_limit: bytes of GPU memory that may be used, of a card that has more.
-        progress: wraps the loop over contenders, e.g. `tqdm.tqdm`.
+        memory_limit: bytes of GPU memory that may be used, of a card that has more. Not with side_by_side.
+        side_by_side: contenders in processes of their own, which build and compile at the same time, and are timed one
+            after the other while all the others wait. Much faster than one by one, where they fit in memory together.
+        progress: wraps the loop over contenders, e.g. `tqdm.tqdm`; side by side it is not used.
         report: called with each point as soon as it is there.
+
+    Raises:
+        ValueError: an unknown shape or contender, or memory_limit with side_by_side.
+        RuntimeError: the process of a contender failed.
     """
     if not contenders:
         humming = ("Humming W6A8",) if importlib.util.find_spec("humming") is not None else ()
@@ -380,60 +536,31 @@ def bench_decode(
     for name in contenders:
         if name not in CONTENDERS:
             raise ValueError(f"unknown contender {name!r}; known are {', '.join(CONTENDERS)}")
-    dtype = torch.bfloat16
-    points: list[DecodePoint] = []
+    _shape_config(shape)
+    if side_by_side and memory_limit is not None:
+        raise ValueError("memory_limit is of one contender at a time; side_by_side runs them all at once")
     on_gpu = device != "cpu"
+    points: list[DecodePoint] = []
+
+    def add(point: DecodePoint) -> None:
+        points.append(point)
+        if report is not None:
+            report(point)
+
     if on_gpu and memory_limit is not None:
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit / total))
     with torch.inference_mode():
         bandwidth = read_bandwidth(400_000_000 if on_gpu else 100_000_000, device)
+        _clean(on_gpu)
+        points_of = (batches, contexts, prefills, device, breakdown, bandwidth)
+        if side_by_side:
+            return _all_apart(list(contenders), shape, *points_of, report or (lambda point: None))
         for name in progress(contenders) if progress else contenders:
-            torch.manual_seed(0)
-            contender = CONTENDERS[name]
-            try:
-                model = make_model(shape, contender, device, dtype)
-            except torch.OutOfMemoryError:
-                continue  # bf16 where only fewer bits fit
-            total_bytes, read_bytes = model_bytes(model)
-
-            add = functools.partial(
-                _add, points, report, shape, name, total_bytes, 1e3 * read_bytes / bandwidth, on_gpu
-            )
-            for context in contexts:
-                for batch in batches:
-                    _clean(on_gpu)
-                    try:
-                        step = _Step(model, batch, context, contender.compiled, device)
-                        for _ in range(_WARMUP):
-                            step()
-                        milliseconds = _milliseconds(step, _STEPS if on_gpu else 5, device)
-                        first = (batch, context) == (batches[0], contexts[0])
-                        times = _breakdown(step, 4) if on_gpu and breakdown and first else None
-                    except torch.OutOfMemoryError:
-                        step = None
-                        continue
-                    add(batch, context, milliseconds, False, times)
-                    step = None
-            for length in prefills:
-                _clean(on_gpu)
-                ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-                prefill = functools.partial(model, input_ids=ids, use_cache=False, logits_to_keep=1)
-                prefill = _captured(prefill) if on_gpu else prefill
-                prefill()
-                add(1, length, _milliseconds(prefill, 5 if on_gpu else 2, device), True)
-            model = step = prefill = add = None
+            _contend(shape, name, *points_of, _Alone(), add)
     if on_gpu and memory_limit is not None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     return points
-
-
-def _add(points, report, shape, name, total_bytes, floor, on_gpu, batch, context, milliseconds, prefill, times=None):
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    point = DecodePoint(shape, name, batch, context, milliseconds, prefill, total_bytes, peak, floor, times or {})
-    points.append(point)
-    if report is not None:
-        report(point)
 
 
 def _clean(on_gpu: bool) -> None:

@@ -551,6 +551,7 @@ def _bench_decode(args: argparse.Namespace) -> dict[str, Any]:
         args.device,
         not args.no_breakdown,
         None if args.memory_limit is None else args.memory_limit * 1e9,
+        args.side_by_side,
         _progress("benchmark", args.quiet),
         report,
     )
@@ -730,6 +731,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--prefills", type=_positive, nargs="*", default=(512, 4096), metavar="N", help="prompts to time")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default: cuda)")
     p.add_argument("--memory-limit", type=_positive_float, metavar="GB", help="use no more of the GPU's memory")
+    p.add_argument("--side-by-side", action="store_true", help="prepare all contenders at once, in a process each")
     p.add_argument("--no-breakdown", action="store_true", help="do not profile a step")
     return parser
 

@@ -26,6 +26,7 @@ run kernels 100 "$build/benchmarks/cuda_linear"
 run layer 60 "$build/benchmarks/cuda_linear" --layer
 run linear 150 python3 -m flexq.cli bench linear --device cuda --quiet \
   --tokens 1 8 16 32 64 128 256 1024 4096
-run decode 300 python3 -m flexq.cli bench decode --quiet --contenders "flexq W6A8" bf16 --batches 1 16 --contexts 128
+run decode 300 python3 -m flexq.cli bench decode --quiet --side-by-side --contexts 128 \
+  --contenders "flexq W6A8" "flexq W6A8 channel" bf16 W8A8 fp8
 run memcheck 90 compute-sanitizer --tool memcheck "$build/tests/test_cuda" --quick
 run racecheck 90 compute-sanitizer --tool racecheck "$build/tests/test_cuda" --quick

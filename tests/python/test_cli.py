@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from flexq import bench_decode
 from flexq.cli import main
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -79,6 +80,8 @@ def test_eval_of_recipes(model, text, capsys):
         (["generate", "MODEL", "hi", "--chat"], 1, "no chat template"),
         (["generate", "MODEL", "hi", "--max-new-tokens", "0"], 2, "must be 1 or more, got 0"),
         (["bench", "linear", "--shape", "12"], 2, "a shape is NxK"),
+        (["bench", "decode", "--device", "cpu", "--shape", "gpt-5"], 1, "unknown shape 'gpt-5'"),
+        (["bench", "decode", "--device", "cpu", "--side-by-side", "--memory-limit", "9"], 1, "one contender at a time"),
         (["bogus"], 2, "invalid choice: 'bogus'"),
     ],
 )
@@ -99,6 +102,27 @@ def test_bench_linear(tmp_path, capsys):
     points = json.loads(capsys.readouterr().out)["points"]
     assert {p["m"] for p in points} == {1, 3} and any(p["kernel"].startswith("torch") for p in points)
     assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("side_by_side", (False, True))
+def test_bench_decode(monkeypatch, capsys, side_by_side):
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(bench_decode.SHAPES, "tiny", shape)
+    arguments = ["bench", "decode", "--device", "cpu", "--shape", "tiny", "--batches", "1", "2", "--contexts", "16"]
+    arguments += ["--prefills", "32", "--json", "--quiet", *(["--side-by-side"] if side_by_side else [])]
+    assert main(arguments) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    what = [(1, 16, False), (2, 16, False), (1, 32, True)]
+    expected = [(name, *rest) for name in bench_decode.CPU_CONTENDERS for rest in what]
+    assert [(p["contender"], p["batch"], p["context"], p["prefill"]) for p in points] == expected
+    assert all(p["milliseconds"] > 0 and p["weight_bytes"] > 0 for p in points)
+
+
+def test_bench_decode_of_a_contender_that_fails(monkeypatch, capfd):
+    monkeypatch.setitem(bench_decode.SHAPES, "odd", {"hidden_size": 128, "num_attention_heads": 0})
+    with pytest.raises(RuntimeError, match=r"the process of .*flexq W6A8.* failed"):
+        bench_decode.bench_decode("odd", device="cpu", side_by_side=True)
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_interrupt_leaves_nothing(model, tmp_path):
