@@ -304,7 +304,7 @@ class _Step:
 
 
 def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work as one CUDA graph."""
+    """The same work as one CUDA graph; it keeps `run`, whose tensors it reads."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
@@ -312,7 +312,11 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run()
-    return graph.replay
+    return functools.partial(_replay, graph, run)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, run: Callable[[], Any]) -> None:
+    graph.replay()
 
 
 def _milliseconds(run: Callable[[], None], times: int, device: str) -> float:
@@ -431,14 +435,9 @@ def _contend(
     def prepare_prefill(length: int) -> Callable[[], None]:
         ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
         prefill = functools.partial(model, input_ids=ids, use_cache=False, logits_to_keep=1)
-        captured = _captured(prefill) if on_gpu else prefill
-        captured()
-
-        def run() -> None:
-            assert ids is not None  # the graph reads them
-            captured()
-
-        return run
+        prefill = _captured(prefill) if on_gpu else prefill
+        prefill()
+        return prefill
 
     for context in contexts:
         for batch in batches:
