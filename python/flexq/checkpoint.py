@@ -44,14 +44,19 @@ class CheckpointError(ValueError):
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
+def require_free(path: Path, overwrite: bool = False) -> None:
+    """Raises FileExistsError where writing a folder at `path` would lose something. An empty folder is nothing to lose."""
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    if path.exists() and not overwrite and any(path.iterdir()):
+        raise FileExistsError(f"{path} exists and is not empty; choose another name or overwrite it")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `path` to write into, renamed to `path` at the end, removed if anything goes wrong before."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or overwrite it")
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
+    require_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -146,7 +151,7 @@ def save_model(
         folder: where to; written aside and renamed, so that it is whole or not there.
         tokenizer: saved along if given.
         shard_bytes: largest size of a file.
-        overwrite: replace a folder that exists.
+        overwrite: replace a folder that is not empty.
     """
     if not any(isinstance(m, Linear) for m in model.modules()):
         raise ValueError("the model has no quantized layer; call flexq.quantize_model first")
@@ -246,7 +251,7 @@ def quantize_checkpoint(
         folder: the new checkpoint, whole or not there.
         plan, include, skip: as for `quantize_model`.
         shard_bytes: largest size of a file.
-        overwrite: replace a folder that exists.
+        overwrite: replace a folder that is not empty.
         progress: wraps the loop over tensors or layers, e.g. `tqdm.tqdm`.
         loaded: the source's model if it is in memory already; left as it is.
 

@@ -154,13 +154,12 @@ _PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
 def _quantize_calibrated(args: argparse.Namespace, source, output: Path, plan, reference):
     """Compensated rounding on the calibration text, then the plan that a budget or target asks for."""
     from flexq.calibrate import calibrate_model
-    from flexq.checkpoint import save_model
+    from flexq.checkpoint import require_free, save_model
     from flexq.eval import read_text, spread, windows_of
     from flexq.models import load_tokenizer
     from flexq.patch import shared_copy
 
-    if output.exists() and not args.overwrite:
-        raise FileExistsError(f"{output} exists; choose another name or overwrite it")  # before the long work
+    require_free(output, args.overwrite)  # before the long work
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
     windows = spread(windows_of(tokenizer, text, args.window_length), args.calibration_windows)
 

@@ -98,6 +98,13 @@ def test_an_existing_folder_is_kept(saved):
         flexq.save_model(model, folder)
     flexq.save_model(model, folder, overwrite=True)
     assert [p.name for p in folder.parent.iterdir() if p.name.startswith(".")] == []
+    file = folder / "config.json"
+    with pytest.raises(FileExistsError, match="a file"):
+        flexq.save_model(model, file, overwrite=True)
+    assert file.is_file()
+    (folder.parent / "empty").mkdir()
+    flexq.save_model(model, folder.parent / "empty")
+    assert sorted(p.name for p in (folder.parent / "empty").iterdir()) == sorted(p.name for p in folder.iterdir())
 
 
 def edit(folder, change) -> None:
