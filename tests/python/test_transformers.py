@@ -4,7 +4,13 @@ import flexq
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 IDS = torch.arange(20).view(1, -1)
 
@@ -39,6 +45,23 @@ def test_layers_with_biases(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=flexq.FlexQConfig())
     assert torch.equal(logits(loaded), logits(flexq.quantize_model(model.eval())))
+
+
+def test_classes_that_initialize_their_childrens_weights(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt_bigcode", vocab_size=64, n_embd=128, n_layer=2, n_head=2, n_positions=32)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "float")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=flexq.FlexQConfig())
+    expected = logits(flexq.quantize_model(model))
+    assert torch.equal(logits(loaded), expected)
+    loaded.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), expected)
+    layer = again.transformer.h[0].attn.c_proj
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match="no float weight"):
+        _ = layer.weight
 
 
 def test_include_skip_and_device_map(tiny_folder):

@@ -67,6 +67,13 @@ class FlexQConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
+def _loading(layer: Linear) -> Linear:
+    """The layer with an empty `weight` until the model is loaded: some classes initialize their children's weights
+    without a look at what the children are."""
+    layer.__dict__["weight"] = torch.empty(0, device="meta")
+    return layer
+
+
 class _Quantize(ConversionOps):
     """What the loader does with the weight of a layer to be quantized: a `flexq.Linear` takes the layer's place."""
 
@@ -83,7 +90,7 @@ class _Quantize(ConversionOps):
             planes, scales = ops.quantize_weight(weight, config.scheme, config.rotation)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
-        replace_module(model, name, Linear.from_canonical(planes, scales, linear, config))
+        replace_module(model, name, _loading(Linear.from_canonical(planes, scales, linear, config)))
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -119,6 +126,7 @@ class FlexQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
             if isinstance(module, Linear):
+                module.__dict__.pop("weight", None)
                 module.prepack()
         if not self.pre_quantized:
             head = lm_head_name(model)
@@ -165,6 +173,6 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
         bias = linear.bias is not None
         dtype = linear.weight.dtype
         layer = Linear(linear.in_features, linear.out_features, bias, config, device="meta", dtype=dtype)
-        replace_module(model, name, layer)
+        replace_module(model, name, _loading(layer))
         inserted[name] = config
     return inserted
