@@ -45,7 +45,7 @@ class CheckpointError(ValueError):
 
 
 def require_free(path: Path, overwrite: bool = False) -> None:
-    """Raises FileExistsError where writing a folder at `path` would lose something. An empty folder is nothing to lose."""
+    """Raises FileExistsError where writing a folder at `path` would lose something; an empty one there is nothing."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     if path.exists() and not overwrite and any(path.iterdir()):

@@ -70,7 +70,9 @@ class FlexQConfig(QuantizationConfigMixin):
 def _loading(layer: Linear) -> Linear:
     """The layer with an empty `weight` until the model is loaded: some classes initialize their children's weights
     without a look at what the children are."""
-    layer.__dict__["weight"] = torch.empty(0, device="meta")
+    weight = torch.empty(0, device="meta")
+    weight._is_hf_initialized = True
+    layer.__dict__["weight"] = weight
     return layer
 
 
