@@ -23,8 +23,9 @@ from torch import nn
 from flexq.linear import Linear
 from flexq.patch import replace_module
 
-# Of the logits' norm: three times what a model makes of its embeddings' last bit, and at least this.
-_TOLERANCE = 0.02
+# How far a sound step may move the logits, of their norm: three times as far as the embeddings' last bit does, which a
+# deep W6A6 model answers with other codes in all later layers. A step that is wrong moves them by their own size.
+_LEAST_TOLERANCE, _MOST_TOLERANCE = 0.02, 0.3
 
 
 # ---- What takes the place of the layers ------------------------------------------------------------------------------
@@ -199,13 +200,12 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _tolerance(model: nn.Module, logits: torch.Tensor) -> float:
-    """How far a sound step may move the logits. A code that rounds the other way moves codes of later layers too, in a
-    deep W6A6 model by more than a fixed bound would allow; a step that is wrong moves them by their own size."""
     embeddings = model.get_input_embeddings()
     nudge = 1.0 + torch.finfo(embeddings.weight.dtype).eps
     handle = embeddings.register_forward_hook(lambda module, args, output: output * nudge)
     try:
-        return max(_TOLERANCE, 3.0 * _distance(logits, _logits(model)))
+        noise = _distance(logits, _logits(model))
+        return min(max(_LEAST_TOLERANCE, 3.0 * noise), _MOST_TOLERANCE)
     finally:
         handle.remove()
 

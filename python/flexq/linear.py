@@ -118,14 +118,6 @@ class Linear(nn.Module):
         scales = groups if self.config.scheme == "group" else 1
         return self.out_features * (groups * 96 + scales * 2)
 
-    def __getattr__(self, name: str):
-        if name == "weight":
-            raise AttributeError(
-                "a quantized layer has no float weight (dequantize() gives one); where a model's own code reads it, "
-                "leave the layer in floating point, e.g. skip=['*.dt_proj']"
-            )
-        return super().__getattr__(name)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N], of x's dtype."""
         if x.shape[-1] != self.in_features:
