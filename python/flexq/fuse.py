@@ -200,9 +200,10 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _tolerance(model: nn.Module, logits: torch.Tensor) -> float:
-    embeddings = model.get_input_embeddings()
-    nudge = 1.0 + torch.finfo(embeddings.weight.dtype).eps
-    handle = embeddings.register_forward_hook(lambda module, args, output: output * nudge)
+    def nudge(module, args, output):
+        return output * (1.0 + torch.finfo(output.dtype).eps)
+
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
     try:
         noise = _distance(logits, _logits(model))
         return min(max(_LEAST_TOLERANCE, 3.0 * noise), _MOST_TOLERANCE)

@@ -35,6 +35,10 @@ def random_model(kind: str, dtype=torch.float32, **overrides) -> nn.Module:
     return model
 
 
+def counts(fusion) -> tuple[int, int, int, int]:
+    return len(fusion.merged), len(fusion.mlps), len(fusion.norms), len(fusion.layers)
+
+
 def logits(model) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
@@ -67,7 +71,7 @@ def test_architectures(kind, dtype):
     static_tokens = greedy(model, cache_implementation="static")
     names = [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)]
     fusion = flexq.fuse_model(model, kernels=True)
-    assert (len(fusion.merged), len(fusion.mlps), len(fusion.norms), len(fusion.layers)) == FOUND[kind], str(fusion)
+    assert counts(fusion) == FOUND[kind], str(fusion)
     assert (logits(model) - before).norm() <= 0.02 * before.norm()
     assert torch.equal(greedy(model), tokens)
     assert torch.equal(greedy(model, cache_implementation="static"), static_tokens)
@@ -95,7 +99,7 @@ def test_a_model_that_answers_a_last_bit_with_other_logits_is_fused_too():
 
     model.lm_head.register_forward_hook(chaos)
     fusion = flexq.fuse_model(model, kernels=True)
-    assert (len(fusion.merged), len(fusion.mlps), len(fusion.norms), len(fusion.layers)) == WHOLE, str(fusion)
+    assert counts(fusion) == WHOLE, str(fusion)
 
 
 def test_a_step_that_changes_the_model_is_undone(monkeypatch):
