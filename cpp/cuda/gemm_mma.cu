@@ -617,27 +617,26 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
   };
   const int64_t row_tiles = row_tiles_of(c, args.desc, plan.blocks), token_tiles = token_tiles_of(c, args.act.m);
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
-  int shared = c.shared_bytes(per_group);
-  if (device.has_sm90) {
-    // The next GEMM's thread blocks come while these are at work. Where there are fewer than fit, each takes so much
-    // shared memory that the early ones do not crowd the multiprocessors that have room first.
-    constexpr int kSharedOfSm = 228 * 1024, kReserved = 1024;
-    const int64_t share = ceil_div(row_tiles * token_tiles * plan.splits, device.num_sms);
-    if (share < c.ctas_per_sm) {
-      shared = std::max(shared, kSharedOfSm / (static_cast<int>(share) + 1) - kReserved + 128);
-    }
-  }
   constexpr int64_t kMaxGridZ = 65535;
   if (token_tiles > kMaxGridZ) {
     fail(FLEXQ_UNSUPPORTED, "at most ", kMaxGridZ * c.tokens(), " tokens at once on this GPU, got ", args.act.m);
   }
-  launch(stream, "gemm_mma", kernel,
-         {.grid = dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(plan.splits),
-                       static_cast<unsigned>(token_tiles)),
-          .block = dim3(static_cast<unsigned>(c.threads())),
-          .shared_bytes = static_cast<size_t>(shared),
-          .overlapped = device.has_sm90},
-         params);
+  Launch how{.grid = dim3(static_cast<unsigned>(row_tiles), static_cast<unsigned>(plan.splits),
+                          static_cast<unsigned>(token_tiles)),
+             .block = dim3(static_cast<unsigned>(c.threads())),
+             .shared_bytes = static_cast<size_t>(c.shared_bytes(per_group)),
+             .overlapped = device.has_sm90};
+  if (device.has_sm90) {
+    // The next GEMM's thread blocks come while these are at work. Where there are fewer than fit, each takes so much
+    // shared memory that the early ones do not crowd the multiprocessors that have room first.
+    constexpr int64_t kSharedOfSm = 228 * 1024, kReserved = 1024;
+    const int64_t share = ceil_div(row_tiles * token_tiles * plan.splits, device.num_sms);
+    if (share < clusters_at_once(kernel, how) / device.num_sms) {
+      const int64_t claim = kSharedOfSm / (share + 1) - kReserved + 128;
+      how.shared_bytes = std::max(how.shared_bytes, static_cast<size_t>(claim));
+    }
+  }
+  launch(stream, "gemm_mma", kernel, how, params);
   if (plan.splits == 1) return;
   const int64_t tiles = row_tiles * token_tiles;
   launch(stream, "gemm_mma reduction", per_group ? reduce_kernel<true> : reduce_kernel<false>,
