@@ -235,16 +235,12 @@ struct Part {
     butterflies<1>(v);
   }
 
-  // Rotates if asked. The largest magnitude in the group: floats without their sign order like integers, NaN above all.
+  // Rotates if asked. The largest magnitude of this lane: floats without their sign order like integers, NaN above all.
   __device__ int rotate_and_max(const Args& a, float (&v)[kValues]) const {
     if (a.rotate) hadamard(v);
     int largest = 0;
 #pragma unroll
     for (const float value : v) largest = max(largest, __float_as_int(value) & 0x7fffffff);
-#pragma unroll
-    for (int stride = kLanes / 2; stride > 0; stride /= 2) {
-      largest = max(largest, __shfl_xor_sync(~0u, largest, stride));
-    }
     return largest;
   }
 
@@ -274,6 +270,24 @@ struct Part {
   }
 };
 
+// Of `kLanes` neighbours in a warp, to all of them.
+template <int kLanes>
+__device__ int largest_of_lanes(int value) {
+  if constexpr (kLanes == 32) {
+    return __reduce_max_sync(~0u, value);
+  } else {
+#pragma unroll
+    for (int stride = kLanes / 2; stride > 0; stride /= 2) value = max(value, __shfl_xor_sync(~0u, value, stride));
+    return value;
+  }
+}
+template <int kLanes>
+__device__ float sum_of_lanes(float value) {
+#pragma unroll
+  for (int stride = kLanes / 2; stride > 0; stride /= 2) value += __shfl_xor_sync(~0u, value, stride);
+  return value;
+}
+
 struct Scale {
   float scale;
   float inverse;  // 0 where all codes are 0
@@ -288,7 +302,7 @@ __device__ Scale scale_of(int largest_bits, bool rotate, int qmax) {
   return {scale, __fdiv_rn(static_cast<float>(qmax), largest)};
 }
 
-// Codes of a group with a scale of its own.
+// Codes of a group with a scale of its own. `largest`: of the whole group.
 template <int kLanes>
 __device__ void store_group(const Args& a, const Part<kLanes>& part, int64_t token, int64_t group,
                             const float (&v)[Part<kLanes>::kValues], int largest) {
@@ -300,7 +314,7 @@ __device__ void store_group(const Args& a, const Part<kLanes>& part, int64_t tok
 // Scheme group, where nothing of the whole token is needed. 32 lanes a group: a warp for each of a token's groups.
 // 4 lanes: a warp for a tile of 8 tokens, which it writes whole.
 template <typename T, ActivationSource::Kind kKind, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32) quantize_groups(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kWarps * 32, kLanes == 32 ? 6 : 1) quantize_groups(const __grid_constant__ Args a) {
   ptx::launch_dependents();
   ptx::wait_for_previous_kernel();
   constexpr int kTokens = 32 / kLanes;
@@ -313,90 +327,87 @@ __global__ void __launch_bounds__(kWarps * 32) quantize_groups(const __grid_cons
     const int64_t token = first + lane / kLanes;
     float v[Part<kLanes>::kValues] = {};
     if (token < a.m) part.template load_source<T, kKind>(a, token, group, v);
-    const int largest = part.rotate_and_max(a, v);
+    const int largest = largest_of_lanes<kLanes>(part.rotate_and_max(a, v));
     if (token < a.m) store_group(a, part, token, group, v, largest);
   }
 }
 
-// Values of tokens, combined over their warps and then over the thread blocks of the cluster, each in ascending order,
-// so that every run gives the same bits.
+// One value for each token of a tile, combined over all warps of the cluster, always in the same order. Each use needs
+// a table of its own: while the slowest thread block reads one tile's, the fastest may write the next one's.
 template <int kLanes>
 class OverTokens {
  public:
   static constexpr int kTokens = 32 / kLanes;  // of a warp, a thread block and a cluster alike
-  struct Shared {
-    uint32_t of_warp[kMaxTokenThreads / 32][kTokens];
-    uint32_t of_block[kMaxCluster][kTokens];
+  struct Table {
+    uint32_t of_warp[kMaxCluster * kMaxTokenThreads / 32][kTokens];
   };
 
-  __device__ explicit OverTokens(int cluster) : cluster_(cluster) {}
+  __device__ OverTokens(int cluster, int rank)
+      : cluster_(cluster),
+        warps_(static_cast<int>(blockDim.x / 32)),
+        warp_(rank * warps_ + static_cast<int>(threadIdx.x / 32)),
+        token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
+        lane_(static_cast<int>(threadIdx.x) % kLanes) {}
 
-  // `value` of all lanes that have this lane's token. Each use needs a `shared` of its own.
-  template <typename V, typename Combine>
-  __device__ V operator()(V value, Shared& shared, const Combine& combine) const {
-    static_assert(sizeof(V) == 4);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-#pragma unroll
-    for (int stride = kLanes / 2; stride > 0; stride /= 2) value = combine(value, __shfl_xor_sync(~0u, value, stride));
-    if (lane % kLanes == 0) shared.of_warp[thread / 32][lane / kLanes] = reinterpret_cast<const uint32_t&>(value);
-    __syncthreads();
-    // A thread for each token and thread block that wants to know.
-    for (int i = thread; i < cluster_ * kTokens; i += static_cast<int>(blockDim.x)) {
-      const uint32_t bits =
-          combined<V, kMaxTokenThreads / 32>(shared.of_warp, static_cast<int>(blockDim.x / 32), i % kTokens, combine);
-      if (cluster_ == 1) {
-        shared.of_block[0][i] = bits;
-      } else {
-#if FLEXQ_SM90A
-        ptx::store_remote(ptx::shared_address(&shared.of_block[ptx::cluster_rank()][i % kTokens]),
-                          static_cast<uint32_t>(i / kTokens), bits);
-#endif
-      }
-    }
-    if (cluster_ == 1) {
-      __syncthreads();
-    } else {
-#if FLEXQ_SM90A
-      ptx::cluster_sync();
-#endif
-    }
-    const uint32_t bits = combined<V, kMaxCluster>(shared.of_block, cluster_, lane / kLanes, combine);
-    return reinterpret_cast<const V&>(bits);
+  __device__ float sum(float value, Table& table) const {
+    meet(__float_as_uint(sum_of_lanes<kLanes>(value)), table);
+    float all = 0.0f;
+#pragma unroll 4
+    for (int i = lane_; i < cluster_ * warps_; i += kLanes) all += __uint_as_float(table.of_warp[i][token_]);
+    return sum_of_lanes<kLanes>(all);
+  }
+
+  __device__ int largest(int value, Table& table) const {
+    meet(static_cast<uint32_t>(largest_of_lanes<kLanes>(value)), table);
+    int all = 0;
+#pragma unroll 4
+    for (int i = lane_; i < cluster_ * warps_; i += kLanes) all = max(all, static_cast<int>(table.of_warp[i][token_]));
+    return largest_of_lanes<kLanes>(all);
   }
 
  private:
-  template <typename V, int kMost, typename Combine>
-  static __device__ uint32_t combined(const uint32_t (*values)[kTokens], int count, int token, const Combine& combine) {
-    V all = reinterpret_cast<const V&>(values[0][token]);
-#pragma unroll  // so that the loads do not wait for each other
-    for (int i = 1; i < kMost; ++i) {
-      if (i < count) all = combine(all, reinterpret_cast<const V&>(values[i][token]));
+  // Each warp tells all thread blocks, a lane each.
+  __device__ void meet(uint32_t value, Table& table) const {
+    if (cluster_ == 1) {
+      if (lane_ == 0) table.of_warp[warp_][token_] = value;
+      __syncthreads();
+      return;
     }
-    return reinterpret_cast<const uint32_t&>(all);
+#if FLEXQ_SM90A
+    for (int block = lane_; block < cluster_; block += kLanes) {
+      ptx::store_remote(ptx::shared_address(&table.of_warp[warp_][token_]), static_cast<uint32_t>(block), value);
+    }
+    __syncwarp();
+    ptx::cluster_sync();
+#endif
   }
 
-  int cluster_;
+  int cluster_, warps_;
+  int warp_;  // among those of the cluster
+  int token_, lane_;
 };
 
 // Groups of a warp that stay in registers while a statistic of the whole token is found: fusing needs registers of its
 // own.
 constexpr int kept_groups(ActivationSource::Kind kind, int lanes) {
-  if (lanes == 32) return 4;
-  return kind == ActivationSource::kPlain ? 2 : 1;
+  return lanes == 32 || kind == ActivationSource::kPlain ? 2 : 1;
 }
+
+// The kernels for few tokens have few registers, so that their thread blocks are there, beside those of the GEMM before
+// them, when it ends.
+constexpr int min_blocks(int lanes) { return lanes == 32 ? 2 : 1; }
 
 // Where the whole token decides (scheme channel, a norm): a cluster of thread blocks for a tile of 8 tokens (4 lanes a
 // group) or for one token (32 lanes), its warps sharing the groups. Groups beyond what they keep are read again. Tiles
 // that a cluster takes one after the other are copied ahead.
 template <typename T, ActivationSource::Kind kKind, int kLanes>
-__global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kMaxTokenThreads, min_blocks(kLanes))
+    quantize_tokens(const __grid_constant__ Args a) {
   using Values = float[Part<kLanes>::kValues];
   constexpr bool kNorm = kKind == ActivationSource::kRmsNorm;
   constexpr int kKept = kept_groups(kKind, kLanes);
   constexpr bool kAhead = kLanes == 4;
-  const OverTokens<kLanes> over_token(a.cluster);
-  // Two of each: while the slowest thread block reads one tile's, the fastest may write the next one's.
-  __shared__ typename OverTokens<kLanes>::Shared for_norm[2], for_scale[2];
+  __shared__ typename OverTokens<kLanes>::Table for_norm[2], for_scale[2];
   extern __shared__ uint4 staging[];
   ptx::launch_dependents();
   int rank = 0;
@@ -406,6 +417,7 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
     ptx::cluster_meet();  // all have started: they can be written to
   }
 #endif
+  const OverTokens<kLanes> over_token(a.cluster, rank);
   const ActivationSource& s = a.source;
   constexpr int kTokens = 32 / kLanes;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -464,7 +476,7 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
       count(group, v);
     };
     float norm = 1.0f;
-    // From what was read, and perhaps stored in place, to what is quantized; the largest of the group.
+    // From what was read, and perhaps stored in place, to what is quantized; this lane's largest of the group.
     using Weights = typename Part<kLanes>::template Stored<T>;
     const auto weights_of = [&](int64_t group) {
       return kNorm && group < a.groups ? part.template load_stored<T>(a, s.weight, 0, 0, group) : Weights{};
@@ -509,10 +521,10 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
         Values v;
         read(own + round * stride, v);
       }
-      squares = over_token(squares, for_norm[odd], [](float x, float y) { return x + y; });
+      squares = over_token.sum(squares, for_norm[odd]);
       norm = rsqrtf(squares / static_cast<float>(a.k) + s.eps);
     }
-    // Each group's values, ready to be quantized, and its largest.
+    // Each group's values, ready to be quantized, and this lane's largest.
     const auto each = [&](const auto& use) {
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
@@ -526,14 +538,15 @@ __global__ void __launch_bounds__(kMaxTokenThreads) quantize_tokens(const __grid
       }
     };
     if (a.per_group) {
-      each([&](int64_t group, const Values& v, int of_group) {
+      each([&](int64_t group, const Values& v, int of_lane) {
+        const int of_group = largest_of_lanes<kLanes>(of_lane);
         if (there && group < a.groups) store_group(a, part, token, group, v, of_group);
       });
       continue;
     }
     int largest = 0;
-    each([&](int64_t, const Values&, int of_group) { largest = max(largest, of_group); });
-    largest = over_token(largest, for_scale[odd], [](int x, int y) { return max(x, y); });
+    each([&](int64_t, const Values&, int of_lane) { largest = max(largest, of_lane); });
+    largest = over_token.largest(largest, for_scale[odd]);
     const Scale scale = scale_of(largest, a.rotate, a.qmax);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
@@ -569,15 +582,16 @@ __global__ void export_kernel(int64_t m, int64_t groups, int64_t tiles, bool per
   }
 }
 
-// The thread blocks, at most `most`, and warps that share the groups of a tile of tokens, or of one token: they keep
-// them in registers if they can, and are more where tiles are few.
-Launch spread(const Device& device, int64_t tiles, int64_t groups, int lanes, int kept, int most) {
-  int cluster = 1, warps = kMaxTokenThreads / 32;
+// The thread blocks, at most `most`, and their warps, at most `warps`, that share the groups of a tile of tokens, or of
+// one token: they keep them in registers if they can, and are more where tiles are few.
+Launch spread(const Device& device, int64_t tiles, int64_t groups, int warps, int kept, int most) {
+  int cluster = 1;
   if (device.has_wgmma) {
-    if (lanes == 4 && kept > 1) warps = 8;  // of many registers: two thread blocks a multiprocessor
     while (cluster < most && groups > cluster * warps * kept) cluster *= 2;
     while (2 * cluster <= std::min(most, 8) && groups > cluster * warps && tiles * cluster * 2 <= device.num_sms)
       cluster *= 2;
+  } else {
+    warps = kMaxTokenThreads / 32;
   }
   const int64_t rounds = ceil_div(groups, cluster * warps);
   warps = static_cast<int>(ceil_div(groups, cluster * rounds));
@@ -595,12 +609,15 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
     constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
     const int lanes = tiles ? 4 : 32, kept = kept_groups(kKind, lanes);
     const int64_t count = tiles ? args.tiles : args.m;
+    // As measured on an H100: thread blocks with little to do start sooner if they are small; of many tiles, those that
+    // meet in fewer thread blocks are done sooner.
+    const int warps = kKind == ActivationSource::kPlain && 2 * count < device.num_sms ? 8 : kMaxTokenThreads / 32;
     const auto kernel = tiles ? quantize_tokens<T, kKind, 4> : quantize_tokens<T, kKind, 32>;
     Launch how;
     int at_once = 0;
     // A part of a GPU may be too small for the largest clusters.
     for (int most = kMaxCluster; at_once == 0; most = static_cast<int>(how.cluster) / 2) {
-      how = spread(device, count, args.groups, lanes, kept, most);
+      how = spread(device, count, args.groups, warps, kept, most);
       how.shared_bytes = tiles && args.vectors ? how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs : 0;
       at_once = clusters_at_once(kernel, how);
     }
