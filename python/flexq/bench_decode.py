@@ -306,6 +306,7 @@ class _Step:
 def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same work as one CUDA graph; it keeps `run`, whose tensors it reads."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
