@@ -296,6 +296,7 @@ def bench_linear(
     configs: Sequence[tuple[int, str]] = DEFAULT_CONFIGS,
     peers: bool = True,
     progress: Progress | None = None,
+    report: Callable[[list[Point]], None] | None = None,
 ) -> list[Point]:
     """Time y = linear(x), activation quantization and rotation included, for each shape N x K and M tokens.
 
@@ -311,6 +312,7 @@ def bench_linear(
         peers: also time PyTorch's float32, bfloat16 and dynamic int8; on a GPU cuBLAS's bfloat16, int8 and fp8, the
             last two without the quantization of their activations, and Humming if it is installed.
         progress: wraps the loop over points, e.g. `tqdm.tqdm`.
+        report: called with the points of each N x K and M as soon as they are there.
     """
     on_gpu = device != "cpu"
     shapes = shapes or (CUDA_SHAPES if on_gpu else CPU_SHAPES)
@@ -334,10 +336,14 @@ def bench_linear(
             x = torch.randn(m, k, generator=generator, device=device).to(dtype)
             kernels = _ours(x, packed, n, configs) | (others.kernels(x) if others is not None else {})
             seconds = _graph_seconds(kernels) if on_gpu else _cpu_seconds(kernels)
-            floor = min(floors.values()) * 1e6
+            floor, name_of_dtype = min(floors.values()) * 1e6, str(dtype).removeprefix("torch.")
+            row = []
             for name, value in seconds.items():
                 size, gops = kernels[name].weight_bytes, 2e-9 * m * n * k / value
-                points.append(Point(name, n, k, m, str(dtype).removeprefix("torch."), value * 1e6, size, floor, gops))
+                row.append(Point(name, n, k, m, name_of_dtype, value * 1e6, size, floor, gops))
+            points += row
+            if report is not None:
+                report(row)
     return points
 
 

@@ -511,14 +511,21 @@ def _bench_linear(args: argparse.Namespace) -> dict[str, Any]:
             print(bench.explain_table(choices))
         return {"choices": [c.to_dict() for c in choices]}
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    points = bench.bench_linear(
-        args.shape,
-        args.tokens,
-        dtype,
-        args.device,
-        peers=not args.no_peers,
-        progress=_progress("benchmark", args.quiet),
-    )
+    points: list[bench.Point] = []
+    try:
+        bench.bench_linear(
+            args.shape,
+            args.tokens,
+            dtype,
+            args.device,
+            peers=not args.no_peers,
+            progress=_progress("benchmark", args.quiet),
+            report=points.extend,
+        )
+    except KeyboardInterrupt:  # it can take minutes: what there is of it
+        if points and not args.json:
+            print(bench.table(points), flush=True)
+        raise
     threads, isa = torch.get_num_threads(), _core.device_isa(args.device)
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{threads} threads"
     if args.plot:

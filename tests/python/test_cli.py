@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from flexq import bench_decode
+from flexq import bench, bench_decode
 from flexq.cli import main
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -102,6 +102,21 @@ def test_bench_linear(tmp_path, capsys):
     points = json.loads(capsys.readouterr().out)["points"]
     assert {p["m"] for p in points} == {1, 3} and any(p["kernel"].startswith("torch") for p in points)
     assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_bench_linear_interrupted(monkeypatch, capsys):
+    time_all, calls = bench._cpu_seconds, iter(range(3))
+
+    def time_some(kernels):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return time_all(kernels)
+
+    monkeypatch.setattr(bench, "_cpu_seconds", time_some)
+    arguments = ["bench", "linear", "--shape", "64x256", "--tokens", "1", "3", "5", "--no-peers", "--quiet"]
+    assert main(arguments) == 130
+    rows = [line for line in capsys.readouterr().out.splitlines() if "64" in line]
+    assert len(rows) == 2  # what had been measured
 
 
 @pytest.mark.parametrize("side_by_side", (False, True))
