@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "cuda/kernels.h"
 
@@ -24,16 +25,29 @@ struct Launch {
   unsigned cluster = 1;  // thread blocks along x that share their shared memory (sm_90)
 };
 
+// Asks for dynamic shared memory beyond what every kernel has. The current device never allows less than it once did,
+// since another thread may be about to launch the same kernel with more.
+template <typename... Params>
+void allow_shared(void (*kernel)(Params...), size_t bytes) {
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{reinterpret_cast<const void*>(kernel), device}];
+  const size_t wanted = std::max(most, bytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(wanted)),
+        "shared memory");
+  most = wanted;
+}
+
 // The configuration and, in `attributes`, what it points to; asks for what the kernel must be allowed.
 template <typename... Params>
 cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
   constexpr unsigned kPortableCluster = 8;
   // 48 KB, of which no kernel here declares more than 36 itself.
   constexpr size_t kSharedUnasked = 12 * 1024;
-  if (how.shared_bytes > kSharedUnasked) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)),
-          "shared memory");
-  }
+  if (how.shared_bytes > kSharedUnasked) allow_shared(kernel, how.shared_bytes);
   if (how.cluster > kPortableCluster) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
   }

@@ -1,6 +1,7 @@
 """The CUDA backend through Python. Skipped where there is no GPU that FlexQ can use."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import flexq
 import pytest
@@ -128,6 +129,24 @@ def test_two_streams_at_once():
                 outputs[i].append(gpu(inputs[i]))
     torch.cuda.synchronize()
     assert all(torch.equal(y, expected[i]) for i in range(2) for y in outputs[i])
+
+
+@pytest.mark.parametrize("m", (4, 600))
+def test_threads_that_launch_the_same_kernels_in_other_sizes(m):
+    layers = [layer(n, 512)[1].to(torch.bfloat16) for n in (200, 2304, 6000, 17000)]
+    x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def run(one):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outputs = [one(x) for _ in range(100)]
+            torch.cuda.current_stream().synchronize()
+        return outputs
+
+    expected = [run(one)[0] for one in layers]
+    with ThreadPoolExecutor(len(layers)) as pool:
+        for outputs, wanted in zip(pool.map(run, layers), expected, strict=True):
+            assert all(torch.equal(y, wanted) for y in outputs)
 
 
 def test_same_bits_on_every_run():
