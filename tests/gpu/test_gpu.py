@@ -135,6 +135,7 @@ def test_two_streams_at_once():
 def test_threads_that_launch_the_same_kernels_in_other_sizes(m):
     layers = [layer(n, 512)[1].to(torch.bfloat16) for n in (200, 2304, 6000, 17000)]
     x = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
 
     @torch.inference_mode()
     def run(one):
