@@ -25,8 +25,9 @@ struct Launch {
   unsigned cluster = 1;  // thread blocks along x that share their shared memory (sm_90)
 };
 
-// Asks for dynamic shared memory beyond what every kernel has. The current device never allows less than it once did,
-// since another thread may be about to launch the same kernel with more.
+// Asks for dynamic shared memory: 48 KB need no asking, but what a kernel declares itself counts towards them too. The
+// current device never allows less than was once asked for, since another thread may be about to launch the same kernel
+// with more.
 template <typename... Params>
 void allow_shared(void (*kernel)(Params...), size_t bytes) {
   int device = 0;
@@ -45,9 +46,7 @@ void allow_shared(void (*kernel)(Params...), size_t bytes) {
 template <typename... Params>
 cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
   constexpr unsigned kPortableCluster = 8;
-  // 48 KB, of which no kernel here declares more than 36 itself.
-  constexpr size_t kSharedUnasked = 12 * 1024;
-  if (how.shared_bytes > kSharedUnasked) allow_shared(kernel, how.shared_bytes);
+  if (how.shared_bytes > 0) allow_shared(kernel, how.shared_bytes);
   if (how.cluster > kPortableCluster) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
   }

@@ -312,7 +312,7 @@ __device__ void store_group(const Args& a, const Part<kLanes>& part, int64_t tok
 }
 
 // Scheme group, where nothing of the whole token is needed. 32 lanes a group: a warp for each of a token's groups.
-// 4 lanes: a warp for a tile of 8 tokens, which it writes whole.
+// 4 lanes: a warp for a tile of 8 tokens, which it writes whole. Few registers for few tokens, as of quantize_tokens.
 template <typename T, ActivationSource::Kind kKind, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, kLanes == 32 ? 6 : 1) quantize_groups(const __grid_constant__ Args a) {
   ptx::launch_dependents();
@@ -590,8 +590,6 @@ Launch spread(const Device& device, int64_t tiles, int64_t groups, int warps, in
     while (cluster < most && groups > cluster * warps * kept) cluster *= 2;
     while (2 * cluster <= std::min(most, 8) && groups > cluster * warps && tiles * cluster * 2 <= device.num_sms)
       cluster *= 2;
-  } else {
-    warps = kMaxTokenThreads / 32;
   }
   const int64_t rounds = ceil_div(groups, cluster * warps);
   warps = static_cast<int>(ceil_div(groups, cluster * rounds));
@@ -611,7 +609,8 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
     const int64_t count = tiles ? args.tiles : args.m;
     // As measured on an H100: thread blocks with little to do start sooner if they are small; of many tiles, those that
     // meet in fewer thread blocks are done sooner.
-    const int warps = kKind == ActivationSource::kPlain && 2 * count < device.num_sms ? 8 : kMaxTokenThreads / 32;
+    const bool small = device.has_wgmma && kKind == ActivationSource::kPlain && 2 * count < device.num_sms;
+    const int warps = small ? 8 : kMaxTokenThreads / 32;
     const auto kernel = tiles ? quantize_tokens<T, kKind, 4> : quantize_tokens<T, kKind, 32>;
     Launch how;
     int at_once = 0;
