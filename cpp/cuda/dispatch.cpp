@@ -42,22 +42,24 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
   const auto waves = static_cast<double>(ceil_div(tiles, p.device.clusters[plan.splits]));
   // Of a group, the tensor cores' work and what is not hidden behind it.
-  double group_clocks = p.per_group() ? 267 + 5.83 * tokens : 203 + 3.41 * tokens;
+  double group_clocks = p.per_group() ? 286 + 5.53 * tokens : 185 + 4.26 * tokens;
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
   const bool relief = c.tokens >= 128 && waves > 2;
-  if (relief != (plan.multicast > 1)) group_clocks *= 1.264;
-  const double output_clocks = 448 + 15.2 * tokens;
-  const double parts_clocks = plan.splits > 1 ? 1950 + 30.3 * tokens : 0;
+  if (relief != (plan.multicast > 1)) group_clocks *= 1.19;
+  const double output_clocks = 557 + 18.1 * tokens;
+  const double parts_clocks = plan.splits > 1 ? 2080 + 25.9 * tokens : 0;
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
-  // Weights from memory, and what every tile brings in from L2.
-  const double bytes = kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast;
+  // Weights from memory, and what every tile brings in from L2, which has a limit of its own.
+  const double l2_bytes = blocks * work * (kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast);
   const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
+  constexpr double kL2BytesAClock = 29.8;  // of a multiprocessor
   const double memory_us =
-      (1 + 0.1 * idle) * 0.811 * p.memory_us(p.weight_bytes) + 0.162 * p.memory_us(blocks * work * bytes);
+      std::max((1 + 0.14 * idle) * 0.687 * p.memory_us(p.weight_bytes) + 0.241 * p.memory_us(l2_bytes),
+               p.clocks_us(l2_bytes / kL2BytesAClock / p.device.num_sms));
   const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
-  constexpr double kLaunchUs = 2.19;
-  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 0.62 : 0.0) +
-         (plan.multicast > 1 && !relief ? 0.76 : 0.0);
+  constexpr double kLaunchUs = 2.29;
+  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 0.71 : 0.0) +
+         (plan.multicast > 1 && !relief ? 1.36 : 0.0);
 }
 
 // What differs between one tile of tokens, of 8 or more, and several.
@@ -72,6 +74,7 @@ struct MmaFit {
   double wide;           // to warps with many sums, whose activations come late
   double again = 0;      // to each further tile of tokens
   double l2;             // weight of L2's traffic, in terms of the memory's
+  double l1_misses;      // of activations that warps load for themselves in scheme channel
   double shared_act;     // and of activations that a thread block waits for together
   double row_us, split_us;
 };
@@ -84,19 +87,21 @@ constexpr MmaFit kEightTokens{.launch_us = 1.55,
                               .empty = 0.09,
                               .wide = 0.26,
                               .l2 = 0.067,
+                              .l1_misses = 0.5,
                               .shared_act = 0.37,
                               .row_us = 0.006,
                               .split_us = 1.88};
-constexpr MmaFit kOneTile{.launch_us = 1.81,
-                          .group_ops = 821,
-                          .channel_ops = 1260,
-                          .idle_wave = 0.22,
-                          .idle_sms = 0.34,
-                          .wide = 0.134,
-                          .l2 = 0.123,
-                          .shared_act = 0.61,
-                          .row_us = 0.0034,
-                          .split_us = 2.62};
+constexpr MmaFit kOneTile{.launch_us = 1.855,
+                          .group_ops = 839,
+                          .channel_ops = 927,
+                          .idle_wave = 0.361,
+                          .idle_sms = 0.821,
+                          .wide = 0.082,
+                          .l2 = 0.1055,
+                          .l1_misses = 0.243,
+                          .shared_act = 0.59,
+                          .row_us = 0.0072,
+                          .split_us = 3.67};
 constexpr MmaFit kTiles{.launch_us = 1.92,
                         .group_ops = 827,
                         .channel_ops = 1090,
@@ -105,6 +110,7 @@ constexpr MmaFit kTiles{.launch_us = 1.92,
                         .wide = 0.134,
                         .again = 0.21,
                         .l2 = 0.231,
+                        .l1_misses = 0.5,
                         .shared_act = 0.61,
                         .row_us = 0.0034,
                         .split_us = 2.62};
@@ -130,7 +136,7 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   const double sm_us = p.clocks_us(work * clocks / sms) * idle;
   const double act_bytes = tokens * kGroup;
   // Without a barrier between them, warps of a multiprocessor find some of what they load in its L1.
-  const double l1_misses = c.shared_act || p.per_group() ? 1.0 : 0.5;
+  const double l1_misses = c.shared_act || p.per_group() ? 1.0 : fit.l1_misses;
   const double bytes = work * (kRecordBytes * rows / kRecordRows + l1_misses * act_bytes) - p.weight_bytes;
   const double lost = fit.idle_wave * (idle - 1) + fit.idle_sms * idle_sms + fit.imbalance * imbalance +
                       (p.m <= kTokenTile && c.tokens > kTokenTile ? fit.empty : 0.0) +
