@@ -33,6 +33,22 @@ struct Problem {
   double clocks_us(double clocks) const { return clocks / device.clocks_per_us; }
 };
 
+// Of a tile of 128 rows and so many tokens, a group of 128 k: the tensor cores' work and what is not hidden behind it.
+double clocks_of_group(int tokens, bool per_group) {
+  switch (tokens) {
+    case 16:
+      return per_group ? 379 : 296.6;
+    case 32:
+      return per_group ? 476.3 : 340.1;
+    case 64:
+      return per_group ? 610.3 : 491.4;
+    case 128:
+      return per_group ? 993.5 : 705.5;
+    default:
+      return 1178;  // of 256, channel only
+  }
+}
+
 double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const WgmmaShape c = wgmma_shape(plan.config);
   const int64_t row_tiles = ceil_div(p.desc.n, static_cast<int64_t>(c.rows) * plan.multicast) * plan.multicast;
@@ -41,25 +57,24 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const auto tokens = static_cast<double>(c.tokens);
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
   const auto waves = static_cast<double>(ceil_div(tiles, p.device.clusters[plan.splits]));
-  // Of a group, the tensor cores' work and what is not hidden behind it.
-  double group_clocks = p.per_group() ? 286 + 5.53 * tokens : 185 + 4.26 * tokens;
+  double group_clocks = clocks_of_group(c.tokens, p.per_group());
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
   const bool relief = c.tokens >= 128 && waves > 2;
   if (relief != (plan.multicast > 1)) group_clocks *= 1.19;
-  const double output_clocks = 557 + 18.1 * tokens;
-  const double parts_clocks = plan.splits > 1 ? 2080 + 25.9 * tokens : 0;
+  const double output_clocks = 632.5 + 18.69 * tokens;
+  const double parts_clocks = plan.splits > 1 ? 2378 + 18.4 * tokens : 0;
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
   // Weights from memory, and what every tile brings in from L2, which has a limit of its own.
   const double l2_bytes = blocks * work * (kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast);
   const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
-  constexpr double kL2BytesAClock = 29.8;  // of a multiprocessor
+  constexpr double kL2BytesAClock = 27.38;  // of a multiprocessor
   const double memory_us =
-      std::max((1 + 0.14 * idle) * 0.687 * p.memory_us(p.weight_bytes) + 0.241 * p.memory_us(l2_bytes),
+      std::max((1 + 0.1851 * idle) * 0.6876 * p.memory_us(p.weight_bytes) + 0.2534 * p.memory_us(l2_bytes),
                p.clocks_us(l2_bytes / kL2BytesAClock / p.device.num_sms));
   const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
-  constexpr double kLaunchUs = 2.29;
-  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 0.71 : 0.0) +
-         (plan.multicast > 1 && !relief ? 1.36 : 0.0);
+  constexpr double kLaunchUs = 2.318;
+  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 0.6706 : 0.0) +
+         (plan.multicast > 1 && !relief ? 1.181 : 0.0);
 }
 
 // What differs between one tile of tokens, of 8 or more, and several.
@@ -67,53 +82,54 @@ struct MmaFit {
   double launch_us;
   double group_ops, channel_ops;  // a clock, of a multiprocessor beside unpacking
   // Shares of reading the weights that are lost:
-  double idle_wave;      // to the idle part of the last wave
-  double idle_sms;       // to multiprocessors without a thread block
-  double imbalance = 0;  // to those with more rows than the others
-  double empty = 0;      // to columns without a token
-  double wide;           // to warps with many sums, whose activations come late
-  double again = 0;      // to each further tile of tokens
-  double l2;             // weight of L2's traffic, in terms of the memory's
-  double l1_misses;      // of activations that warps load for themselves in scheme channel
-  double shared_act;     // and of activations that a thread block waits for together
+  double idle_wave;     // to the idle part of the last wave
+  double idle_sms = 0;  // to multiprocessors without a thread block
+  double wide;          // to warps with many sums, whose activations come late
+  double again = 0;     // to each further tile of tokens
+  double l2;            // weight of L2's traffic, in terms of the memory's
+  double l1_misses;     // of activations that warps load for themselves in scheme channel
+  double shared_act;    // and of activations that a thread block waits for together
   double row_us, split_us;
 };
-constexpr MmaFit kEightTokens{.launch_us = 1.55,
-                              .group_ops = 760,
-                              .channel_ops = 3410,
-                              .idle_wave = 0.24,
-                              .idle_sms = 0.09,
-                              .imbalance = 0.17,
-                              .empty = 0.09,
-                              .wide = 0.26,
-                              .l2 = 0.067,
-                              .l1_misses = 0.5,
-                              .shared_act = 0.37,
-                              .row_us = 0.006,
-                              .split_us = 1.88};
-constexpr MmaFit kOneTile{.launch_us = 1.855,
-                          .group_ops = 839,
-                          .channel_ops = 927,
-                          .idle_wave = 0.361,
-                          .idle_sms = 0.821,
-                          .wide = 0.082,
-                          .l2 = 0.1055,
-                          .l1_misses = 0.243,
-                          .shared_act = 0.59,
-                          .row_us = 0.0072,
-                          .split_us = 3.67};
-constexpr MmaFit kTiles{.launch_us = 1.92,
-                        .group_ops = 827,
-                        .channel_ops = 1090,
-                        .idle_wave = 0.03,
-                        .idle_sms = 0.34,
-                        .wide = 0.134,
-                        .again = 0.21,
-                        .l2 = 0.231,
-                        .l1_misses = 0.5,
-                        .shared_act = 0.61,
-                        .row_us = 0.0034,
-                        .split_us = 2.62};
+constexpr MmaFit kEightTokens{
+    .launch_us = 1.313,
+    .group_ops = 899.2,
+    .channel_ops = 1369,
+    .idle_wave = 0.1552,
+    .idle_sms = 0.5453,
+    .wide = 0.09023,
+    .l2 = 0.1116,
+    .l1_misses = 0.6263,
+    .shared_act = 0.3672,
+    .row_us = 0.009192,
+    .split_us = 3.423,
+};
+constexpr MmaFit kOneTile{
+    .launch_us = 1.937,
+    .group_ops = 837.4,
+    .channel_ops = 919.8,
+    .idle_wave = 0.3069,
+    .idle_sms = 0.5342,
+    .wide = 0.1192,
+    .l2 = 0.101,
+    .l1_misses = 0.3986,
+    .shared_act = 0.5683,
+    .row_us = 0.01071,
+    .split_us = 2.835,
+};
+constexpr MmaFit kTiles{
+    .launch_us = 1.807,
+    .group_ops = 800.7,
+    .channel_ops = 1011,
+    .idle_wave = 1.267,
+    .wide = 0.3416,
+    .again = 0.1729,
+    .l2 = 0.3005,
+    .l1_misses = 0.1456,
+    .shared_act = 0.8533,
+    .row_us = 0.005858,
+    .split_us = 3.182,
+};
 
 double mma_us(const Problem& p, const GemmPlan& plan) {
   const MmaShape c = mma_shape(plan.config);
@@ -126,8 +142,6 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   const auto sms = static_cast<double>(p.device.num_sms);
   const double waves = static_cast<double>(ctas) / (sms * c.ctas_per_sm);
   const double idle = waves <= 1 ? 1.0 : std::ceil(waves) / waves;
-  const double most = static_cast<double>(ceil_div(ctas, p.device.num_sms)) * blocks / plan.splits;
-  const double imbalance = std::min(1.0, most * sms / static_cast<double>(row_blocks * token_tiles) - 1);
   const double idle_sms = std::max(0.0, sms / static_cast<double>(ctas) - 1);
   const double work = static_cast<double>(tiles * p.groups);
   // A tile's group: products at what mma.sync reaches; for bits, its MMAs and transposes.
@@ -138,8 +152,7 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   // Without a barrier between them, warps of a multiprocessor find some of what they load in its L1.
   const double l1_misses = c.shared_act || p.per_group() ? 1.0 : fit.l1_misses;
   const double bytes = work * (kRecordBytes * rows / kRecordRows + l1_misses * act_bytes) - p.weight_bytes;
-  const double lost = fit.idle_wave * (idle - 1) + fit.idle_sms * idle_sms + fit.imbalance * imbalance +
-                      (p.m <= kTokenTile && c.tokens > kTokenTile ? fit.empty : 0.0) +
+  const double lost = fit.idle_wave * (idle - 1) + fit.idle_sms * idle_sms +
                       (!c.shared_act && c.max_blocks * c.tokens > 8 * kTokenTile ? fit.wide : 0.0) +
                       fit.again * static_cast<double>(token_tiles - 1);
   const double memory_us = p.memory_us(p.weight_bytes) * (1 + lost) + fit.l2 * p.memory_us(bytes) +
