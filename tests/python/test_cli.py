@@ -143,7 +143,8 @@ def test_bench_decode_of_a_contender_that_fails(monkeypatch, capfd):
 def test_interrupt_leaves_nothing(model, tmp_path):
     out = tmp_path / "out"
     code = (
-        "import sys, time, flexq.ops as ops, flexq.cli as cli\n"
+        "import signal, sys, time, flexq.ops as ops, flexq.cli as cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell ignore it
         "quantize = ops.quantize_weight\n"
         "def slow(*a): print('working', flush=True); time.sleep(60); return quantize(*a)\n"
         "ops.quantize_weight = slow\n"
