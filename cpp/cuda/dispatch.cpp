@@ -37,15 +37,15 @@ struct Problem {
 double clocks_of_group(int tokens, bool per_group) {
   switch (tokens) {
     case 16:
-      return per_group ? 379 : 296.6;
+      return per_group ? 385.2 : 265.6;
     case 32:
-      return per_group ? 476.3 : 340.1;
+      return per_group ? 478.3 : 509.7;
     case 64:
-      return per_group ? 610.3 : 491.4;
+      return per_group ? 632.3 : 614.7;
     case 128:
-      return per_group ? 993.5 : 705.5;
+      return per_group ? 1029 : 667.7;
     default:
-      return 1178;  // of 256, channel only
+      return 1161;  // of 256, channel only
   }
 }
 
@@ -60,21 +60,27 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   double group_clocks = clocks_of_group(c.tokens, p.per_group());
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
   const bool relief = c.tokens >= 128 && waves > 2;
-  if (relief != (plan.multicast > 1)) group_clocks *= 1.19;
-  const double output_clocks = 632.5 + 18.69 * tokens;
-  const double parts_clocks = plan.splits > 1 ? 2378 + 18.4 * tokens : 0;
-  const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks);
+  if (relief != (plan.multicast > 1)) group_clocks *= 1.125;
+  const double output_clocks = 282.4 + 21.95 * tokens;
+  const double parts_clocks = plan.splits > 1 ? 2600 + 10.83 * tokens : 0;
+  // Of more tokens than this the quantizers around it do not fit beside it (quantize_activation.cu) and wait for
+  // multiprocessors that have none of it.
+  const int64_t beside = p.per_group() ? 32 : 64;
+  const double values = p.m > beside ? static_cast<double>(p.m * p.desc.k) : 0.0;
+  const double quantize_us = std::min(5.0, 1e-6 * values * (p.per_group() ? 1.961 : 0.8672));
+  const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks) +
+                       quantize_us * std::min(1.0, blocks / p.device.num_sms);
   // Weights from memory, and what every tile brings in from L2, which has a limit of its own.
   const double l2_bytes = blocks * work * (kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast);
   const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
-  constexpr double kL2BytesAClock = 27.38;  // of a multiprocessor
+  constexpr double kL2BytesAClock = 29.69;  // of a multiprocessor
   const double memory_us =
-      std::max((1 + 0.1851 * idle) * 0.6876 * p.memory_us(p.weight_bytes) + 0.2534 * p.memory_us(l2_bytes),
+      std::max((1 + 0.1925 * idle) * 0.7072 * p.memory_us(p.weight_bytes) + 0.2536 * p.memory_us(l2_bytes),
                p.clocks_us(l2_bytes / kL2BytesAClock / p.device.num_sms));
   const double output_us = p.memory_us(static_cast<double>(p.m * p.desc.n) * 2) / 4;
-  constexpr double kLaunchUs = 2.318;
-  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 0.6706 : 0.0) +
-         (plan.multicast > 1 && !relief ? 1.181 : 0.0);
+  constexpr double kLaunchUs = 2.25;
+  return kLaunchUs + std::max(sm_us, memory_us) + output_us + (plan.splits > 1 ? 0.6029 : 0.0) +
+         (plan.multicast > 1 && !relief ? 1.184 : 0.0);
 }
 
 // What differs between one tile of tokens, of 8 or more, and several.
@@ -92,43 +98,43 @@ struct MmaFit {
   double row_us, split_us;
 };
 constexpr MmaFit kEightTokens{
-    .launch_us = 1.313,
-    .group_ops = 899.2,
-    .channel_ops = 1369,
-    .idle_wave = 0.1552,
-    .idle_sms = 0.5453,
-    .wide = 0.09023,
-    .l2 = 0.1116,
-    .l1_misses = 0.6263,
-    .shared_act = 0.3672,
-    .row_us = 0.009192,
-    .split_us = 3.423,
+    .launch_us = 1.328,
+    .group_ops = 898.2,
+    .channel_ops = 1365,
+    .idle_wave = 0.1635,
+    .idle_sms = 0.5566,
+    .wide = 0.1012,
+    .l2 = 0.126,
+    .l1_misses = 0.5952,
+    .shared_act = 0.4608,
+    .row_us = 0.009818,
+    .split_us = 3.316,
 };
 constexpr MmaFit kOneTile{
-    .launch_us = 1.937,
-    .group_ops = 837.4,
-    .channel_ops = 919.8,
-    .idle_wave = 0.3069,
-    .idle_sms = 0.5342,
-    .wide = 0.1192,
-    .l2 = 0.101,
-    .l1_misses = 0.3986,
-    .shared_act = 0.5683,
-    .row_us = 0.01071,
-    .split_us = 2.835,
+    .launch_us = 1.967,
+    .group_ops = 834.8,
+    .channel_ops = 948.7,
+    .idle_wave = 0.3065,
+    .idle_sms = 0.4339,
+    .wide = 0.1284,
+    .l2 = 0.1004,
+    .l1_misses = 0.2538,
+    .shared_act = 0.4936,
+    .row_us = 0.01118,
+    .split_us = 2.848,
 };
 constexpr MmaFit kTiles{
-    .launch_us = 1.807,
-    .group_ops = 800.7,
-    .channel_ops = 1011,
-    .idle_wave = 1.267,
-    .wide = 0.3416,
-    .again = 0.1729,
-    .l2 = 0.3005,
-    .l1_misses = 0.1456,
-    .shared_act = 0.8533,
-    .row_us = 0.005858,
-    .split_us = 3.182,
+    .launch_us = 1.681,
+    .group_ops = 804.5,
+    .channel_ops = 984.3,
+    .idle_wave = 1.287,
+    .wide = 0.3449,
+    .again = 0.1551,
+    .l2 = 0.3014,
+    .l1_misses = 0.1786,
+    .shared_act = 0.7523,
+    .row_us = 0.009714,
+    .split_us = 2.748,
 };
 
 double mma_us(const Problem& p, const GemmPlan& plan) {
