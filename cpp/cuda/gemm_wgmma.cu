@@ -51,7 +51,6 @@ struct Config {
   // producer gives back. Where tokens are few a part is left for the quantizer of the layer after: it starts while this
   // kernel is at work, and where it had to wait, so would the GEMM behind it.
   constexpr int launch_registers() const { return 65536 / (kThreads + (tokens <= 32 ? 128 : 0)) / 8 * 8; }
-  constexpr int producer_registers() const { return tokens < 128 ? 56 : 40; }
   constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * record_and_scale_bytes(true); }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
@@ -103,7 +102,7 @@ class Kernel {
   static constexpr Config kC = kConfigs[kConfig];
   static constexpr int kTokens = kC.tokens;
   static constexpr int kLaunchRegisters = kC.launch_registers();
-  static constexpr int kProducerRegisters = kC.producer_registers();
+  static constexpr int kProducerRegisters = kTokens < 128 ? 56 : 40;
   static constexpr int kConsumerRegisters =
       kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSums = kTokens / 2;  // a thread's
