@@ -63,10 +63,9 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   if (relief != (plan.multicast > 1)) group_clocks *= 1.125;
   const double output_clocks = 282.4 + 21.95 * tokens;
   const double parts_clocks = plan.splits > 1 ? 2600 + 10.83 * tokens : 0;
-  // Of more tokens than this the quantizers around it do not fit beside it (quantize_activation.cu) and wait for
-  // multiprocessors that have none of it.
-  const int64_t beside = p.per_group() ? 32 : 64;
-  const double values = p.m > beside ? static_cast<double>(p.m * p.desc.k) : 0.0;
+  // Of more tokens the quantizers around it do not fit beside it and wait for multiprocessors that have none of it.
+  const bool wait = p.m > max_single_tokens(!p.per_group());
+  const double values = wait ? static_cast<double>(p.m * p.desc.k) : 0.0;
   const double quantize_us = std::min(5.0, 1e-6 * values * (p.per_group() ? 1.961 : 0.8672));
   const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks) +
                        quantize_us * std::min(1.0, blocks / p.device.num_sms);

@@ -31,6 +31,9 @@ void prepack(cudaStream_t stream, const flexq_weight_desc& desc, const uint8_t* 
 void unprepack(cudaStream_t stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
                uint16_t* scales);
 
+// Up to so many tokens a quantizer has a warp for each group of one token, and fits beside a GEMM; of more, a warp for
+// tiles of them. More where the whole token decides.
+constexpr int64_t max_single_tokens(bool of_tokens) { return of_tokens ? 64 : 32; }
 void quantize_activation(cudaStream_t stream, const Device& device, const flexq_activation_desc& desc,
                          const ActivationSource& source, void* quantized);
 void activation_export(cudaStream_t stream, const flexq_activation_desc& desc, const void* quantized, int8_t* codes,

@@ -18,9 +18,6 @@ namespace flexq::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-// Up to so many tokens a warp has a group of one of them, which is quickest to answer, or up to half of them where
-// nothing of the whole token decides; beyond a tile's, which it writes whole.
-constexpr int64_t kSingleTokens = 64;
 constexpr int kMaxTokenThreads = 512;
 constexpr int kMaxCluster = 16;
 
@@ -602,7 +599,7 @@ Launch spread(const Device& device, int64_t tiles, int64_t groups, int warps, in
 template <typename T, ActivationSource::Kind kKind>
 void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
   const bool of_tokens = !args.per_group || kKind == ActivationSource::kRmsNorm;
-  const bool tiles = args.m > (of_tokens ? kSingleTokens : kSingleTokens / 2);
+  const bool tiles = args.m > max_single_tokens(of_tokens);
   if (of_tokens) {
     constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
     const int lanes = tiles ? 4 : 32, kept = kept_groups(kKind, lanes);
