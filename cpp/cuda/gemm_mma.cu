@@ -627,13 +627,10 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
              .shared_bytes = static_cast<size_t>(c.shared_bytes(per_group)),
              .overlapped = device.has_sm90};
   if (device.has_sm90) {
-    // The next GEMM's thread blocks come while these are at work. Where there are fewer than fit, each takes so much
-    // shared memory that the early ones do not crowd the multiprocessors that have room first.
-    constexpr int64_t kSharedOfSm = 228 * 1024, kReserved = 1024;
+    // The next GEMM's thread blocks come while these are at work.
     const int64_t share = ceil_div(row_tiles * token_tiles * plan.splits, device.num_sms);
     if (share < clusters_at_once(kernel, how) / device.num_sms) {
-      const int64_t claim = kSharedOfSm / (share + 1) - kReserved + 128;
-      how.shared_bytes = std::max(how.shared_bytes, static_cast<size_t>(claim));
+      how.shared_bytes = std::max(how.shared_bytes, shared_bytes_of_share(share));
     }
   }
   launch(stream, "gemm_mma", kernel, how, params);

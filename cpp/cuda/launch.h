@@ -25,6 +25,13 @@ struct Launch {
   unsigned cluster = 1;  // thread blocks along x that share their shared memory (sm_90)
 };
 
+// Dynamic shared memory of which no more than `count` thread blocks fit a multiprocessor (sm_90): where there are fewer
+// thread blocks than fit, those that come first would otherwise crowd the multiprocessors that have room first.
+constexpr size_t shared_bytes_of_share(int64_t count) {
+  constexpr int64_t kOfMultiprocessor = 228 * 1024, kReserved = 1024;  // of each thread block
+  return static_cast<size_t>(kOfMultiprocessor / (count + 1) - kReserved + 128);
+}
+
 // Asks for dynamic shared memory: 48 KB need no asking, but what a kernel declares itself counts towards them too. The
 // current device never allows less than was once asked for, since another thread may be about to launch the same kernel
 // with more.

@@ -76,6 +76,13 @@ __device__ inline void ldmatrix_x4(uint32_t* d, uint32_t shared) {
                : "memory");
 }
 
+// The larger magnitude, or NaN if there is one.
+__device__ inline float max_magnitude(float a, float b) {
+  float largest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return largest;
+}
+
 // `threads` threads meet at a barrier of the thread block, 0 to 15.
 __device__ inline void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -202,13 +209,12 @@ __device__ inline uint32_t load_remote(uint32_t shared, uint32_t rank) {
   return value;
 }
 
-__device__ inline void store_remote(uint32_t shared, uint32_t rank, uint32_t value) {
-  asm volatile(
-      "{\n\t.reg .b32 remote;\n\t"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "st.shared::cluster.u32 [remote], %2;\n\t}" ::"r"(shared),
-      "r"(rank), "r"(value)
-      : "memory");
+// A word to the shared memory of any thread block of the cluster, whose barrier counts its bytes; both by their
+// remote_address.
+__device__ inline void store_async(uint32_t remote, uint32_t value, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(remote),
+               "r"(value), "r"(barrier)
+               : "memory");
 }
 
 // ---- Tensor cores: a warp group's asynchronous wgmma ----

@@ -232,13 +232,15 @@ struct Part {
     butterflies<1>(v);
   }
 
-  // Rotates if asked. The largest magnitude of this lane: floats without their sign order like integers, NaN above all.
+  // Rotates if asked. The bits of this lane's largest magnitude: floats without their sign order like integers, NaN
+  // above all.
   __device__ int rotate_and_max(const Args& a, float (&v)[kValues]) const {
     if (a.rotate) hadamard(v);
-    int largest = 0;
+    float largest[4] = {};
 #pragma unroll
-    for (const float value : v) largest = max(largest, __float_as_int(value) & 0x7fffffff);
-    return largest;
+    for (int i = 0; i < kValues; ++i) largest[i % 4] = ptx::max_magnitude(largest[i % 4], v[i]);
+    return __float_as_int(
+        ptx::max_magnitude(ptx::max_magnitude(largest[0], largest[1]), ptx::max_magnitude(largest[2], largest[3])));
   }
 
   // rint(v * inverse), which no rounding takes past the largest code.
@@ -309,33 +311,63 @@ __device__ void store_group(const Args& a, const Part<kLanes>& part, int64_t tok
 }
 
 // Scheme group, where nothing of the whole token is needed. 32 lanes a group: a warp for each of a token's groups.
-// 4 lanes: a warp for a tile of 8 tokens, which it writes whole. Few registers for few tokens, as of quantize_tokens.
+// 4 lanes: a warp for a tile of 8 tokens, which it writes whole; of several, the next one is copied meanwhile. Few
+// registers for few tokens, as of quantize_tokens.
 template <typename T, ActivationSource::Kind kKind, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, kLanes == 32 ? 6 : 1) quantize_groups(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kWarps * 32, kLanes == 32 ? 6 : 3) quantize_groups(const __grid_constant__ Args a) {
   ptx::launch_dependents();
   ptx::wait_for_previous_kernel();
+  extern __shared__ uint4 staging[];
   constexpr int kTokens = 32 / kLanes;
   const int lane = threadIdx.x % 32;
   const Part<kLanes> part(lane);
   const int64_t group = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (group >= a.groups) return;
-  for (int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens; first < a.m;
-       first += static_cast<int64_t>(gridDim.y) * kTokens) {
-    const int64_t token = first + lane / kLanes;
-    float v[Part<kLanes>::kValues] = {};
-    if (token < a.m) part.template load_source<T, kKind>(a, token, group, v);
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kTokens + lane / kLanes;
+  const int64_t tokens_apart = static_cast<int64_t>(gridDim.y) * kTokens;
+  using Values = float[Part<kLanes>::kValues];
+  const auto quantize = [&](int64_t token, Values& v) {
     const int largest = largest_of_lanes<kLanes>(part.rotate_and_max(a, v));
     if (token < a.m) store_group(a, part, token, group, v, largest);
+  };
+  const int64_t end = a.m + lane / kLanes;  // the same number of turns for all lanes: they shuffle
+  if constexpr (kLanes == 4) {
+    if (a.ahead) {
+      constexpr int kPlaces = (kKind == ActivationSource::kPlain ? 1 : 2) * Part<kLanes>::template kPieces<T>;
+      const auto places = [&](int odd) { return staging + odd * kPlaces * static_cast<int>(blockDim.x) + threadIdx.x; };
+      const auto fetch = [&](int64_t token, int odd) {
+        part.template fetch_source<T, kKind>(a, token, group, places(odd));
+        ptx::cp_async_commit();
+      };
+      fetch(first, 0);
+      int odd = 0;
+      for (int64_t token = first; token < end; token += tokens_apart, odd ^= 1) {
+        fetch(token + tokens_apart, odd ^ 1);
+        ptx::cp_async_wait<1>();
+        Values v;
+        part.template take_source<T, kKind>(a, places(odd), v);
+        quantize(token, v);
+      }
+      return;
+    }
+  }
+  for (int64_t token = first; token < end; token += tokens_apart) {
+    Values v = {};
+    if (token < a.m) part.template load_source<T, kKind>(a, token, group, v);
+    quantize(token, v);
   }
 }
 
-// One value for each token of a tile, combined over all warps of the cluster, always in the same order. Each use needs
-// a table of its own: while the slowest thread block reads one tile's, the fastest may write the next one's.
+// One value for each token of a tile, combined over all warps of the cluster, always in the same order. Each warp sends
+// its values to every thread block, whose barrier counts their bytes: a barrier of the cluster would first wait for the
+// codes of the tile before to be written. Tables are used in turns, two for each statistic: a warp sends a tile's
+// values after it has read those of the tile before, so that none is overwritten.
 template <int kLanes>
 class OverTokens {
  public:
   static constexpr int kTokens = 32 / kLanes;  // of a warp, a thread block and a cluster alike
   struct Table {
+    uint64_t arrived;
     uint32_t of_warp[kMaxCluster * kMaxTokenThreads / 32][kTokens];
   };
 
@@ -346,16 +378,24 @@ class OverTokens {
         token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
         lane_(static_cast<int>(threadIdx.x) % kLanes) {}
 
-  __device__ float sum(float value, Table& table) const {
-    meet(__float_as_uint(sum_of_lanes<kLanes>(value)), table);
+  // By one thread of each thread block, before they meet.
+  static __device__ void init(Table& table) {
+#if FLEXQ_SM90A
+    ptx::mbarrier_init(ptx::shared_address(&table.arrived), 1);
+#endif
+  }
+
+  // `turn` counts the tiles of this cluster from 0.
+  __device__ float sum(float value, Table (&tables)[2], int turn) const {
+    const Table& table = meet(__float_as_uint(sum_of_lanes<kLanes>(value)), tables, turn);
     float all = 0.0f;
 #pragma unroll 4
     for (int i = lane_; i < cluster_ * warps_; i += kLanes) all += __uint_as_float(table.of_warp[i][token_]);
     return sum_of_lanes<kLanes>(all);
   }
 
-  __device__ int largest(int value, Table& table) const {
-    meet(static_cast<uint32_t>(largest_of_lanes<kLanes>(value)), table);
+  __device__ int largest(int value, Table (&tables)[2], int turn) const {
+    const Table& table = meet(static_cast<uint32_t>(largest_of_lanes<kLanes>(value)), tables, turn);
     int all = 0;
 #pragma unroll 4
     for (int i = lane_; i < cluster_ * warps_; i += kLanes) all = max(all, static_cast<int>(table.of_warp[i][token_]));
@@ -364,19 +404,26 @@ class OverTokens {
 
  private:
   // Each warp tells all thread blocks, a lane each.
-  __device__ void meet(uint32_t value, Table& table) const {
+  __device__ const Table& meet(uint32_t value, Table (&tables)[2], int turn) const {
+    Table& table = tables[turn % 2];
     if (cluster_ == 1) {
       if (lane_ == 0) table.of_warp[warp_][token_] = value;
       __syncthreads();
-      return;
+      return table;
     }
 #if FLEXQ_SM90A
-    for (int block = lane_; block < cluster_; block += kLanes) {
-      ptx::store_remote(ptx::shared_address(&table.of_warp[warp_][token_]), static_cast<uint32_t>(block), value);
+    const uint32_t arrived = ptx::shared_address(&table.arrived);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect(arrived, static_cast<uint32_t>(cluster_ * warps_ * kTokens) * sizeof(value));
     }
-    __syncwarp();
-    ptx::cluster_sync();
+    const uint32_t place = ptx::shared_address(&table.of_warp[warp_][token_]);
+    for (int block = lane_; block < cluster_; block += kLanes) {
+      const auto to = static_cast<uint32_t>(block);
+      ptx::store_async(ptx::remote_address(place, to), value, ptx::remote_address(arrived, to));
+    }
+    ptx::mbarrier_wait(arrived, static_cast<uint32_t>(turn / 2 % 2));
 #endif
+    return table;
   }
 
   int cluster_, warps_;
@@ -411,6 +458,12 @@ __global__ void __launch_bounds__(kMaxTokenThreads, min_blocks(kLanes))
 #if FLEXQ_SM90A
   if (a.cluster > 1) {
     rank = static_cast<int>(ptx::cluster_rank());
+    if (threadIdx.x == 0) {
+      for (auto* tables : {for_norm, for_scale}) {
+        for (int i = 0; i < 2; ++i) OverTokens<kLanes>::init(tables[i]);
+      }
+      ptx::fence_mbarrier_init();
+    }
     ptx::cluster_meet();  // all have started: they can be written to
   }
 #endif
@@ -453,8 +506,8 @@ __global__ void __launch_bounds__(kMaxTokenThreads, min_blocks(kLanes))
   const int64_t first = static_cast<int64_t>(blockIdx.x / a.cluster) * kTokens;
   const int64_t tokens_apart = static_cast<int64_t>(gridDim.x / a.cluster) * kTokens;
   if (kAhead && a.ahead) fetch(first + lane / kLanes);
-  int odd = 0;
-  for (int64_t tile = first; tile < a.m; tile += tokens_apart, odd ^= 1) {
+  int turn = 0;
+  for (int64_t tile = first; tile < a.m; tile += tokens_apart, ++turn) {
     const int64_t token = tile + lane / kLanes;
     const bool there = token < a.m;
     float squares = 0.0f;
@@ -518,7 +571,7 @@ __global__ void __launch_bounds__(kMaxTokenThreads, min_blocks(kLanes))
         Values v;
         read(own + round * stride, v);
       }
-      squares = over_token.sum(squares, for_norm[odd]);
+      squares = over_token.sum(squares, for_norm, turn);
       norm = rsqrtf(squares / static_cast<float>(a.k) + s.eps);
     }
     // Each group's values, ready to be quantized, and this lane's largest.
@@ -543,7 +596,7 @@ __global__ void __launch_bounds__(kMaxTokenThreads, min_blocks(kLanes))
     }
     int largest = 0;
     each([&](int64_t, const Values&, int of_lane) { largest = max(largest, of_lane); });
-    largest = over_token.largest(largest, for_scale[odd]);
+    largest = over_token.largest(largest, for_scale, turn);
     const Scale scale = scale_of(largest, a.rotate, a.qmax);
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
@@ -628,12 +681,35 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
   constexpr int64_t kMaxGridY = 65535;
   // While tiles are few, small thread blocks reach more multiprocessors.
   const int warps = tiles && args.tiles * args.groups < 8 * device.num_sms ? 2 : kWarps;
-  launch(stream, "quantize_activation", tiles ? quantize_groups<T, kKind, 4> : quantize_groups<T, kKind, 32>,
-         {.grid = dim3(static_cast<unsigned>(ceil_div(args.groups, warps)),
-                       static_cast<unsigned>(std::min(tiles ? args.tiles : args.m, kMaxGridY))),
-          .block = dim3(static_cast<unsigned>(32 * warps)),
-          .overlapped = device.has_sm90},
-         args);
+  const int64_t across = ceil_div(args.groups, warps);
+  int64_t down = std::min(tiles ? args.tiles : args.m, kMaxGridY);
+  Launch how{.block = dim3(static_cast<unsigned>(32 * warps)), .overlapped = device.has_sm90};
+  const auto kernel = tiles ? quantize_groups<T, kKind, 4> : quantize_groups<T, kKind, 32>;
+  Args with = args;
+  if (tiles && args.vectors && device.has_sm90) {
+    // Thread blocks that stay, and copy the next tile while they have this one: so many on a multiprocessor that the
+    // one with the most to do has least, and of those the most.
+    constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2, kStages = 2;
+    Launch staying = how;
+    staying.shared_bytes = how.block.x * sizeof(T) * Part<4>::kValues * kInputs * kStages;
+    const int64_t most = clusters_at_once(kernel, staying) / device.num_sms;
+    int64_t share = 0, turns = 0;
+    for (int64_t count = 1; count <= most; ++count) {
+      const int64_t of_count = ceil_div(args.tiles, std::max<int64_t>(1, count * device.num_sms / across));
+      if (share == 0 || count * of_count <= share * turns) {
+        share = count;
+        turns = of_count;
+      }
+    }
+    if (turns > 1) {
+      with.ahead = true;
+      how = staying;
+      down = ceil_div(args.tiles, turns);
+      if (share < most) how.shared_bytes = std::max(how.shared_bytes, shared_bytes_of_share(share));
+    }
+  }
+  how.grid = dim3(static_cast<unsigned>(across), static_cast<unsigned>(down));
+  launch(stream, "quantize_activation", kernel, how, with);
 }
 
 template <typename T>
