@@ -155,7 +155,8 @@ class CudaBackend final : public Backend {
     check_desc(desc);
     if (m == 0 || desc.n == 0) return 0;
     const GemmPlan chosen = plan(stream, desc, act_bits, m);
-    return chosen.family == GemmPlan::kMma ? mma_workspace_size(chosen.config, desc, m, chosen.splits) : 0;
+    if (chosen.family == GemmPlan::kWgmma) return wgmma_workspace_size(device_of(stream), chosen);
+    return mma_workspace_size(chosen.config, desc, m, chosen.splits);
   }
 
   int32_t gemm_kernels(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,

@@ -60,15 +60,20 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   double group_clocks = clocks_of_group(c.tokens, p.per_group());
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
   const bool relief = c.tokens >= 128 && waves > 2;
-  if (relief != (plan.multicast > 1)) group_clocks *= 1.125;
+  if (relief != (plan.multicast > 1)) group_clocks *= plan.streamed ? 1.05 : 1.125;
   const double output_clocks = 282.4 + 21.95 * tokens;
   const double parts_clocks = plan.splits > 1 ? 2600 + 10.83 * tokens : 0;
   // Of more tokens the quantizers around it do not fit beside it and wait for multiprocessors that have none of it.
   const bool wait = p.m > max_single_tokens(!p.per_group());
   const double values = wait ? static_cast<double>(p.m * p.desc.k) : 0.0;
   const double quantize_us = std::min(5.0, 1e-6 * values * (p.per_group() ? 1.961 : 0.8672));
-  const double sm_us = p.clocks_us(waves * (work * group_clocks + output_clocks) + parts_clocks) +
-                       quantize_us * std::min(1.0, blocks / p.device.num_sms);
+  double tile_clocks = waves * (work * group_clocks + output_clocks) + parts_clocks;
+  if (plan.streamed) {
+    // As even as steps of K allow; sums meet through L2, those of more than two parts one after the other.
+    const double even = blocks / p.device.num_sms;
+    tile_clocks = even * work * group_clocks + waves * output_clocks + 8000 + 4000 * std::max(1.0, 1 / even);
+  }
+  const double sm_us = p.clocks_us(tile_clocks) + quantize_us * std::min(1.0, blocks / p.device.num_sms);
   // Weights from memory, and what every tile brings in from L2, which has a limit of its own.
   const double l2_bytes = blocks * work * (kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast);
   const double idle = std::max(0.0, 1 - blocks / p.device.num_sms);
@@ -204,6 +209,9 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);
     add({GemmPlan::kWgmma, i, 1, 1});
     if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
+    if (c.streams && tiles % device.num_sms != 0) {
+      add({.family = GemmPlan::kWgmma, .config = i, .splits = 1, .multicast = 1, .streamed = true});
+    }
     // Parts of K only while all of them are at work at once.
     for (int splits = 2; splits <= kMaxSplits; ++splits) {
       if (tiles <= device.clusters[splits] && splits * c.groups_a_stage <= groups) {
@@ -232,8 +240,12 @@ PlanName name_of(const GemmPlan& plan) {
   PlanName name;
   if (plan.family == GemmPlan::kWgmma) {
     const WgmmaShape c = wgmma_shape(plan.config);
-    std::snprintf(name.text, sizeof name.text, "wgmma-s8 %dx%d split%d cast%d", c.rows, c.tokens, plan.splits,
-                  plan.multicast);
+    if (plan.streamed) {
+      std::snprintf(name.text, sizeof name.text, "wgmma-s8 %dx%d stream", c.rows, c.tokens);
+    } else {
+      std::snprintf(name.text, sizeof name.text, "wgmma-s8 %dx%d split%d cast%d", c.rows, c.tokens, plan.splits,
+                    plan.multicast);
+    }
   } else {
     const MmaShape c = mma_shape(plan.config);
     std::snprintf(name.text, sizeof name.text, "mma-%s %dx%d split%d%s", c.product,

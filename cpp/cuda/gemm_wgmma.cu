@@ -11,14 +11,18 @@
 //
 // A cluster is `multicast` thread blocks side by side along N, which each copy a share of the activations to all of
 // them, times the parts of K, whose sums meet through distributed shared memory in a fixed order. Thread blocks without
-// a part of K to share stay and take tile after tile.
+// a part of K to share stay and take tile after tile; or they share evenly, step of K by step, what does not fill whole
+// waves (stream-K, arXiv 2301.03598): the sums of a tile's later parts go through the workspace to the thread block
+// that has its first one.
 //
 // Weights do not depend on the kernel before this one: the ring is full of them before the activations are there.
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <iterator>
+#include <random>
 #include <type_traits>
 #include <utility>
 
@@ -45,7 +49,8 @@ struct Config {
   int turns;           // in which scheme group multiplies them: a turn's are wgmma's n
   int groups_a_stage;  // of 128 k
   int stages;
-  bool group, channel;  // the schemes of scales that it is for
+  bool group, channel;   // the schemes of scales that it is for
+  bool streams = false;  // in scheme group its tiles may be streamed
 
   // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
   // producer gives back. Where tokens are few a part is left for the quantizer of the layer after: it starts while this
@@ -65,7 +70,7 @@ constexpr Config kConfigs[] = {
     {.tokens = 16, .turns = 1, .groups_a_stage = 2, .stages = 7, .group = true, .channel = true},
     {.tokens = 32, .turns = 1, .groups_a_stage = 2, .stages = 6, .group = true, .channel = true},
     {.tokens = 64, .turns = 1, .groups_a_stage = 2, .stages = 5, .group = true, .channel = true},
-    {.tokens = 128, .turns = 2, .groups_a_stage = 2, .stages = 3, .group = true, .channel = false},
+    {.tokens = 128, .turns = 2, .groups_a_stage = 2, .stages = 3, .group = true, .channel = false, .streams = true},
     {.tokens = 128, .turns = 1, .groups_a_stage = 1, .stages = 7, .group = false, .channel = true},
     {.tokens = 256, .turns = 1, .groups_a_stage = 1, .stages = 4, .group = false, .channel = true},
 };
@@ -91,7 +96,12 @@ struct Params {
   int tokens_a_turn;  // tiles along tokens that are taken before the next rows
   int multicast;
   int splits;
-  int clocks_a_stage;  // to read its weights from memory
+  int clocks_a_stage;                  // to read its weights from memory
+  int whole_tiles;                     // that one thread block or cluster has; the rest are streamed
+  int streamed_steps, longer_streams;  // of each thread block, and how many have one more
+  float* partials;                     // a thread block's, [sums of a thread][consumer threads]
+  uint64_t* ready;                     // is `token` while a thread block's partial sums are there
+  uint64_t token;
 };
 
 #if FLEXQ_SM90A
@@ -121,9 +131,7 @@ class Kernel {
     peer_ = static_cast<int>(rank) % p_.multicast;
     part_ = static_cast<int>(rank) / p_.multicast;
     share_ = kTokens / kTokenTile / p_.multicast;
-    const int steps = (p_.groups + kGroupsAStage - 1) / kGroupsAStage;
-    step_begin_ = static_cast<int>(static_cast<int64_t>(steps) * part_ / p_.splits);
-    step_end_ = static_cast<int>(static_cast<int64_t>(steps) * (part_ + 1) / p_.splits);
+    steps_ = (p_.groups + kGroupsAStage - 1) / kGroupsAStage;
     const int told = part_ * p_.multicast + (lane_ < p_.multicast ? lane_ : 0);
     peer_empty_ = ptx::remote_address(empty(0), static_cast<uint32_t>(told));
     first_tile_ = static_cast<int>(blockIdx.x) / (p_.multicast * p_.splits);
@@ -173,6 +181,38 @@ class Kernel {
     return {row_block, max(1, min(kTileBlocks, p_.row_blocks - row_block)), token * (kTokens / kTokenTile)};
   }
 
+  // What this thread block does of a tile: its steps begin ... end - 1.
+  struct Work {
+    int tile, begin, end;
+    __device__ int steps() const { return end - begin; }
+  };
+
+  // Where thread block `block`'s part of the streamed tiles' steps begins.
+  __device__ int stream_begin(int block) const { return block * p_.streamed_steps + min(block, p_.longer_streams); }
+
+  // use(work): whole tiles, or a part's share of them, then the steps that are this thread block's of the rest.
+  template <typename Use>
+  __device__ __forceinline__ void each_work(const Use& use) const {
+    const int begin = steps_ * part_ / p_.splits, end = steps_ * (part_ + 1) / p_.splits;
+    int at = stream_begin(static_cast<int>(blockIdx.x));
+    for (int tile = first_tile_;;) {
+      Work work{tile, begin, end};
+      if (tile < p_.whole_tiles) {
+        tile += tile_stride_;
+      } else if (!kC.streams) {
+        return;
+      } else {
+        const int left = stream_begin(static_cast<int>(blockIdx.x) + 1) - at;
+        if (left <= 0) return;
+        work.tile = p_.whole_tiles + at / steps_;
+        work.begin = at % steps_;
+        work.end = min(steps_, work.begin + left);
+        at += work.steps();
+      }
+      use(work);
+    }
+  }
+
   // ---- Shared memory: stages (records, activations), their scales, staging of outputs, barriers ----
 
   __device__ uint32_t weights(int stage) const { return base_ + stage * kC.stage_bytes(); }
@@ -203,14 +243,14 @@ class Kernel {
   template <typename Copy>
   __device__ __forceinline__ void produce(const Copy& copy) const {
     Place place{.parity = 1};  // an empty stage's wait passes at once
-    for (int index = first_tile_; index < p_.tiles; index += tile_stride_) {
-      const Tile tile = tile_at(index);
-      for (int step = step_begin_; step < step_end_; ++step) {
+    each_work([&](const Work& work) {
+      const Tile tile = tile_at(work.tile);
+      for (int step = work.begin; step < work.end; ++step) {
         ptx::mbarrier_wait(empty(place.stage), place.parity);
         copy(tile, step, place.stage);
         place.advance();
       }
-    }
+    });
   }
 
   // Announces the bytes of the step, its peers' shares included. It does not wait for the kernel before this one.
@@ -328,8 +368,8 @@ class Kernel {
   }
 
   // Starts the products of `now`, and unpacks the next step's fragments beside them.
-  __device__ __forceinline__ void advance(const Tile& tile, int step, Place& place, const Fragments& now,
-                                          Fragments& next, Sum (&sums)[kSums]) const {
+  __device__ __forceinline__ void advance(const Tile& tile, const Work& work, int step, Place& place,
+                                          const Fragments& now, Fragments& next, Sum (&sums)[kSums]) const {
     const int stage = place.stage;
     place.advance();
     ptx::wgmma_fence();
@@ -341,15 +381,15 @@ class Kernel {
     ptx::wgmma_commit();
     // The tensor cores have this step's products to do while those of the step before are seen off.
     ptx::wgmma_wait<1>();
-    if (step > step_begin_) release(stage == 0 ? kC.stages - 1 : stage - 1);
-    if (step + 1 < step_end_) unpack_stage(tile, place, step + 1, next);
+    if (step > work.begin) release(stage == 0 ? kC.stages - 1 : stage - 1);
+    if (step + 1 < work.end) unpack_stage(tile, place, step + 1, next);
   }
 
-  __device__ __forceinline__ void add_up_channel(const Tile& tile, Place& place, Fragments& even, Fragments& odd,
-                                                 Sum (&sums)[kSums]) const {
-    for (int step = step_begin_; step < step_end_; step += 2) {
-      advance(tile, step, place, even, odd, sums);
-      if (step + 1 < step_end_) advance(tile, step + 1, place, odd, even, sums);
+  __device__ __forceinline__ void add_up_channel(const Tile& tile, const Work& work, Place& place, Fragments& even,
+                                                 Fragments& odd, Sum (&sums)[kSums]) const {
+    for (int step = work.begin; step < work.end; step += 2) {
+      advance(tile, work, step, place, even, odd, sums);
+      if (step + 1 < work.end) advance(tile, work, step + 1, place, odd, even, sums);
     }
     ptx::wgmma_wait<0>();
     ptx::hold(sums);
@@ -437,7 +477,8 @@ class Kernel {
     release(stage);
   }
 
-  __device__ __forceinline__ void add_up_groups(const Tile& tile, Place& place, Sum (&sums)[kSums]) const {
+  __device__ __forceinline__ void add_up_groups(const Tile& tile, const Work& work, Place& place,
+                                                Sum (&sums)[kSums]) const {
     const Places places = places_of(tile);
     Fragments fragments;
     int32_t dots[2][kTurnSums];
@@ -449,10 +490,10 @@ class Kernel {
     ptx::wgmma_wait<0>();
     ptx::hold(dots[0]);
 #pragma unroll 1
-    for (int step = step_begin_; step + 1 < step_end_; ++step) {
+    for (int step = work.begin; step + 1 < work.end; ++step) {
       advance_group<false>(tile, places, step, place, fragments, dots, sums);
     }
-    advance_group<true>(tile, places, step_end_ - 1, place, fragments, dots, sums);
+    advance_group<true>(tile, places, work.end - 1, place, fragments, dots, sums);
   }
 
   // Barriers of the thread block: a consumer's warps alone, all consumers.
@@ -460,23 +501,63 @@ class Kernel {
 
   __device__ void consume() {
     Place place;
-    for (int index = first_tile_; index < p_.tiles; index += tile_stride_) {
-      const Tile tile = tile_at(index);
+    each_work([&](const Work& work) {
+      const Tile tile = tile_at(work.tile);
       Sum sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0;
       if constexpr (kPerGroup) {
-        add_up_groups(tile, place, sums);
+        add_up_groups(tile, work, place, sums);
       } else {
         Fragments even, odd;
-        unpack_stage(tile, place, step_begin_, even);
+        unpack_stage(tile, place, work.begin, even);
         // Only now, when the first activations have come, are their scales there.
         float token_scales[kTokenScales];
         load_token_scales(tile, token_scales);
-        add_up_channel(tile, place, even, odd, sums);
+        add_up_channel(tile, work, place, even, odd, sums);
         share_token_scales(token_scales);
       }
-      store_all(tile_at(ptx::keep(index)), sums);  // computed again: registers are few before
+      if constexpr (kPerGroup && kC.streams) {
+        if (p_.splits == 1 && work.steps() < steps_) {
+          if (work.begin > 0) return give(sums);
+          take_the_rest(work, sums);
+        }
+      }
+      store_all(tile_at(ptx::keep(work.tile)), sums);  // computed again: registers are few before
+    });
+  }
+
+  // ---- Tiles that are streamed: the thread block that begins one stores it, and adds the others' sums in order ----
+
+  // A thread block's sums, of the one tile that it may have a later part of: the first work it has of them, so that
+  // they are ready when they are waited for, after the last one.
+  __device__ float* partials_of(int block) const {
+    return p_.partials + static_cast<int64_t>(block) * kSums * kConsumers * kWarpGroup + threadIdx.x;
+  }
+
+  __device__ __forceinline__ void give(const float (&sums)[kSums]) const {
+    float* to = partials_of(static_cast<int>(blockIdx.x));
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) __stcg(to + i * kConsumers * kWarpGroup, sums[i]);
+    __threadfence();
+    ptx::named_barrier(kAllConsumers, kConsumers * kWarpGroup);
+    if (threadIdx.x == 0) ptx::store_release(p_.ready + blockIdx.x, p_.token);
+    __syncwarp();  // else the compiler takes warps for divided from here on, and has no uniform registers in the loops
+  }
+
+  // Thread blocks start in order, and a later one's first work waits for nobody: it is done, or at work, or starts when
+  // any other ends.
+  __device__ __forceinline__ void take_the_rest(const Work& work, float (&sums)[kSums]) const {
+    const int end = (work.tile - p_.whole_tiles + 1) * steps_;  // of the tile, in the stream
+    for (int block = static_cast<int>(blockIdx.x) + 1; stream_begin(block) < end; ++block) {
+      // All lanes alike, so that the compiler keeps what is the same for a warp in uniform registers.
+      while (!__all_sync(~0u, ptx::load_acquire(p_.ready + block) == p_.token)) {
+      }
+      ptx::named_barrier(kAllConsumers, kConsumers * kWarpGroup);
+      if (threadIdx.x == 0) p_.ready[block] = 0;  // so that it is not mistaken for the next launch's
+      const float* from = partials_of(block);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] += __ldcg(from + i * kConsumers * kWarpGroup);
     }
   }
 
@@ -652,7 +733,7 @@ class Kernel {
   int share_;            // of their tiles of 8 tokens
   int part_;             // of K
   uint32_t peer_empty_;  // a lane's: the first stage's barrier at the peer that it tells
-  int step_begin_, step_end_;
+  int steps_;            // of a tile
   int first_tile_, tile_stride_;
 };
 
@@ -696,13 +777,26 @@ constexpr bool all_fit() {
 }
 static_assert(all_fit(), "a thread block has 227 KB of shared memory");
 
+// What a launch marks its partial sums with, in a workspace that holds anything: marks are taken away again, and 64
+// random bits are not there by chance.
+uint64_t next_token() {
+  static std::atomic<uint64_t> state = [] {
+    std::random_device random;
+    return uint64_t{random()} << 32 | random();
+  }();
+  uint64_t x = state.fetch_add(0x9e3779b97f4a7c15);  // splitmix64, Steele et al. 2014
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return x ^ x >> 31;
+}
+
 }  // namespace
 
 int num_wgmma_configs() { return static_cast<int>(std::size(kConfigs)); }
 
 WgmmaShape wgmma_shape(int config) {
   const Config& c = kConfigs[config];
-  return {kRows, c.tokens, c.groups_a_stage, c.group, c.channel};
+  return {kRows, c.tokens, c.groups_a_stage, c.group, c.channel, c.streams};
 }
 
 // The driver knows: it depends on which multiprocessors of which part of the GPU are there.
@@ -720,6 +814,12 @@ std::array<int, kMaxSplits + 1> wgmma_clusters() {
   return clusters;
 }
 
+size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan) {
+  if (!plan.streamed) return 0;
+  const size_t sums = kRows * static_cast<size_t>(kConfigs[plan.config].tokens) * 4;
+  return align_up(static_cast<size_t>(device.num_sms) * (sums + sizeof(uint64_t)));
+}
+
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
   const Config& c = kConfigs[plan.config];
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
@@ -732,7 +832,24 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
   if (tiles > kMaxTiles) {
     fail(FLEXQ_UNSUPPORTED, "m * n is too large for one call on this GPU: ", args.act.m, " * ", args.desc.n);
   }
-  const int64_t thread_blocks = std::min<int64_t>(tiles * plan.multicast * plan.splits, device.num_sms);
+  const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
+  const int cluster = plan.multicast * plan.splits;
+  Launch how{.grid = dim3(static_cast<unsigned>(cluster)),
+             .block = dim3(static_cast<unsigned>(kThreads)),
+             .shared_bytes = static_cast<size_t>(c.shared_bytes()),
+             .overlapped = true,
+             .cluster = static_cast<unsigned>(cluster)};
+  const int64_t at_once = std::clamp(clusters_at_once(kernel, how), 1, device.num_sms);
+  int64_t clusters = plan.splits > 1 ? tiles : std::min(tiles, at_once), whole = tiles;
+  const int64_t steps = ceil_div(num_groups(args.desc.k), c.groups_a_stage);
+  if (plan.streamed) {
+    // One wave and what does not fill one is streamed, so that each thread block has one to two tiles of it.
+    clusters = std::min(at_once, tiles * steps);
+    whole = std::max<int64_t>(tiles / clusters - 1, 0) * clusters;
+  }
+  how.grid = dim3(static_cast<unsigned>(clusters * cluster));
+  const int64_t streamed = (tiles - whole) * steps;
+  const auto sums_bytes = static_cast<size_t>(clusters * kRows * c.tokens * 4);
   // About as many bytes of weights as of activations are shared by what is under way at once.
   constexpr int kTokensATurn = 4096;
   const int element = args.y_dtype == FLEXQ_F32 ? 4 : 2;
@@ -757,19 +874,16 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
       .tokens_a_turn = kTokensATurn / c.tokens,
       .multicast = plan.multicast,
       .splits = plan.splits,
-      .clocks_a_stage = static_cast<int>(c.weight_bytes() * static_cast<double>(thread_blocks) /
-                                         device.dram_bytes_per_us * device.clocks_per_us),
+      .clocks_a_stage =
+          static_cast<int>(c.weight_bytes() * static_cast<double>(std::min<int64_t>(how.grid.x, device.num_sms)) /
+                           device.dram_bytes_per_us * device.clocks_per_us),
+      .whole_tiles = static_cast<int>(whole),
+      .streamed_steps = static_cast<int>(streamed / clusters),
+      .longer_streams = static_cast<int>(streamed % clusters),
+      .partials = static_cast<float*>(args.workspace),
+      .ready = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(args.workspace) + sums_bytes),
+      .token = plan.streamed ? next_token() : 0,
   };
-  const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
-  const int cluster = plan.multicast * plan.splits;
-  Launch how{.grid = dim3(static_cast<unsigned>(cluster)),
-             .block = dim3(static_cast<unsigned>(kThreads)),
-             .shared_bytes = static_cast<size_t>(c.shared_bytes()),
-             .overlapped = true,
-             .cluster = static_cast<unsigned>(cluster)};
-  const int64_t clusters =
-      plan.splits > 1 ? tiles : std::min<int64_t>(tiles, std::max(clusters_at_once(kernel, how), 1));
-  how.grid = dim3(static_cast<unsigned>(clusters * cluster));
   launch(stream, "gemm_wgmma", kernel, how, params);
 }
 

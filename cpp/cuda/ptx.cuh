@@ -51,6 +51,17 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- A word by which thread blocks of the whole GPU wait for each other ----
+
+__device__ inline void store_release(uint64_t* p, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+__device__ inline uint64_t load_acquire(const uint64_t* p) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+
 // ---- Tensor cores: a warp's mma.sync (sm_80) ----
 
 // d += a * b for a 16x32 (row-major) and b 32x8 (column-major) of int8.

@@ -279,6 +279,8 @@ void test_shapes(const Gpu& gpu, bool quick) {
       check_case(gpu, random_case(rng, m, 40, 100000, scheme), rng, 20);
     }
     for (const int64_t m : {1000, 4099, 8192}) check_case(gpu, random_case(rng, m, 700, 700, scheme), rng, 100);
+    // One to five waves of tiles, the last ones of which may be streamed.
+    for (const int64_t m : {300, 1000}) check_case(gpu, random_case(rng, m, 9000, 700, scheme), rng, 100);
   }
 }
 
