@@ -58,9 +58,14 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
   const auto waves = static_cast<double>(ceil_div(tiles, p.device.clusters[plan.splits]));
   double group_clocks = clocks_of_group(c.tokens, p.per_group());
-  // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere.
-  const bool relief = c.tokens >= 128 && waves > 2;
-  if (relief != (plan.multicast > 1)) group_clocks *= plan.streamed ? 1.05 : 1.125;
+  // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere. Streamed, tiles that read the
+  // same weights do so at different times; of weights that are read once, less is lost by it than by whole waves.
+  const bool relief = c.tokens >= 128 && waves > 2, again = p.m > c.tokens;
+  if (c.streamed) {
+    if (again) group_clocks *= relief ? 1.06 : 1.02;
+  } else if (relief != (plan.multicast > 1) || (relief && !again)) {
+    group_clocks *= 1.125;
+  }
   const double output_clocks = 282.4 + 21.95 * tokens;
   const double parts_clocks = plan.splits > 1 ? 2600 + 10.83 * tokens : 0;
   // Of more tokens the quantizers around it do not fit beside it and wait for multiprocessors that have none of it.
@@ -68,7 +73,7 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const double values = wait ? static_cast<double>(p.m * p.desc.k) : 0.0;
   const double quantize_us = std::min(5.0, 1e-6 * values * (p.per_group() ? 1.961 : 0.8672));
   double tile_clocks = waves * (work * group_clocks + output_clocks) + parts_clocks;
-  if (plan.streamed) {
+  if (c.streamed) {
     // As even as steps of K allow; sums meet through L2, those of more than two parts one after the other.
     const double even = blocks / p.device.num_sms;
     tile_clocks = even * work * group_clocks + waves * output_clocks + 8000 + 4000 * std::max(1.0, 1 / even);
@@ -207,11 +212,10 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     // Nobody wants more columns than there are tokens, nor few columns for many tokens.
     if (c.tokens >= 2 * m || (m >= 64 && c.tokens < 32) || (m >= 256 && c.tokens < 64)) continue;
     const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);
+    if (c.streamed && tiles % device.num_sms == 0) continue;
     add({GemmPlan::kWgmma, i, 1, 1});
+    if (c.streamed) continue;
     if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
-    if (c.streams && tiles % device.num_sms != 0) {
-      add({.family = GemmPlan::kWgmma, .config = i, .splits = 1, .multicast = 1, .streamed = true});
-    }
     // Parts of K only while all of them are at work at once.
     for (int splits = 2; splits <= kMaxSplits; ++splits) {
       if (tiles <= device.clusters[splits] && splits * c.groups_a_stage <= groups) {
@@ -240,7 +244,7 @@ PlanName name_of(const GemmPlan& plan) {
   PlanName name;
   if (plan.family == GemmPlan::kWgmma) {
     const WgmmaShape c = wgmma_shape(plan.config);
-    if (plan.streamed) {
+    if (c.streamed) {
       std::snprintf(name.text, sizeof name.text, "wgmma-s8 %dx%d stream", c.rows, c.tokens);
     } else {
       std::snprintf(name.text, sizeof name.text, "wgmma-s8 %dx%d split%d cast%d", c.rows, c.tokens, plan.splits,

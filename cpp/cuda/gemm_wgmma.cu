@@ -49,8 +49,8 @@ struct Config {
   int turns;           // in which scheme group multiplies them: a turn's are wgmma's n
   int groups_a_stage;  // of 128 k
   int stages;
-  bool group, channel;   // the schemes of scales that it is for
-  bool streams = false;  // in scheme group its tiles may be streamed
+  bool group, channel;    // the schemes of scales that it is for
+  bool streamed = false;  // tiles that fill no whole wave are
 
   // At launch all threads have the same number of registers, of 65,536 in steps of 8; the consumers then take what the
   // producer gives back. Where tokens are few a part is left for the quantizer of the layer after: it starts while this
@@ -70,7 +70,8 @@ constexpr Config kConfigs[] = {
     {.tokens = 16, .turns = 1, .groups_a_stage = 2, .stages = 7, .group = true, .channel = true},
     {.tokens = 32, .turns = 1, .groups_a_stage = 2, .stages = 6, .group = true, .channel = true},
     {.tokens = 64, .turns = 1, .groups_a_stage = 2, .stages = 5, .group = true, .channel = true},
-    {.tokens = 128, .turns = 2, .groups_a_stage = 2, .stages = 3, .group = true, .channel = false, .streams = true},
+    {.tokens = 128, .turns = 2, .groups_a_stage = 2, .stages = 3, .group = true, .channel = false},
+    {.tokens = 128, .turns = 2, .groups_a_stage = 2, .stages = 3, .group = true, .channel = false, .streamed = true},
     {.tokens = 128, .turns = 1, .groups_a_stage = 1, .stages = 7, .group = false, .channel = true},
     {.tokens = 256, .turns = 1, .groups_a_stage = 1, .stages = 4, .group = false, .channel = true},
 };
@@ -199,7 +200,7 @@ class Kernel {
       Work work{tile, begin, end};
       if (tile < p_.whole_tiles) {
         tile += tile_stride_;
-      } else if (!kC.streams) {
+      } else if (!kC.streamed) {
         return;
       } else {
         const int left = stream_begin(static_cast<int>(blockIdx.x) + 1) - at;
@@ -517,8 +518,8 @@ class Kernel {
         add_up_channel(tile, work, place, even, odd, sums);
         share_token_scales(token_scales);
       }
-      if constexpr (kPerGroup && kC.streams) {
-        if (p_.splits == 1 && work.steps() < steps_) {
+      if constexpr (kPerGroup && kC.streamed) {
+        if (work.steps() < steps_) {
           if (work.begin > 0) return give(sums);
           take_the_rest(work, sums);
         }
@@ -796,7 +797,7 @@ int num_wgmma_configs() { return static_cast<int>(std::size(kConfigs)); }
 
 WgmmaShape wgmma_shape(int config) {
   const Config& c = kConfigs[config];
-  return {kRows, c.tokens, c.groups_a_stage, c.group, c.channel, c.streams};
+  return {kRows, c.tokens, c.groups_a_stage, c.group, c.channel, c.streamed};
 }
 
 // The driver knows: it depends on which multiprocessors of which part of the GPU are there.
@@ -815,7 +816,7 @@ std::array<int, kMaxSplits + 1> wgmma_clusters() {
 }
 
 size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan) {
-  if (!plan.streamed) return 0;
+  if (!kConfigs[plan.config].streamed) return 0;
   const size_t sums = kRows * static_cast<size_t>(kConfigs[plan.config].tokens) * 4;
   return align_up(static_cast<size_t>(device.num_sms) * (sums + sizeof(uint64_t)));
 }
@@ -842,7 +843,7 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
   const int64_t at_once = std::clamp(clusters_at_once(kernel, how), 1, device.num_sms);
   int64_t clusters = plan.splits > 1 ? tiles : std::min(tiles, at_once), whole = tiles;
   const int64_t steps = ceil_div(num_groups(args.desc.k), c.groups_a_stage);
-  if (plan.streamed) {
+  if (c.streamed) {
     // One wave and what does not fill one is streamed, so that each thread block has one to two tiles of it.
     clusters = std::min(at_once, tiles * steps);
     whole = std::max<int64_t>(tiles / clusters - 1, 0) * clusters;
@@ -882,7 +883,7 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
       .longer_streams = static_cast<int>(streamed % clusters),
       .partials = static_cast<float*>(args.workspace),
       .ready = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(args.workspace) + sums_bytes),
-      .token = plan.streamed ? next_token() : 0,
+      .token = c.streamed ? next_token() : 0,
   };
   launch(stream, "gemm_wgmma", kernel, how, params);
 }

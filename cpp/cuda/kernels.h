@@ -56,11 +56,10 @@ struct GemmArgs {
 struct GemmPlan {
   enum Family { kMma, kWgmma };
   Family family;
-  int config;             // of the family's table
-  int splits;             // parts of K, each a thread block's for each tile
-  int multicast;          // thread blocks of a cluster that share their activations (wgmma)
-  int blocks = 0;         // of 16 rows a warp has (mma)
-  bool streamed = false;  // tiles that do not fill whole waves are shared evenly along K (wgmma)
+  int config;      // of the family's table
+  int splits;      // parts of K, each a thread block's for each tile
+  int multicast;   // thread blocks of a cluster that share their activations (wgmma)
+  int blocks = 0;  // of 16 rows a warp has (mma)
 };
 
 // Both start, and read weights, before what is ahead of them in the stream has finished (launch.h).
@@ -81,12 +80,12 @@ MmaShape mma_shape(int config);
 size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits);
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
-// gemm_wgmma.cu: warp groups' wgmma on s8; sm_90a. A workspace where tiles are streamed.
+// gemm_wgmma.cu: warp groups' wgmma on s8; sm_90a. A workspace if it is streamed.
 struct WgmmaShape {
   int rows, tokens;  // of a tile
   int groups_a_stage;
   bool group, channel;  // the schemes of scales that it is for
-  bool streams;         // whether its tiles may be streamed
+  bool streamed;        // its tiles that fill no whole wave are shared evenly along K
 };
 int num_wgmma_configs();
 WgmmaShape wgmma_shape(int config);
