@@ -31,6 +31,7 @@ class Candidates {
 };
 
 // E.g. "wgmma-s8 128x32 split2 cast2": the instruction, a tile's rows x tokens, parts of K, blocks sharing activations.
+// "wgmma-s8 128x128 stream": tiles that fill no whole wave are shared evenly along K.
 struct PlanName {
   char text[48];
 };
