@@ -229,7 +229,8 @@ typedef struct flexq_kernel_info {
 FLEXQ_API flexq_status flexq_gemm_kernels(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits,
                                           int64_t m, flexq_kernel_info* infos, int32_t capacity, int32_t* count);
 
-/* Bytes of workspace for flexq_gemm and for flexq_linear on m tokens; may be 0. */
+/* Bytes of workspace for flexq_gemm and for flexq_linear on m tokens; may be 0. It holds anything before and after, and
+ * calls that may run at the same time (on other streams) need one each. */
 FLEXQ_API flexq_status flexq_gemm_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc,
                                                  int32_t act_bits, int64_t m, size_t* bytes);
 FLEXQ_API flexq_status flexq_linear_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc,

@@ -783,7 +783,3 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"flexq: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -31,7 +31,7 @@ def text(tmp_path):
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "flexq.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "flexq", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
