@@ -212,9 +212,11 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     // Nobody wants more columns than there are tokens, nor few columns for many tokens.
     if (c.tokens >= 2 * m || (m >= 64 && c.tokens < 32) || (m >= 256 && c.tokens < 64)) continue;
     const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);
-    if (c.streamed && tiles % device.num_sms == 0) continue;
+    if (c.streamed) {
+      if (tiles % device.num_sms != 0) add({GemmPlan::kWgmma, i, 1, 1});
+      continue;
+    }
     add({GemmPlan::kWgmma, i, 1, 1});
-    if (c.streamed) continue;
     if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
     // Parts of K only while all of them are at work at once.
     for (int splits = 2; splits <= kMaxSplits; ++splits) {

@@ -629,9 +629,7 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
   if (device.has_sm90) {
     // The next GEMM's thread blocks come while these are at work.
     const int64_t share = ceil_div(row_tiles * token_tiles * plan.splits, device.num_sms);
-    if (share < clusters_at_once(kernel, how) / device.num_sms) {
-      how.shared_bytes = std::max(how.shared_bytes, shared_bytes_of_share(share));
-    }
+    claim_share(how, share, clusters_at_once(kernel, how) / device.num_sms);
   }
   launch(stream, "gemm_mma", kernel, how, params);
   if (plan.splits == 1) return;

@@ -56,6 +56,7 @@ struct Config {
   // producer gives back. Where tokens are few a part is left for the quantizer of the layer after: it starts while this
   // kernel is at work, and where it had to wait, so would the GEMM behind it.
   constexpr int launch_registers() const { return 65536 / (kThreads + (tokens <= 32 ? 128 : 0)) / 8 * 8; }
+  constexpr size_t sums_bytes() const { return static_cast<size_t>(kRows * tokens) * 4; }  // of a tile
   constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
   constexpr int weight_bytes() const { return kTileBlocks * groups_a_stage * record_and_scale_bytes(true); }
   constexpr int act_bytes() const { return groups_a_stage * tokens * kGroup; }
@@ -817,8 +818,7 @@ std::array<int, kMaxSplits + 1> wgmma_clusters() {
 
 size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan) {
   if (!kConfigs[plan.config].streamed) return 0;
-  const size_t sums = kRows * static_cast<size_t>(kConfigs[plan.config].tokens) * 4;
-  return align_up(static_cast<size_t>(device.num_sms) * (sums + sizeof(uint64_t)));
+  return align_up(static_cast<size_t>(device.num_sms) * (kConfigs[plan.config].sums_bytes() + sizeof(uint64_t)));
 }
 
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
@@ -840,17 +840,19 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
              .shared_bytes = static_cast<size_t>(c.shared_bytes()),
              .overlapped = true,
              .cluster = static_cast<unsigned>(cluster)};
-  const int64_t at_once = std::clamp(clusters_at_once(kernel, how), 1, device.num_sms);
-  int64_t clusters = plan.splits > 1 ? tiles : std::min(tiles, at_once), whole = tiles;
+  const auto at_once = [&] { return int64_t{std::clamp(clusters_at_once(kernel, how), 1, device.num_sms)}; };
+  int64_t clusters = tiles, whole = tiles;
   const int64_t steps = ceil_div(num_groups(args.desc.k), c.groups_a_stage);
   if (c.streamed) {
     // One wave and what does not fill one is streamed, so that each thread block has one to two tiles of it.
-    clusters = std::min(at_once, tiles * steps);
+    clusters = std::min(at_once(), tiles * steps);
     whole = std::max<int64_t>(tiles / clusters - 1, 0) * clusters;
+  } else if (plan.splits == 1) {
+    clusters = std::min(tiles, at_once());
   }
   how.grid = dim3(static_cast<unsigned>(clusters * cluster));
   const int64_t streamed = (tiles - whole) * steps;
-  const auto sums_bytes = static_cast<size_t>(clusters * kRows * c.tokens * 4);
+  auto* workspace = static_cast<uint8_t*>(args.workspace);
   // About as many bytes of weights as of activations are shared by what is under way at once.
   constexpr int kTokensATurn = 4096;
   const int element = args.y_dtype == FLEXQ_F32 ? 4 : 2;
@@ -881,8 +883,9 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
       .whole_tiles = static_cast<int>(whole),
       .streamed_steps = static_cast<int>(streamed / clusters),
       .longer_streams = static_cast<int>(streamed % clusters),
-      .partials = static_cast<float*>(args.workspace),
-      .ready = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(args.workspace) + sums_bytes),
+      .partials = reinterpret_cast<float*>(workspace),
+      .ready = c.streamed ? reinterpret_cast<uint64_t*>(workspace + static_cast<size_t>(clusters) * c.sums_bytes())
+                          : nullptr,
       .token = c.streamed ? next_token() : 0,
   };
   launch(stream, "gemm_wgmma", kernel, how, params);

@@ -25,11 +25,13 @@ struct Launch {
   unsigned cluster = 1;  // thread blocks along x that share their shared memory (sm_90)
 };
 
-// Dynamic shared memory of which no more than `count` thread blocks fit a multiprocessor (sm_90): where there are fewer
-// thread blocks than fit, those that come first would otherwise crowd the multiprocessors that have room first.
-constexpr size_t shared_bytes_of_share(int64_t count) {
+// Where fewer thread blocks than the `most` that fit are a multiprocessor's even share, those that come first would
+// crowd the multiprocessors that have room first: each claims so much shared memory that no more fit (sm_90).
+inline void claim_share(Launch& how, int64_t share, int64_t most) {
   constexpr int64_t kOfMultiprocessor = 228 * 1024, kReserved = 1024;  // of each thread block
-  return static_cast<size_t>(kOfMultiprocessor / (count + 1) - kReserved + 128);
+  if (share >= most) return;
+  const int64_t claim = kOfMultiprocessor / (share + 1) - kReserved + 128;
+  how.shared_bytes = std::max(how.shared_bytes, static_cast<size_t>(claim));
 }
 
 // Asks for dynamic shared memory: 48 KB need no asking, but what a kernel declares itself counts towards them too. The

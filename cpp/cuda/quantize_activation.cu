@@ -21,6 +21,9 @@ constexpr int kWarps = 8;
 constexpr int kMaxTokenThreads = 512;
 constexpr int kMaxCluster = 16;
 
+// Matrices that a source has, beside a norm's weight.
+constexpr int inputs_of(ActivationSource::Kind kind) { return kind == ActivationSource::kPlain ? 1 : 2; }
+
 struct Args {
   ActivationSource source;
   int64_t m;
@@ -333,7 +336,7 @@ __global__ void __launch_bounds__(kWarps * 32, kLanes == 32 ? 6 : 3) quantize_gr
   const int64_t end = a.m + lane / kLanes;  // the same number of turns for all lanes: they shuffle
   if constexpr (kLanes == 4) {
     if (a.ahead) {
-      constexpr int kPlaces = (kKind == ActivationSource::kPlain ? 1 : 2) * Part<kLanes>::template kPieces<T>;
+      constexpr int kPlaces = inputs_of(kKind) * Part<kLanes>::template kPieces<T>;
       const auto places = [&](int odd) { return staging + odd * kPlaces * static_cast<int>(blockDim.x) + threadIdx.x; };
       const auto fetch = [&](int64_t token, int odd) {
         part.template fetch_source<T, kKind>(a, token, group, places(odd));
@@ -388,18 +391,14 @@ class OverTokens {
   // `turn` counts the tiles of this cluster from 0.
   __device__ float sum(float value, Table (&tables)[2], int turn) const {
     const Table& table = meet(__float_as_uint(sum_of_lanes<kLanes>(value)), tables, turn);
-    float all = 0.0f;
-#pragma unroll 4
-    for (int i = lane_; i < cluster_ * warps_; i += kLanes) all += __uint_as_float(table.of_warp[i][token_]);
-    return sum_of_lanes<kLanes>(all);
+    return sum_of_lanes<kLanes>(
+        fold(table, 0.0f, [](float all, uint32_t bits) { return all + __uint_as_float(bits); }));
   }
 
   __device__ int largest(int value, Table (&tables)[2], int turn) const {
     const Table& table = meet(static_cast<uint32_t>(largest_of_lanes<kLanes>(value)), tables, turn);
-    int all = 0;
-#pragma unroll 4
-    for (int i = lane_; i < cluster_ * warps_; i += kLanes) all = max(all, static_cast<int>(table.of_warp[i][token_]));
-    return largest_of_lanes<kLanes>(all);
+    return largest_of_lanes<kLanes>(
+        fold(table, 0, [](int all, uint32_t bits) { return max(all, static_cast<int>(bits)); }));
   }
 
  private:
@@ -424,6 +423,14 @@ class OverTokens {
     ptx::mbarrier_wait(arrived, static_cast<uint32_t>(turn / 2 % 2));
 #endif
     return table;
+  }
+
+  // Over this lane's part of what the warps sent for its token.
+  template <typename Value, typename Combine>
+  __device__ Value fold(const Table& table, Value all, const Combine& combine) const {
+#pragma unroll 4
+    for (int i = lane_; i < cluster_ * warps_; i += kLanes) all = combine(all, table.of_warp[i][token_]);
+    return all;
   }
 
   int cluster_, warps_;
@@ -487,7 +494,7 @@ __global__ void __launch_bounds__(kMaxTokenThreads, min_blocks(kLanes))
 
   ptx::wait_for_previous_kernel();
 
-  constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
+  constexpr int kInputs = inputs_of(kKind);
   const auto places = [&](int i) {
     return staging + static_cast<int64_t>(i * kInputs * Part<kLanes>::template kPieces<T>) * blockDim.x + threadIdx.x;
   };
@@ -654,7 +661,7 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
   const bool of_tokens = !args.per_group || kKind == ActivationSource::kRmsNorm;
   const bool tiles = args.m > max_single_tokens(of_tokens);
   if (of_tokens) {
-    constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2;
+    constexpr int kInputs = inputs_of(kKind);
     const int lanes = tiles ? 4 : 32, kept = kept_groups(kKind, lanes);
     const int64_t count = tiles ? args.tiles : args.m;
     // As measured on an H100: thread blocks with little to do start sooner if they are small; of many tiles, those that
@@ -689,7 +696,7 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
   if (tiles && args.vectors && device.has_sm90) {
     // Thread blocks that stay, and copy the next tile while they have this one: so many on a multiprocessor that the
     // one with the most to do has least, and of those the most.
-    constexpr int kInputs = kKind == ActivationSource::kPlain ? 1 : 2, kStages = 2;
+    constexpr int kInputs = inputs_of(kKind), kStages = 2;
     Launch staying = how;
     staying.shared_bytes = how.block.x * sizeof(T) * Part<4>::kValues * kInputs * kStages;
     const int64_t most = clusters_at_once(kernel, staying) / device.num_sms;
@@ -705,7 +712,7 @@ void launch_for(cudaStream_t stream, const Device& device, const Args& args) {
       with.ahead = true;
       how = staying;
       down = ceil_div(args.tiles, turns);
-      if (share < most) how.shared_bytes = std::max(how.shared_bytes, shared_bytes_of_share(share));
+      claim_share(how, share, most);
     }
   }
   how.grid = dim3(static_cast<unsigned>(across), static_cast<unsigned>(down));
