@@ -14,12 +14,15 @@ import random
 import time
 from pathlib import Path
 
-from flexq import planning, sensitivity
-from flexq.calibrate import DEFAULT_WINDOWS, calibrate_model
-from flexq.eval import evaluate, spread, windows_of
-from flexq.models import find_model, load_model, load_tokenizer
-from flexq.patch import quantize_model, shared_copy
+from flexq.checkpoint.read import load_model
+from flexq.checkpoint.source import find_model, load_tokenizer
+from flexq.evaluate.perplexity import evaluate
+from flexq.evaluate.text import spread, windows_of
 from flexq.plan import Plan
+from flexq.planning import choose as planning
+from flexq.planning import sensitivity
+from flexq.quantize.calibrate import DEFAULT_WINDOWS, calibrate_model
+from flexq.quantize.model import quantize_model, shared_copy
 
 BUDGETS = (0.3, 0.2, 0.1, 0.05)
 

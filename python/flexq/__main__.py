@@ -2,6 +2,6 @@
 
 import sys
 
-from flexq.cli import main
+from flexq.cli.main import main
 
 sys.exit(main())

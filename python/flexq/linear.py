@@ -1,18 +1,27 @@
 """`flexq.Linear`: a linear layer with 6-bit weights."""
 
+import threading
+
 import torch
 from torch import nn
 
 from flexq import ops
 from flexq.plan import LayerConfig
 
+_prepacking = threading.Lock()
+
 
 class Linear(nn.Module):
-    """y = x W^T + b with a 6-bit W, its activations quantized to `config.act_bits` on the way in. Inference only.
+    """y = x W^T + b with a 6-bit W, its activations quantized to `config.act_bits` on the way in.
 
     One copy of the weight is resident. As built, or loaded by another library, it is canonical: buffers `qweight`
     (planes, uint8 [N, G, 6, 16]) and `scales` (float16 [N, G] or [N, 1]). `prepack` turns it into what the device's
     kernels read; `state_dict`, pickling and moves between devices go through the canonical form, without loss.
+
+    The weight cannot be trained. Gradients with respect to x pass: through the dequantized weight, and straight through
+    the quantization of the activations, so that adapters beside such layers (LoRA) can be trained.
+
+    Several threads may run one layer at the same time.
 
     Args:
         in_features: K.
@@ -20,8 +29,10 @@ class Linear(nn.Module):
         bias: whether there is one.
         config: how the layer is quantized.
         device: of the (uninitialized) weight.
-        dtype: of the bias.
+        dtype: of the bias, and of `weight`.
     """
+
+    is_flexq_layer = True  # one that a plan names; parts of merged layers are such too
 
     def __init__(
         self,
@@ -36,7 +47,10 @@ class Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.config = config or LayerConfig()
-        self._packed: torch.Tensor | None = None
+        self.weight_dtype = dtype or torch.get_default_dtype()
+        # For one kind of device's kernels, and so never moved as it is. A buffer: it counts as memory of the model.
+        self.register_buffer("_packed", None, persistent=False)
+        self._packed_for: str | None = None
         self._register_canonical(*self._empty_canonical(device))
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
@@ -44,16 +58,19 @@ class Linear(nn.Module):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, config: LayerConfig | None = None) -> "Linear":
-        """Quantize an `nn.Linear`. ValueError for weights that are not finite."""
-        return cls.from_canonical(*_quantize(linear.weight, config or LayerConfig()), linear, config)
+    def from_float(cls, linear: nn.Module, config: LayerConfig | None = None) -> "Linear":
+        """Quantize an `nn.Linear`, or another module whose `weight` is [N, K]. ValueError for weights not finite."""
+        config = config or LayerConfig()
+        planes, scales = ops.quantize_weight(linear.weight.detach(), config.scheme, config.rotation)
+        return cls.from_canonical(planes, scales, linear, config)
 
     @classmethod
     def from_canonical(
-        cls, planes: torch.Tensor, scales: torch.Tensor, like: nn.Linear, config: LayerConfig | None = None
+        cls, planes: torch.Tensor, scales: torch.Tensor, like: nn.Module, config: LayerConfig | None = None
     ) -> "Linear":
-        """A layer around planes and scales, with the features, bias and training flag of `like`."""
-        layer = cls(like.in_features, like.out_features, bias=False, config=config, device="meta")
+        """A layer around planes and scales, with the features, bias, dtype and training flag of `like`."""
+        n, k = like.out_features, like.in_features
+        layer = cls(k, n, bias=False, config=config, device="meta", dtype=like.weight.dtype)
         layer._register_canonical(planes, scales)
         if like.bias is not None:
             layer.bias = nn.Parameter(like.bias.detach(), requires_grad=False)
@@ -77,20 +94,40 @@ class Linear(nn.Module):
         return self._packed is not None
 
     def prepack(self) -> "Linear":
-        """Turn the canonical weight into its device's layout and free it. Nothing happens on the meta device."""
+        """Turn the canonical weight into its device's layout and free it. Nothing happens on the meta device.
+
+        Raises:
+            ValueError: a scale that is NaN, Inf or negative.
+        """
         if self._packed is None and self.qweight.device.type != "meta":
-            config = self.config
-            self._packed = ops.prepack(self.qweight, self.scales, self.in_features, config.scheme, config.rotation)
-            # Empty rather than none: others ask `qweight` where the layer is.
-            self._register_canonical(self.qweight.new_empty(0), self.scales.new_empty(0))
+            with _prepacking:
+                if self._packed is None:
+                    self._prepack()
         return self
+
+    def _prepack(self) -> None:
+        config, planes, scales = self.config, self.qweight, self.scales
+        ops.check_scales(scales)
+        packed = ops.prepack(planes, scales, self.in_features, config.scheme, config.rotation)
+        self._packed_for = packed.device.type
+        self._packed = packed
+        # Empty rather than none: others ask `qweight` where the layer is.
+        self._register_canonical(planes.new_empty(0), scales.new_empty(0))
 
     def canonical(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Planes uint8 [N, G, 6, 16] and scales float16 [N, G] or [N, 1]."""
         if self._packed is None:
             return self.qweight, self.scales
+        self._require_own_device()
         config = self.config
         return ops.unprepack(self._packed, self.out_features, self.in_features, config.scheme, config.rotation)
+
+    def _require_own_device(self) -> None:
+        if self._packed.device.type != self._packed_for:
+            raise RuntimeError(
+                f"a weight that was prepacked for {self._packed_for} was moved to {self._packed.device} by other means "
+                "than `to`; offloading of quantized layers is not supported"
+            )
 
     def _unprepack(self) -> bool:
         """Back to canonical buffers; whether there was anything to do."""
@@ -104,6 +141,16 @@ class Linear(nn.Module):
         """The weight [N, K] in floating point."""
         config = self.config
         return ops.dequantize_weight(*self.canonical(), self.in_features, config.scheme, config.rotation, dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Stands for the weight [N, K] where code looks at `linear.weight`: its shape, dtype and device cost nothing,
+        anything else dequantizes it. Cannot be written to."""
+        return DequantizedWeight(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.qweight.device
 
     @property
     def weight_bytes(self) -> int:
@@ -124,10 +171,16 @@ class Linear(nn.Module):
             raise ValueError(f"x must end in {self.in_features} features, got shape {list(x.shape)}")
         if self._packed is None:
             self.prepack()
-        config = self.config
-        return torch.ops.flexq.linear(
-            x, self._packed, self.bias, self.out_features, config.act_bits, config.scheme, config.rotation
-        )
+        if x.requires_grad and torch.is_grad_enabled():
+            return _StraightThrough.apply(x, self)
+        return self.multiply(x)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` without checks of x and gradients."""
+        c = self.config
+        if self._packed.device.type != self._packed_for:
+            self._require_own_device()
+        return torch.ops.flexq.linear(x, self._packed, self.bias, self.out_features, c.act_bits, c.scheme, c.rotation)
 
     def extra_repr(self) -> str:
         c = self.config
@@ -164,14 +217,14 @@ class Linear(nn.Module):
         # `.half()`, `.to(dtype)` and the like change the bias, never the scales, which are part of the format.
         if self.scales.dtype != torch.float16:
             self.scales = scales.to(self.scales.device)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self.prepack() if packed else self
 
     def __getstate__(self):
         state = self.__dict__.copy()
         if self._packed is not None:
             qweight, scales = self.canonical()
-            state["_buffers"] = {**self._buffers, "qweight": qweight, "scales": scales}
-            state["_packed"] = None
+            state["_buffers"] = {**self._buffers, "qweight": qweight, "scales": scales, "_packed": None}
             state["_was_prepacked"] = True
         return state
 
@@ -182,5 +235,44 @@ class Linear(nn.Module):
             self.prepack()
 
 
-def _quantize(weight: torch.Tensor, config: LayerConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.quantize_weight(weight.detach(), config.scheme, config.rotation)
+class _StraightThrough(torch.autograd.Function):
+    """The layer with the gradient of y = x W^T + b with respect to x, W being the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.multiply(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient @ ctx.layer.dequantize(gradient.dtype), None
+
+
+class DequantizedWeight(torch.Tensor):
+    """A `flexq.Linear`'s weight as a tensor that is not there: each operation on it dequantizes the layer first."""
+
+    _is_hf_initialized = True  # transformers initializes the weights of modules that a checkpoint left out
+
+    @staticmethod
+    def __new__(cls, layer: Linear):
+        shape = (layer.out_features, layer.in_features)
+        return cls._make_wrapper_subclass(cls, shape, dtype=layer.weight_dtype, device=layer.device)
+
+    def __init__(self, layer: Linear):
+        self._layer = layer
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"DequantizedWeight({list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        if function._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError("the weight of a flexq.Linear cannot be written to; quantize another one")
+
+        def real(value):
+            return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value
+
+        args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
+        return function(*args, **kwargs)

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from flexq import _core
-from flexq.streams import stream_for
+from flexq.execution import stream_for
 
 GROUP_SIZE = _core.GROUP_SIZE
 
@@ -394,6 +394,26 @@ def prepack(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str, rot
 def unprepack(packed: torch.Tensor, n: int, k: int, scheme: str, rotation: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `prepack`, exact."""
     return torch.ops.flexq.unprepack(packed, n, k, scheme, rotation)
+
+
+def count_vanished(weight: torch.Tensor, scales: torch.Tensor) -> int:
+    """How many scales of a quantized weight [N, K] are 0 though its weights are not: too small for float16."""
+    zero = scales == 0
+    if not zero.any():
+        return 0
+    padded = torch.nn.functional.pad(weight.detach(), (0, num_groups(weight.shape[1]) * GROUP_SIZE - weight.shape[1]))
+    largest = padded.view(len(padded), scales.shape[1], -1).abs().amax(-1)
+    return int((zero.to(largest.device) & (largest > 0)).sum())
+
+
+def check_scales(scales: torch.Tensor) -> None:
+    """ValueError if a weight's scale is NaN, Inf or negative. One pass; on a GPU it waits for the result."""
+    bad = ~(torch.isfinite(scales) & (scales >= 0))
+    if bad.any():
+        row, group = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"scales must be finite and not negative, got {scales[row, group].item()} at row {row}, group {group}"
+        )
 
 
 def quantize_activation(

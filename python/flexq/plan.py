@@ -1,6 +1,8 @@
 """Plans: which layers are quantized, and how. A JSON that a person can edit (docs/format.md)."""
 
 import fnmatch
+import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -36,7 +38,8 @@ class LayerConfig:
     def __post_init__(self):
         for name, accepted in _CHOICES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in accepted:
+            # Of its very type: JSON's 8.0 and true equal 8 and 1.
+            if type(value) is not type(accepted[0]) or value not in accepted:
                 choices = " or ".join(repr(a) for a in accepted)
                 raise ValueError(f"{name} must be {choices}, got {value!r}")
 
@@ -98,7 +101,7 @@ class Plan:
         """The settings of `layer`; None if it stays as it is."""
         if layer in self.layers:
             return self.layers[layer]
-        for pattern, config in self.layers.items():
+        for pattern, config in self._patterns.items():
             if fnmatch.fnmatchcase(layer, pattern):
                 return config
         return self.defaults
@@ -106,10 +109,25 @@ class Plan:
     def resolve(self, layers: Iterable[str]) -> dict[str, LayerConfig | None]:
         """The settings of each of a model's `layers`. ValueError for names and patterns that match none of them."""
         names = list(layers)
-        for pattern in self.layers:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"plan names {pattern!r}, which matches no linear layer of the model")
+        known, patterns = set(names), self._patterns
+        unused = [name for name in self.layers if name not in known and name not in patterns]
+        unmatched = [p for p in patterns if p not in known and not fnmatch.filter(names, p)]
+        # A recipe's patterns are the names that such a layer has in one model or another: some match.
+        if self.produced_by.get("recipe") not in RECIPES:
+            unused += unmatched
+        elif patterns and len(unmatched) == len(patterns):
+            raise ValueError(
+                f"recipe {self.produced_by['recipe']} looks for layers like {', '.join(patterns)}, and the model has "
+                "none; write a plan that names its layers"
+            )
+        if unused:
+            raise ValueError(f"plan names {unused[0]!r}, which matches no linear layer of the model")
         return {name: self.config_for(name) for name in names}
+
+    @functools.cached_property
+    def _patterns(self) -> dict[str, LayerConfig | None]:
+        """The entries of `layers` that are patterns."""
+        return {name: config for name, config in self.layers.items() if any(c in name for c in "*?[")}
 
     def to_dict(self) -> dict[str, Any]:
         default = asdict(self.defaults)
@@ -134,36 +152,62 @@ class Plan:
         if unknown:
             raise ValueError(f"plan: unknown field {unknown[0]!r}")
         defaults = _layer_config("plan defaults", data.get("defaults", {}), LayerConfig())
-        layers = data.get("layers", {})
-        if not isinstance(layers, Mapping):
-            raise ValueError(f"plan layers must be an object, got {layers!r}")
+        layers, produced_by = data.get("layers", {}), data.get("produced_by", {})
+        for name, value in (("layers", layers), ("produced_by", produced_by)):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"plan {name} must be an object, got {value!r:.60}")
         return cls(
             defaults,
             {
                 name: None if settings is None else _layer_config(f"plan layer {name!r}", settings, defaults)
                 for name, settings in layers.items()
             },
-            dict(data.get("produced_by", {})),
+            dict(produced_by),
         )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the plan does to each of the layers it names: equal for plans that do the same to them."""
+        settings = {name: None if config is None else asdict(config) for name, config in self.layers.items()}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
+        """Read a plan's JSON. ValueError for one that is not a plan, OSError for a file that cannot be read."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except json.JSONDecodeError as error:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except RecursionError:
+            raise ValueError(f"{path} is not a plan: it is nested too deeply") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
+# What models call the layer that leads from an MLP's inner features back to the hidden size.
+_SECOND_PROJECTIONS = (
+    "*down_proj",
+    "*dense_4h_to_h",  # GPT-NeoX, Falcon, BLOOM
+    "*fc2",  # Phi, OPT, BART, Whisper
+    "*fc_out",  # GPT-J
+    "*mlp.c_proj",  # GPT-2, GPT-Neo
+    "*[0-9].output.dense",  # BERT and its like
+    "*ffn.lin2",  # DistilBERT
+    "*.ffn_output",  # ALBERT
+    "*.wo",  # T5
+    "*.w2",  # Mixtral and older Llamas
+    "*mlp.Wo",  # ModernBERT
+    "*output_linear",  # Granite
+)
+
 RECIPES = {
     "w6a8": Plan(produced_by={"recipe": "w6a8"}),
     "w6a6": Plan(LayerConfig(act_bits=6), produced_by={"recipe": "w6a6"}),
-    # The rule of the paper's released code: down_proj at 8 bits, everything else at 6, no rotation (arXiv 2508.04405).
+    # The rule of the paper's released code: down_proj, the MLP's second projection, at 8 bits, everything else at 6, no
+    # rotation (arXiv 2508.04405).
     "paper": Plan(
         LayerConfig(act_bits=6, rotation="none"),
-        {"*down_proj": LayerConfig(act_bits=8, rotation="none")},
+        dict.fromkeys(_SECOND_PROJECTIONS, LayerConfig(act_bits=8, rotation="none")),
         {"recipe": "paper"},
     ),
     "rtn": Plan(LayerConfig(rotation="none"), produced_by={"recipe": "rtn"}),

@@ -6,9 +6,9 @@ from pathlib import Path
 import flexq
 import pytest
 import torch
-from flexq import bench_decode
-from flexq.calibrate import calibrate_model
-from flexq.patch import shared_copy
+from flexq.bench import decode as bench_decode
+from flexq.quantize.calibrate import calibrate_model
+from flexq.quantize.layers import shared_copy
 from test_gpu import unusable
 
 sys.path.append(str(Path(__file__).parents[1] / "python"))

@@ -36,7 +36,8 @@ def tiny_folder(tiny_llama, tmp_path):
 @pytest.fixture(scope="module")
 def models():
     """A small Llama with sharper logits, so that differences show, and the same model quantized."""
-    from flexq.patch import quantize_model, shared_copy
+    from flexq.quantize.layers import shared_copy
+    from flexq.quantize.model import quantize_model
     from test_calibrate import model_of
 
     reference = model_of("llama")
@@ -48,7 +49,7 @@ def models():
 @pytest.fixture(scope="module")
 def ranking(models):
     """The measured sensitivity of its layers."""
-    from flexq import sensitivity
+    from flexq.planning import sensitivity
     from test_calibrate import windows
 
     reference, model = models

@@ -3,12 +3,14 @@
 import flexq
 import pytest
 import torch
-from flexq import fisher, ops
-from flexq.fisher import token_weights
+from flexq import ops
 from flexq.linear import Linear
-from flexq.patch import quantize_model, shared_copy
 from flexq.plan import LayerConfig, Plan
-from flexq.rounding import Hessian, compensated_round, rotate
+from flexq.quantize import fisher
+from flexq.quantize.fisher import token_weights
+from flexq.quantize.layers import shared_copy
+from flexq.quantize.model import quantize_model
+from flexq.quantize.rounding import Hessian, compensated_round, rotate
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,

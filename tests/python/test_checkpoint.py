@@ -6,7 +6,7 @@ import shutil
 import flexq
 import pytest
 import torch
-from flexq import checkpoint
+from flexq.checkpoint import source as checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM

@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
-from flexq import bench, bench_decode
-from flexq.cli import main
+from flexq.bench import decode as bench_decode
+from flexq.bench import linear as bench
+from flexq.cli.main import main
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -105,14 +106,14 @@ def test_bench_linear(tmp_path, capsys):
 
 
 def test_bench_linear_interrupted(monkeypatch, capsys):
-    time_all, calls = bench._cpu_seconds, iter(range(3))
+    time_all, calls = bench.cpu_seconds, iter(range(3))
 
     def time_some(kernels):
         if next(calls) == 2:
             raise KeyboardInterrupt
         return time_all(kernels)
 
-    monkeypatch.setattr(bench, "_cpu_seconds", time_some)
+    monkeypatch.setattr(bench, "cpu_seconds", time_some)
     arguments = ["bench", "linear", "--shape", "64x256", "--tokens", "1", "3", "5", "--no-peers", "--quiet"]
     assert main(arguments) == 130
     rows = [line for line in capsys.readouterr().out.splitlines() if "64" in line]

@@ -6,8 +6,10 @@ import math
 import flexq
 import pytest
 import torch
-from flexq.eval import Evaluation, default_text, evaluate, plot, spread, windows_of, with_recipe
-from flexq.patch import linear_bytes
+from flexq.evaluate.compare import plot, with_recipe
+from flexq.evaluate.perplexity import Evaluation, evaluate
+from flexq.evaluate.text import default_text, spread, windows_of
+from flexq.quantize.layers import linear_bytes
 from torch import nn
 
 

@@ -5,8 +5,8 @@ import importlib.util
 import flexq
 import pytest
 import torch
-from flexq.fuse import MergedLinear
-from flexq.models import find_model, load_tokenizer
+from flexq.checkpoint.source import find_model, load_tokenizer
+from flexq.run.merging import MergedLinear
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

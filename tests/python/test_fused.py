@@ -4,7 +4,7 @@ import flexq
 import pytest
 import torch
 from flexq import _core
-from flexq.streams import stream_for
+from flexq.execution import stream_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

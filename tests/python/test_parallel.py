@@ -3,7 +3,7 @@
 import pytest
 import torch
 from flexq import ops
-from flexq.parallel import possible_splits, split_inputs, split_rows
+from flexq.run.parallel import possible_splits, split_inputs, split_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import flexq
 import pytest
 import torch
 from conftest import tiny_config
-from flexq.patch import linear_layers
+from flexq.quantize.layers import linear_layers
 from torch import nn
 from transformers import LlamaForCausalLM
 

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flexq import planning, sensitivity
-from flexq.costs import LayerCost, measure_costs
-from flexq.patch import quantize_model, shared_copy
 from flexq.plan import Plan
+from flexq.planning import choose as planning
+from flexq.planning import sensitivity
+from flexq.planning.costs import LayerCost, measure_costs
+from flexq.quantize.layers import shared_copy
+from flexq.quantize.model import quantize_model
 from test_calibrate import model_of, windows
 
 

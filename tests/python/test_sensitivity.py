@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from flexq import sensitivity
 from flexq.linear import Linear
-from flexq.patch import quantize_model
+from flexq.planning import sensitivity
+from flexq.quantize.model import quantize_model
 from test_calibrate import logits, model_of, windows
 
 

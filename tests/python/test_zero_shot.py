@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from flexq.zero_shot import Question, log_likelihoods, read_questions, score
+from flexq.evaluate.zero_shot import Question, log_likelihoods, read_questions, score
 
 
 class Bytes:

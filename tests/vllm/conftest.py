@@ -7,7 +7,7 @@ from pathlib import Path
 import flexq
 import pytest
 import torch
-from flexq.cli import main
+from flexq.cli.main import main
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

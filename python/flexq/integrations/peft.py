@@ -1,12 +1,12 @@
-"""LoRA adapters of PEFT on quantized models, for inference.
+"""LoRA adapters of PEFT on quantized models: inference, and training as in QLoRA (arXiv 2305.14314).
 
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, get_peft_model
     from flexq.integrations.peft import for_flexq
 
-    config = for_flexq(PeftConfig.from_pretrained(adapter))
-    model = PeftModel.from_pretrained(quantized, adapter, config=config)
+    model = get_peft_model(quantized, for_flexq(LoraConfig(target_modules=["q_proj", "v_proj"])))
 
-What `flexq.fuse_model` merges has no place for an adapter: leave it out for such a model.
+The quantized weights stay as they are; gradients pass through them to the adapters. What `flexq.fuse_model` merges has
+no place for an adapter: leave it out for such a model.
 """
 
 from peft import LoraConfig
@@ -18,18 +18,17 @@ from flexq.linear import Linear
 class FlexQLoraLinear(LoraLinear):
     """y = flexq.Linear(x) + scaling * B(A(x)). The adapter stays beside the quantized weight and is never merged."""
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
-        packed = self.get_base_layer()._packed
-        if device is None and packed is not None:
-            device = packed.device
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-
     def merge(self, *args, **kwargs) -> None:
         raise NotImplementedError("an adapter cannot be merged into a 6-bit weight without quantizing it again")
 
 
 def for_flexq(config: LoraConfig) -> LoraConfig:
-    """The same configuration, which now finds `flexq.Linear` layers too."""
+    """The same configuration, which now finds `flexq.Linear` layers too.
+
+    Args:
+        config: of a new adapter (`get_peft_model`) or of one that was saved (`PeftConfig.from_pretrained`, then
+            `PeftModel.from_pretrained(..., config=config)`).
+    """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapters of type LORA work on quantized layers, got {type(config).__name__}")
     config._register_custom_module({Linear: FlexQLoraLinear})

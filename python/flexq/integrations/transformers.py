@@ -1,7 +1,7 @@
 """FlexQ in transformers: `from_pretrained` of quantized checkpoints and, with a `FlexQConfig`, of any others.
 
-`import flexq` registers both. A checkpoint's config.json holds its `FlexQConfig`; without one, the layers are quantized
-while the model loads, one after the other.
+`import flexq` registers both, as soon as transformers' quantizers are imported. A checkpoint's config.json holds its
+`FlexQConfig`; without one, the layers are quantized while the model loads, one after the other.
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
+from flexq.checkpoint.keys import compare, shapes_of
+from flexq.checkpoint.layers import FORMAT_VERSION, insert_layers, plan_of_settings, settings_of
+from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
+from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
 from flexq.linear import Linear
-from flexq.patch import lm_head_name, output_embeddings, record_plan, replace_module, resolve_plan, untie_lm_head
-from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
-
-QUANT_METHOD = "flexq"
-FORMAT_VERSION = 1
+from flexq.plan import DEFAULT_RECIPE, Plan
+from flexq.quantize.layers import as_linear, lm_head_name, output_embeddings, replace_module, weight_of
+from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -51,12 +53,14 @@ class FlexQConfig(QuantizationConfigMixin):
         self.include = None if include is None else list(include)
         self.skip = list(skip)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs) -> "FlexQConfig":
+        """Of a checkpoint's config.json, whose plan is an object that names every layer."""
+        config = cls(plan_of_settings(config_dict))
+        return (config, kwargs) if return_unused_kwargs else config
+
     def to_dict(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "quant_method": self.quant_method,
-            "format_version": self.format_version,
-            "plan": self.plan.to_dict(),
-        }
+        settings = settings_of(self.plan)
         if self.include is not None:
             settings["include"] = self.include
         if self.skip:
@@ -67,35 +71,22 @@ class FlexQConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-def _loading(layer: Linear) -> Linear:
-    """The layer with an empty `weight` until the model is loaded: some classes initialize their children's weights
-    without a look at what the children are."""
-    weight = torch.empty(0, device="meta")
-    weight._is_hf_initialized = True
-    layer.__dict__["weight"] = weight
-    return layer
+def _quantize_op(quantizer: "FlexQHfQuantizer"):
+    from transformers.core_model_loading import ConversionOps
 
+    class Quantize(ConversionOps):
+        """What the loader does with the weight of a layer to be quantized: a `flexq.Linear` takes the layer's place."""
 
-class _Quantize(ConversionOps):
-    """What the loader does with the weight of a layer to be quantized: a `flexq.Linear` takes the layer's place."""
+        @torch.no_grad()
+        def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
+            (weight,) = input_dict.values()
+            weight = weight[0] if isinstance(weight, list) else weight
+            quantizer.quantize(model, full_layer_name.removesuffix(".weight"), weight)
+            if missing_keys is not None:
+                missing_keys.discard(full_layer_name)
+            return {}
 
-    def __init__(self, quantizer: "FlexQHfQuantizer"):
-        self.quantizer = quantizer
-
-    @torch.no_grad()
-    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        name = full_layer_name.removesuffix(".weight")
-        linear, config = model.get_submodule(name), self.quantizer.layers[name]
-        try:
-            planes, scales = ops.quantize_weight(weight, config.scheme, config.rotation)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from None
-        replace_module(model, name, _loading(Linear.from_canonical(planes, scales, linear, config)))
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
-        return {}
+    return Quantize()
 
 
 @register_quantizer(QUANT_METHOD)
@@ -106,13 +97,27 @@ class FlexQHfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: FlexQConfig
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
-        if self.pre_quantized:
-            insert_layers(model, config.plan)
-        else:
+        if not self.pre_quantized:
             self.layers = resolve_plan(model, config.plan, config.include, config.skip)
+            self.vanished = 0
+            return model
+        insert_layers(model, config.plan)
+        files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if files:
+            self._check(model, files)
         return model
+
+    def _check(self, model, files: Sequence[str]) -> None:
+        """Before anything is allocated: the files belong to this plan, and have what the model has."""
+        hashes = set()
+        for file in files:
+            with opened(Path(file)) as handle:
+                hashes.add((handle.metadata() or {}).get(PLAN_HASH))
+        folder = Path(files[0]).parent
+        check_plan_hash(self.quantization_config.plan, hashes, folder)
+        compare(model, shapes_of(files)).require_none(str(folder))
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         return not self.pre_quantized and param_name.removesuffix(".weight") in self.layers
@@ -122,59 +127,65 @@ class FlexQHfQuantizer(HfQuantizer):
         """Bytes a weight, scales included; what the loader sets aside memory by."""
         return (6 + 16 / ops.GROUP_SIZE) / 8
 
-    def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+    def get_quantize_ops(self):
+        return _quantize_op(self)
+
+    def quantize(self, model, name: str, weight: torch.Tensor) -> None:
+        """Layer `name`, whose `weight` has been read, from there on a `flexq.Linear`."""
+        module, config = model.get_submodule(name), self.layers[name]
+        weight = weight_of(module, weight).contiguous()
+        try:
+            planes, scales = ops.quantize_weight(weight, config.scheme, config.rotation)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
+        self.vanished += ops.count_vanished(weight, scales)
+        replace_module(model, name, Linear.from_canonical(planes, scales, as_linear(module), config))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
             if isinstance(module, Linear):
-                module.__dict__.pop("weight", None)
-                module.prepack()
-        if not self.pre_quantized:
-            head = lm_head_name(model)
-            if head in self.layers:  # tied: it had no weight of its own in the checkpoint
-                replace_module(model, head, Linear.from_float(model.get_submodule(head), self.layers[head]))
-            if isinstance(output_embeddings(model), Linear):
-                untie_lm_head(model)
-            missing = [name for name in self.layers if not isinstance(model.get_submodule(name), Linear)]
-            if missing:
-                raise ValueError(f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more)")
-            self.quantization_config = FlexQConfig(record_plan(model, self.quantization_config.plan))
-            model.config.quantization_config = self.quantization_config
-        model.flexq_plan = self.quantization_config.plan
-        return model
+                try:
+                    module.prepack()
+                except ValueError as error:
+                    raise CheckpointError(str(error)) from None
+        if self.pre_quantized:
+            model.flexq_plan = self.quantization_config.plan
+            return model
+        head = lm_head_name(model)
+        if head in self.layers:  # tied: it had no weight of its own in the checkpoint
+            self.quantize(model, head, model.get_submodule(head).weight.detach())
+        missing = [name for name in self.layers if not isinstance(model.get_submodule(name), Linear)]
+        if missing:
+            raise ValueError(f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more)")
+        if isinstance(output_embeddings(model), Linear):
+            model.get_output_embeddings().prepack()
+        return finish_quantized(
+            model, self.quantization_config.plan, **({"vanished_scales": self.vanished} if self.vanished else {})
+        )
+
+    def get_state_dict_and_metadata(self, model):
+        return None, {PLAN_HASH: model.flexq_plan.fingerprint()}
 
     def is_serializable(self, **kwargs) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters beside its layers
 
     @property
     def is_compileable(self) -> bool:
         return True
 
 
-def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
-    """Replace the layers that a checkpoint's plan names by empty `flexq.Linear` on the meta device.
+def _attach(model, plan: Plan) -> None:
+    """A transformers model that was quantized in memory knows it, as one that was loaded so does."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        return
+    config.quantization_config = FlexQConfig(plan)
+    model.hf_quantizer = FlexQHfQuantizer(config.quantization_config)
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
 
-    Raises:
-        ValueError: the plan names a layer that the model does not have.
-    """
-    inserted = {}
-    for name, config in plan.layers.items():
-        if config is None:
-            continue
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"the checkpoint's plan names layer {name!r}, which the model does not have") from None
-        if not hasattr(linear, "in_features"):
-            raise ValueError(f"the checkpoint's plan names layer {name!r}, which is a {type(linear).__name__}")
-        bias = linear.bias is not None
-        dtype = linear.weight.dtype
-        layer = Linear(linear.in_features, linear.out_features, bias, config, device="meta", dtype=dtype)
-        replace_module(model, name, _loading(layer))
-        inserted[name] = config
-    return inserted
+
+on_quantized.append(_attach)

@@ -29,9 +29,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
-from flexq import checkpoint, ops
-from flexq.parallel import check_input_split
+from flexq import ops
+from flexq.checkpoint.layers import plan_of_settings
+from flexq.checkpoint.verify import verify_files
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+from flexq.run.parallel import check_input_split
 
 QUANT_METHOD = "flexq"
 logger = init_logger(__name__)
@@ -67,15 +69,12 @@ class FlexQVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FlexQVllmConfig":
-        from flexq.integrations.transformers import FlexQConfig
-
-        settings = {key: value for key, value in config.items() if key != "quant_method"}
-        return cls(FlexQConfig(**settings).plan)
+        return cls(plan_of_settings(config))
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision=None) -> None:
         """Refuses a damaged checkpoint before anything is loaded."""
         if self.is_checkpoint and Path(model_name).is_dir() and os.environ.get("FLEXQ_VERIFY", "1") != "0":
-            checkpoint.verify(model_name)
+            verify_files(model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Names of the checkpoint's layers to vLLM's, where a model renames them."""
@@ -214,6 +213,7 @@ class FlexQLinearMethod(LinearMethodBase):
                     planes, scales = ops.quantize_weight(layer.weight.data[rows], config.scheme, config.rotation)
                 except ValueError as error:
                     raise ValueError(f"{self.prefix}: {error}") from None
+            ops.check_scales(scales)
             packed.append(ops.prepack(planes, scales, layer.flexq_k, config.scheme, config.rotation))
             runs.append((size, config.act_bits, config.scheme, config.rotation))
             begin += size

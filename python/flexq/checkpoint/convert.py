@@ -1,0 +1,224 @@
+"""Quantizing a model from disk to disk."""
+
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexq import ops
+from flexq.checkpoint.folder import new_folder, require_free
+from flexq.checkpoint.keys import Target, targets_of
+from flexq.checkpoint.read import load_model
+from flexq.checkpoint.source import (
+    ModelError,
+    ModelSource,
+    Weights,
+    find_model,
+    load_config,
+    load_tokenizer,
+    read_tensor,
+    require_float,
+    skeleton,
+)
+from flexq.checkpoint.write import (
+    DEFAULT_SHARD_BYTES,
+    ShardWriter,
+    Sizes,
+    copy_companions,
+    name_of,
+    write_config,
+    write_model,
+)
+from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+from flexq.progress import Progress
+from flexq.quantize.layers import (
+    input_embeddings,
+    linear_layers,
+    lm_head_name,
+    output_embeddings,
+    shared_copy,
+    untie_lm_head,
+    weight_of,
+)
+from flexq.quantize.model import quantize_model, resolve_plan
+from flexq.quantize.report import Coverage, coverage
+
+
+@dataclass
+class Conversion:
+    """What became of a model.
+
+    Args:
+        plan: as it was carried out.
+        coverage: which share of the weights is quantized.
+        sizes: what the folder's bytes are of.
+        left_out: tensors of the source that the model's class has no place for.
+    """
+
+    plan: Plan
+    coverage: Coverage
+    sizes: Sizes
+    left_out: list[str] = field(default_factory=list)
+
+
+def quantize_checkpoint(
+    source: str | Path | ModelSource,
+    folder: str | Path,
+    plan: Plan | str | dict[str, Any] = DEFAULT_RECIPE,
+    include=None,
+    skip=(),
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    loaded=None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Quantize a model from disk to disk. Safetensors folders go tensor by tensor, in memory of about one shard.
+
+    Args:
+        source: as for `flexq.checkpoint.source.find_model`; GGUF files and hub ids that are not in the cache are loaded
+            whole.
+        folder: the new checkpoint, whole or not there.
+        plan, include, skip: as for `quantize_model`.
+        shard_bytes: largest size of a file.
+        overwrite: replace a FlexQ checkpoint that is there.
+        progress: wraps the loop over tensors or layers, e.g. `tqdm.tqdm`.
+        loaded: the source's model if it is in memory already; left as it is.
+        dtype: of what is not quantized; None keeps the source's, bfloat16 for GGUF files.
+
+    Returns:
+        The plan as it was carried out. A warning names the largest weights that are left, if they are many.
+
+    Raises:
+        ModelError, ValueError: the source cannot be read, or the plan does not fit it; nothing is left behind.
+        OSError: something is in the way at `folder`, or the disk is full; nothing is left behind.
+    """
+    done = convert(source, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded, dtype)
+    if done.coverage.warning:
+        warnings.warn(done.coverage.warning, stacklevel=2)
+    return done.plan
+
+
+def convert(
+    source, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded=None, dtype: torch.dtype | None = None
+) -> Conversion:
+    """`quantize_checkpoint`, with all that can be said of it."""
+    source = source if isinstance(source, ModelSource) else find_model(source)
+    require_float(source)
+    require_free(folder, overwrite, source.folder)
+    if source.folder is None or loaded is not None:
+        return _convert_loaded(source, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded, dtype)
+    config = load_config(source)
+    model = skeleton(source, config)
+    resolved = resolve_plan(model, plan, include, skip)
+    weights = Weights.of(source.folder)
+    tensors = list(weights.tensors())
+    targets = targets_of(model, [name for _, name in tensors])
+    if any(t is not None and t.is_part and _layer_of(t) in resolved for t in targets.values()):
+        # transformers makes a layer's weight of several tensors.
+        return _convert_loaded(source, folder, plan, include, skip, shard_bytes, overwrite, progress, None, dtype)
+    given = Plan.of(plan)
+    every: dict[str, LayerConfig | None] = {**resolved, **{n: None for n in linear_layers(model) if n not in resolved}}
+    record = Plan(given.defaults, every, {**given.produced_by, "source": source.name})
+    with new_folder(folder, overwrite, source.folder) as aside:
+        writer = ShardWriter(aside, shard_bytes, record.fingerprint(), dtype)
+        work = _TensorByTensor(source, model, resolved, writer, targets)
+        for file, name in progress(tensors) if progress else tensors:
+            work.take(file, name)
+        work.finish(tensors)
+        if work.vanished:
+            record.produced_by["vanished_scales"] = work.vanished
+        writer.finish()
+        write_config(aside, model.config, record, dtype, work.dtype)
+        copy_companions(source.folder, aside)
+    sizes = writer.sizes_by_part(name_of(model, input_embeddings(model)), name_of(model, output_embeddings(model)))
+    return Conversion(record, coverage(model, resolved), sizes, work.left_out)
+
+
+def _layer_of(target: Target) -> str:
+    return target.name.removesuffix(".weight")
+
+
+class _TensorByTensor:
+    """Takes a checkpoint's tensors one after the other, and writes what becomes of them."""
+
+    def __init__(self, source, model, resolved, writer: ShardWriter, targets):
+        self.source, self.model, self.resolved, self.writer, self.targets = source, model, resolved, writer, targets
+        self.dtype: torch.dtype | None = None  # of the source
+        self.done: set[str] = set()
+        self.left_out: list[str] = []
+        self.vanished = 0
+        self.shared = _shared_names(model, resolved)
+
+    def take(self, file: Path, name: str) -> None:
+        tensor, target = read_tensor(file, name), self.targets[name]
+        if self.dtype is None and tensor.is_floating_point():
+            self.dtype = tensor.dtype
+        layer = None if target is None or not target.name.endswith(".weight") else _layer_of(target)
+        if layer in self.resolved:
+            self._quantize(layer, name.removesuffix(".weight"), tensor)
+        elif target is None and not _is_ignored(self.model, name):
+            self.left_out.append(name)
+        else:
+            self.writer.add(name, tensor)
+
+    def _quantize(self, layer: str, on_disk: str, tensor: torch.Tensor) -> None:
+        config, module = self.resolved[layer], self.model.get_submodule(layer)
+        weight = weight_of(module, tensor)
+        expected = tuple(weight_of(module, module.weight).shape)
+        if tuple(weight.shape) != expected:
+            raise ModelError(f"layer {layer}: its weight is {list(weight.shape)}, the model's {list(expected)}")
+        try:
+            planes, scales = ops.quantize_weight(weight.contiguous(), config.scheme, config.rotation)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from None
+        self.vanished += ops.count_vanished(weight, scales)
+        self.writer.add(f"{on_disk}.qweight", planes)
+        self.writer.add(f"{on_disk}.scales", scales)
+        self.done |= {layer, *self.shared.get(layer, ())}
+
+    def finish(self, tensors: list[tuple[Path, str]]) -> None:
+        """What has no tensor of its own: an LM head that is tied to the embeddings."""
+        head = lm_head_name(self.model)
+        if head in self.resolved:
+            if head not in self.done:
+                embeddings = f"{name_of(self.model, input_embeddings(self.model))}.weight"
+                for file, name in tensors:
+                    target = self.targets[name]
+                    if target is not None and target.name == embeddings:
+                        self._quantize(head, head, read_tensor(file, name))
+            untie_lm_head(self.model)
+        left = [layer for layer in self.resolved if layer not in self.done]
+        if left:
+            raise ModelError(f"{self.source.name} holds no weight for layer {left[0]} (and {len(left) - 1} more)")
+
+
+def _shared_names(model, resolved) -> dict[str, list[str]]:
+    """Layers that stand at several names, which files hold once."""
+    by_module: dict[int, list[str]] = {}
+    for name in resolved:
+        by_module.setdefault(id(model.get_submodule(name)), []).append(name)
+    return {name: names for names in by_module.values() if len(names) > 1 for name in names}
+
+
+def _is_ignored(model, name: str) -> bool:
+    """Whether the model's class says that files may have this tensor, which it does not use."""
+    return any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+def _convert_loaded(
+    source: ModelSource, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded, dtype
+) -> Conversion:
+    if dtype is None and source.gguf_file is not None:
+        dtype = torch.bfloat16
+    model = load_model(source) if loaded is None else shared_copy(loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the caller says it
+        quantize_model(model, plan, include, skip, progress)
+    model.flexq_plan.produced_by["source"] = source.name
+    tokenizer = None if source.folder is not None else load_tokenizer(source)
+    sizes = write_model(model, folder, tokenizer, shard_bytes, overwrite, source.folder, dtype)
+    return Conversion(model.flexq_plan, coverage(model), sizes)

@@ -1,0 +1,140 @@
+"""Which tensor of a checkpoint is which of a model, and what is missing, too much, or of another shape.
+
+Names on disk are not always those of modules: transformers renames, merges and splits tensors while it loads them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flexq.checkpoint.source import CheckpointError, opened
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint's tensor goes.
+
+    Args:
+        name: in the model's state_dict.
+        is_part: transformers merges or splits it on the way.
+    """
+
+    name: str
+    is_part: bool
+
+
+def targets_of(model, names: Iterable[str]) -> dict[str, Target | None]:
+    """Where transformers puts each of a checkpoint's tensors; None for one that the model has no place for.
+
+    Args:
+        model: of transformers, on any device; quantized layers already in their places.
+        names: on disk.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    result: dict[str, Target | None] = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        result[name] = Target(renamed, pattern is not None) if renamed in state or pattern is not None else None
+    return result
+
+
+@dataclass
+class Differences:
+    """What does not fit between a checkpoint and a model, by names of tensors.
+
+    Args:
+        missing: the model has, the checkpoint does not.
+        unexpected: the other way round.
+        mismatched: name to the shapes (checkpoint's, model's).
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def require_none(self, what: str) -> None:
+        """CheckpointError in one line if there are any."""
+        if self.mismatched:
+            name, (given, expected) = next(iter(self.mismatched.items()))
+            more = _more(len(self.mismatched))
+            raise CheckpointError(f"{what}: tensor {name} is {list(given)}, the model's {list(expected)}{more}")
+        for names, problem in ((self.missing, "is missing"), (self.unexpected, "has no place in the model")):
+            if names:
+                raise CheckpointError(f"{what}: tensor {names[0]} {problem}{_more(len(names))}")
+
+
+def _more(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def shapes_of(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in safetensors files, from their headers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with opened(Path(file)) as handle:
+            for name in handle.keys():  # noqa: SIM118
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
+    return shapes
+
+
+def compare(model, shapes: Mapping[str, tuple[int, ...]]) -> Differences:
+    """A checkpoint's tensors against a model's, before either is in memory.
+
+    A model of the class that the checkpoint is of must be given all of its tensors, and no others. One of another class
+    (the base model without its head, or with a new head) may differ outside the base model.
+    """
+    result = Differences()
+    state = model.state_dict()
+    targets = targets_of(model, shapes)
+    result.unexpected = [name for name, target in targets.items() if target is None]
+    found = [(name, target) for name, target in targets.items() if target is not None]
+    for name, target in found:
+        expected = state.get(target.name)
+        if not target.is_part and expected is not None and tuple(expected.shape) != shapes[name]:
+            result.mismatched[name] = (shapes[name], tuple(expected.shape))
+    filled = {target.name for _, target in found}
+    parts = {_module_of(target.name) for _, target in found if target.is_part}  # with more targets than are named
+    result.missing = [name for name in state if name not in filled and _module_of(name) not in parts]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    result.missing = [n for n in result.missing if n not in tied and not _matches(n, ignored)]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    result.unexpected = [n for n in result.unexpected if not _matches(n, ignored)]
+    if not is_own_class(model):
+        _forgive_heads(model, result)
+    return result
+
+
+def is_own_class(model) -> bool:
+    """Whether a model is of the class that its checkpoint was written from."""
+    return type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__])
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _forgive_heads(model, differences: Differences) -> None:
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is model:  # the checkpoint's head has no place
+        differences.unexpected = [n for n in differences.unexpected if n.startswith(prefix)]
+    else:  # another head than the checkpoint's, which begins at random, as transformers says
+        differences.missing = [n for n in differences.missing if n.startswith(prefix)]
+        differences.unexpected = [n for n in differences.unexpected if n.startswith(prefix)]
+        state = model.state_dict()
+        differences.mismatched = {
+            n: shapes for n, shapes in differences.mismatched.items() if n.startswith(prefix) or n not in state
+        }

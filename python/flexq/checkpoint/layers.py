@@ -1,0 +1,85 @@
+"""A checkpoint's plan, and the empty layers that it puts into a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexq.checkpoint.keys import is_own_class
+from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, one_line, quantization_of, read_json
+from flexq.linear import Linear
+from flexq.plan import LayerConfig, Plan
+from flexq.quantize.layers import as_linear, is_linear, replace_module
+
+FORMAT_VERSION = 1
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint."""
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "plan": plan.to_dict()}
+
+
+def plan_of_settings(settings: Mapping[str, Any]) -> Plan:
+    """The plan in a checkpoint's `quantization_config`. ValueError for another version, or a plan that is no object."""
+    version = settings.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"this checkpoint has FlexQ format version {version!r}; this FlexQ reads {FORMAT_VERSION}")
+    plan = settings.get("plan")
+    if not isinstance(plan, Mapping):
+        raise ValueError(f"a checkpoint's plan must be an object that names every layer, got {plan!r:.60}")
+    return Plan.from_dict(plan)
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """The plan of a FlexQ checkpoint. CheckpointError for a folder that is none."""
+    config = read_json(Path(folder) / "config.json")
+    method = quantization_of(config)
+    if method != QUANT_METHOD:
+        found = "is not quantized" if method is None else f"was quantized by {method}"
+        raise CheckpointError(f"{folder} {found}; a FlexQ checkpoint's config.json says quant_method {QUANT_METHOD}")
+    try:
+        return plan_of_settings(config["quantization_config"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {one_line(error)}") from None
+
+
+def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
+    """Replace the layers that a checkpoint's plan names by empty `flexq.Linear` on the meta device.
+
+    A base model loads a checkpoint of a model with a head, and the other way round.
+
+    Raises:
+        ValueError: the plan names a layer that the model does not have.
+    """
+    inserted: dict[str, LayerConfig] = {}
+    done: dict[int, Linear] = {}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    whole = is_own_class(model)
+    for name, config in plan.layers.items():
+        if config is None:
+            continue
+        module, own_name = None, name
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            try:
+                module, own_name = model.get_submodule(candidate), candidate
+                break
+            except AttributeError:
+                continue
+        if module is None and not whole and not name.startswith(prefix):
+            continue  # in a head that this class does not have
+        if module is None:
+            raise ValueError(f"the checkpoint's plan names layer {name!r}, which the model does not have")
+        if not is_linear(module):
+            raise ValueError(f"the checkpoint's plan names layer {name!r}, which is a {type(module).__name__}")
+        if id(module) not in done:
+            linear = as_linear(module)
+            done[id(module)] = Linear(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                config,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+        replace_module(model, own_name, done[id(module)])
+        inserted[own_name] = config
+    return inserted

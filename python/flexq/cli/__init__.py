@@ -1,0 +1,1 @@
+"""The command `flexq`: a module a command, what they share in options and output, `main` in front."""

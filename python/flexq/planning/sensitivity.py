@@ -1,0 +1,309 @@
+"""Which layers need 8-bit activations: the effect of each one's A6 on the model's output, measured or estimated.
+
+The effect is the mean KL divergence of the next-token distribution from the unquantized model's, with the layer at A6
+less that with it at A8, everything else at A8. Weights are the same at both, so nothing is quantized anew.
+
+Measuring takes a forward pass a layer. The estimate (fisher.py) takes one forward and backward pass for all of them.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq.linear import Linear
+from flexq.progress import Progress
+from flexq.quantize import fisher
+from flexq.quantize.blocks import Stack, Trace, decoder_stack, starting_at, trace
+from flexq.quantize.inputs import logits
+from flexq.quantize.layers import is_linear
+
+FORMAT = "flexq-sensitivity"
+VERSION = 1
+
+
+@dataclass
+class LayerSensitivity:
+    """One layer's figures.
+
+    Args:
+        name: of the layer.
+        parameters: of its weight.
+        kl: added to the model's KL divergence by A6 here instead of A8, in nats a token.
+        spread: standard error of `kl` over the windows; 0 for a single one.
+    """
+
+    name: str
+    parameters: int
+    kl: float
+    spread: float
+
+    @property
+    def density(self) -> float:
+        """KL for each parameter: what 8 bits here are worth."""
+        return self.kl / max(self.parameters, 1)
+
+
+def _over_windows(name: str, layer: Linear, kl: Sequence[float]) -> LayerSensitivity:
+    """Mean and standard error of a layer's KL on each window."""
+    each = torch.tensor(kl, dtype=torch.float64)
+    spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
+    return LayerSensitivity(name, layer.in_features * layer.out_features, each.mean().item(), spread)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Linear]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    if not layers:
+        raise ValueError("the model has no quantized layer; quantize it first")
+    return layers
+
+
+@contextlib.contextmanager
+def act_bits(layers: Sequence[Linear], bits: int) -> Iterator[None]:
+    """Layers with activations of `bits` for a while."""
+    before = [layer.config for layer in layers]
+    for layer in layers:
+        layer.config = replace(layer.config, act_bits=bits)
+    try:
+        yield
+    finally:
+        for layer, config in zip(layers, before, strict=True):
+            layer.config = config
+
+
+class Divergence:
+    """KL divergence of a quantized model's next-token distribution from the unquantized one's, window by window."""
+
+    def __init__(self, reference: nn.Module, windows: Sequence[torch.Tensor]):
+        self.windows = list(windows)
+        self.log_p = [_log_probabilities(reference, window) for window in self.windows]
+
+    def __call__(self, model: nn.Module) -> list[float]:
+        return [self.of(_log_probabilities(model, window), i) for i, window in enumerate(self.windows)]
+
+    def mean(self, model: nn.Module) -> float:
+        each = self(model)
+        return sum(each) / len(each)
+
+    def of(self, log_q: torch.Tensor, window: int) -> float:
+        log_p = self.log_p[window].to(log_q.device)
+        return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item() / len(log_q)
+
+
+@torch.inference_mode()
+def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
+    return logits(model, window)[0, :-1].float().log_softmax(-1)
+
+
+def measure(
+    model: nn.Module, reference: nn.Module, windows: Sequence[torch.Tensor], progress: Progress | None = None
+) -> list[LayerSensitivity]:
+    """The sensitivity of every quantized layer, most KL for a parameter first.
+
+    Args:
+        model: quantized; whatever its activations' bits are, they are left as they are.
+        reference: the same model unquantized.
+        windows: token ids [1, L] each; two of 512 rank layers well enough, more make `spread` smaller.
+        progress: wraps the loop over layers, e.g. `tqdm.tqdm`.
+
+    Raises:
+        ValueError: no quantized layer, or no windows.
+    """
+    if not windows:
+        raise ValueError("sensitivity needs at least one window of text")
+    layers = quantized_layers(model)
+    stack = decoder_stack(model)
+    divergence = Divergence(reference, windows)
+    results = []
+    with act_bits(list(layers.values()), 8), torch.inference_mode():
+        base = divergence(model)
+        traces = [trace(model, stack.blocks, window) for window in windows]
+        for name, layer in progress(list(layers.items())) if progress else layers.items():
+            index = stack.index_of(name)
+            added = []
+            with act_bits([layer], 6):
+                for i, window in enumerate(windows):
+                    with _from_block(stack, index, traces[i]):
+                        added.append(divergence.of(_log_probabilities(model, window), i) - base[i])
+            results.append(_over_windows(name, layer, added))
+    return sorted(results, key=lambda layer: -layer.density)
+
+
+def _from_block(stack: Stack, index: int | None, traced: Trace) -> contextlib.AbstractContextManager:
+    """Passes that begin with a block; whole ones for a layer outside the stack."""
+    if index is None:
+        return contextlib.nullcontext()
+    return starting_at(stack.blocks, index, traced.calls[index].hidden, traced.rests)
+
+
+def perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
+    """exp of the mean negative log likelihood of the next token."""
+    total = tokens = 0.0
+    for window in windows:
+        log_p = _log_probabilities(model, window)
+        targets = window[0, 1:].to(log_p.device)
+        total -= log_p.gather(1, targets[:, None]).sum(dtype=torch.float64).item()
+        tokens += len(targets)
+    return math.exp(total / tokens)
+
+
+def estimate(
+    model: nn.Module,
+    reference: nn.Module,
+    windows: Sequence[torch.Tensor],
+    of: str = "a6",
+    progress: Progress | None = None,
+) -> list[LayerSensitivity]:
+    """What `measure` would find, estimated in one forward and backward pass of `reference` a window.
+
+    Args:
+        model: quantized.
+        reference: the same model unquantized, its layers by the same names; float32 gives the best gradients.
+        windows: token ids [1, L] each.
+        of: "a6" for A6 against A8, "quantization" for A8 against the unquantized layer.
+        progress: wraps the loop over windows.
+
+    Raises:
+        ValueError: no quantized layer or windows, or layers that `reference` does not have.
+    """
+    if not windows:
+        raise ValueError("sensitivity needs at least one window of text")
+    if of not in ("a6", "quantization"):
+        raise ValueError(f'of must be "a6" or "quantization", got {of!r}')
+    layers = quantized_layers(model)
+    missing = [name for name in layers if not _is_linear_at(reference, name)]
+    if missing:
+        raise ValueError(f"the reference has no linear layer {missing[0]}")
+    added: dict[str, list[float]] = {name: [] for name in layers}
+    for index, window in enumerate(progress(list(windows)) if progress else windows):
+        for name, value in _fisher(layers, reference, window, of, seed=index).items():
+            added[name].append(value)
+    results = [_over_windows(name, layer, added[name]) for name, layer in layers.items()]
+    return sorted(results, key=lambda layer: -layer.density)
+
+
+def _is_linear_at(model: nn.Module, name: str) -> bool:
+    try:
+        return is_linear(model.get_submodule(name))
+    except AttributeError:
+        return False
+
+
+def _fisher(
+    layers: dict[str, Linear], reference: nn.Module, window: torch.Tensor, of: str, seed: int
+) -> dict[str, float]:
+    """The estimate of each layer on one window, in nats a token."""
+    values = dict.fromkeys(layers, 0.0)
+
+    def watcher(name: str, layer: Linear) -> fisher.Watcher:
+        def forward(x: torch.Tensor, output: torch.Tensor):
+            with act_bits([layer], 8):
+                at_8 = layer(x)
+            if of == "a6":
+                with act_bits([layer], 6):
+                    error = layer(x) - at_8
+            else:
+                error = at_8 - output
+            error = error.reshape(-1, error.shape[-1]).float()
+
+            def backward(gradient: torch.Tensor) -> None:
+                products = (gradient.reshape(error.shape).float() * error).sum(-1)
+                values[name] = 0.5 * products.square().sum(dtype=torch.float64).item()
+
+            return backward
+
+        return forward
+
+    tokens = fisher.backward(reference, window, {n: watcher(n, layer) for n, layer in layers.items()}, seed)
+    return {name: value / tokens for name, value in values.items()}
+
+
+def rank_agreement(a: Sequence[LayerSensitivity], b: Sequence[LayerSensitivity]) -> float:
+    """Spearman's rank correlation of two rankings' KL, over the layers that both have; 1 is the same order."""
+    of_b = {layer.name: layer.kl for layer in b}
+    pairs = [(layer.kl, of_b[layer.name]) for layer in a if layer.name in of_b]
+    if len(pairs) < 2:
+        raise ValueError("rank agreement needs at least two layers that both rankings have")
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in zip(*pairs, strict=True)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def save(ranking: Sequence[LayerSensitivity], path: str | Path, **about: Any) -> None:
+    data = {"format": FORMAT, "version": VERSION, **about, "layers": [asdict(layer) for layer in ranking]}
+    Path(path).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def load(path: str | Path) -> list[LayerSensitivity]:
+    """ValueError for a file that `save` did not write."""
+    try:
+        data = json.loads(Path(path).read_text())
+        if data["format"] != FORMAT or data["version"] != VERSION:
+            raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+        return [LayerSensitivity(**layer) for layer in data["layers"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a sensitivity file of this version: {error}") from None
+
+
+def curve(ranking: Sequence[LayerSensitivity]) -> list[tuple[float, float]]:
+    """(share of the parameters at A8, KL that is left of all layers' together), from none to all."""
+    total = sum(layer.parameters for layer in ranking)
+    share, left = 0, sum(layer.kl for layer in ranking)
+    points = [(0.0, left)]
+    for layer in ranking:
+        share += layer.parameters
+        left -= layer.kl
+        points.append((share / total, left))
+    return points
+
+
+def plot(
+    ranking: Sequence[LayerSensitivity],
+    path: str | Path,
+    block_of: Callable[[str], int] | None = None,
+    title: str = "",
+) -> None:
+    """A heat map of KL, blocks by kinds of layer, and the curve of KL against the share at A8, to an image file.
+
+    Args:
+        ranking: of `measure` or `estimate`.
+        path: of the image.
+        block_of: a layer's block; by default the first number in its name.
+        title: what was measured: model, method, text.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'") from None
+    block_of = block_of or (lambda name: next((int(part) for part in name.split(".") if part.isdigit()), 0))
+    kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in sorted(ranking, key=lambda x: x.name)))
+    count = max(block_of(layer.name) for layer in ranking) + 1
+    grid = torch.zeros(len(kinds), count)
+    for layer in ranking:
+        grid[kinds.index(layer.name.rpartition(".")[2]), block_of(layer.name)] = max(layer.kl, 0.0)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), width_ratios=(2, 1), layout="constrained")
+    image = axes[0].imshow(grid.sqrt(), aspect="auto", cmap="viridis")
+    axes[0].set(
+        yticks=range(len(kinds)),
+        yticklabels=kinds,
+        xlabel="block",
+        title="square root of the KL added by A6 (nats a token)",
+    )
+    figure.colorbar(image, ax=axes[0])
+    axes[1].plot(*zip(*curve(ranking), strict=True))
+    axes[1].set(
+        xlabel="share of parameters at A8", ylabel="KL left, sum over layers (nats a token)", title="what 8 bits buy"
+    )
+    axes[1].grid(alpha=0.3)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,358 @@
+"""`calibrate_model`: quantizes a model block by block, each on the inputs that the already quantized blocks give."""
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from flexq import ops
+from flexq.linear import Linear
+from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+from flexq.progress import Progress
+from flexq.quantize import fisher
+from flexq.quantize.blocks import Call, Reached, Stack, placed, stacks_of, trace
+from flexq.quantize.inputs import arguments, predicts_tokens
+from flexq.quantize.layers import as_linear, replace_module
+from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
+from flexq.quantize.rounding import Hessian, compensated_round
+
+DEFAULT_WINDOWS = 16
+# Of layers whose Hessians are gathered at the same time, where a model cannot be worked on block by block.
+_HESSIAN_BYTES = 1 << 30
+
+
+def _stages(block: nn.Module, layers: dict[str, nn.Linear], call: Call) -> list[list[str]]:
+    """The block's layers in the order in which they run, those that share an input together."""
+    stages: list[list[str]] = []
+    last: list[torch.Tensor | None] = [None]
+
+    def record(name):
+        def hook(_, args):
+            if last[0] is not args[0]:
+                stages.append([])
+                last[0] = args[0]
+            if not any(name in stage for stage in stages):
+                stages[-1].append(name)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        call.run(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = {name for stage in stages for name in stage}
+    return [*filter(None, stages), *([name] for name in layers if name not in reached)]
+
+
+def _hessian(name: str, layer: nn.Module) -> Hessian:
+    linear = as_linear(layer)
+    return Hessian(linear.in_features, linear.weight.device)
+
+
+def _hessians(
+    stage: dict[str, nn.Module], block: nn.Module, calls: Sequence[Call], weights: dict[str, list[torch.Tensor]] | None
+) -> dict[str, Hessian]:
+    """Of the input that a stage's layers share, from every window, with each layer's own weights of tokens."""
+    first = next(iter(stage))
+    device = stage[first].weight.device
+    names = [first] if weights is None else list(stage)
+    hessians = {name: _hessian(name, stage[name]) for name in names}
+    inputs: list[torch.Tensor] = []
+
+    def keep(_, args):
+        inputs.append(args[0])
+        raise Reached  # what comes after is not needed
+
+    handle = stage[first].register_forward_pre_hook(keep)
+    try:
+        for index, call in enumerate(calls):
+            with contextlib.suppress(Reached):
+                call.run(block)
+            while inputs:
+                x = inputs.pop()
+                for name, hessian in hessians.items():
+                    of_tokens = None if weights is None else weights[name][index].to(device)
+                    every = of_tokens is not None and len(of_tokens) == x.numel() // x.shape[-1]
+                    hessian.add(x, of_tokens if every else None)  # an expert sees some of the tokens only
+    except ValueError as error:
+        raise ValueError(f"layer {first}: {error}") from None
+    finally:
+        handle.remove()
+    return {name: hessians.get(name, hessians[first]) for name in stage}
+
+
+def _hessians_of_whole(
+    model: nn.Module, layers: dict[str, nn.Module], windows: Sequence[torch.Tensor]
+) -> Iterator[tuple[str, Hessian]]:
+    """Of layers anywhere in the model, from passes of all of it, a few layers at a time."""
+    waiting = list(layers)
+    while waiting:
+        hessians: dict[str, Hessian] = {}
+        size = 0
+        while waiting and (not hessians or size < _HESSIAN_BYTES):
+            name = waiting.pop(0)
+            hessians[name] = _hessian(name, layers[name])
+            size += hessians[name].sum.nbytes
+
+        def add(hessian: Hessian):
+            return lambda module, args: hessian.add(args[0])
+
+        with contextlib.ExitStack() as hooks:
+            for name, hessian in hessians.items():
+                hooks.callback(layers[name].register_forward_pre_hook(add(hessian)).remove)
+            for window in windows:
+                model(**arguments(model, window))
+        yield from hessians.items()
+
+
+class _Finished:
+    """The blocks that an interrupted calibration has finished, a file each, in a folder of its own.
+
+    Each file has checksums of its tensors and says which calibration it is of; a damaged or foreign one counts as
+    absent, so that its block is calibrated again.
+    """
+
+    _CHECKSUMS, _CALIBRATION = "flexq.crc32", "flexq.calibration"
+
+    def __init__(self, folder: str | Path | None, about: dict[str, Any]):
+        self.folder, self.about = None if folder is None else Path(folder), json.dumps(about, sort_keys=True)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        note = self.folder / "calibration.json"
+        if not note.exists():
+            _write_whole(note, lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
+            return
+        try:
+            same = json.loads(note.read_text()) == about
+        except (ValueError, RecursionError):
+            same = False
+        if not same:
+            raise ValueError(f"{folder} belongs to another calibration: other text, plan or weights; use a new folder")
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:04}.safetensors"
+
+    def load(self, block: int, layers: Sequence[str]) -> dict[str, torch.Tensor] | None:
+        """A block's canonical tensors, if its file is there and sound."""
+        if self.folder is None or not self._file(block).exists():
+            return None
+        wanted = {f"{name}.{tensor}" for name in layers for tensor in ("qweight", "scales")}
+        try:
+            with safe_open(self._file(block), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksums = json.loads(metadata.get(self._CHECKSUMS, "{}"))
+        except (OSError, SafetensorError, ValueError, RecursionError):
+            return None
+        sound = metadata.get(self._CALIBRATION) == self.about and set(tensors) == wanted
+        return tensors if sound and checksums == {n: _crc32(t) for n, t in tensors.items()} else None
+
+    def save(self, block: int, layers: dict[str, Linear]) -> None:
+        if self.folder is None:
+            return
+        tensors = {}
+        for name, layer in layers.items():
+            planes, scales = layer.canonical()
+            tensors |= {f"{name}.qweight": planes.cpu().contiguous(), f"{name}.scales": scales.cpu().contiguous()}
+        checksums = json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()})
+        metadata = {self._CHECKSUMS: checksums, self._CALIBRATION: self.about}
+        _write_whole(self._file(block), lambda file: save_file(tensors, file, metadata=metadata))
+
+
+def _write_whole(file: Path, write) -> None:
+    """Write a file that is whole or not there."""
+    aside = file.with_suffix(".part")
+    try:
+        write(aside)
+        os.replace(aside, file)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from None
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _fingerprint(
+    model: nn.Module, windows: Sequence[torch.Tensor], resolved: dict[str, LayerConfig], **settings: Any
+) -> dict[str, Any]:
+    """What decides a calibration's outcome: the text, the plan, every tensor of the model, how rounding is done."""
+    text = zlib.crc32(torch.cat([w.flatten().cpu() for w in windows]).numpy().tobytes())
+    sums = []
+    for tensor in [*model.parameters(), *model.buffers()]:
+        values = tensor.detach().double()
+        sums += [values.sum().item(), values.abs().sum().item()]
+    return {
+        "text": text,
+        "windows": [len(windows), windows[0].shape[-1]],
+        "plan": zlib.crc32(repr(sorted(resolved.items())).encode()),
+        "weights": zlib.crc32(torch.tensor(sums, dtype=torch.float64).numpy().tobytes()),
+        **settings,
+    }
+
+
+class _Work:
+    """The state of a calibration: what is to be done, what has been, and how to take it back."""
+
+    def __init__(self, model: nn.Module, resolved: dict[str, LayerConfig], damping: float, passes: int, step):
+        self.model, self.resolved, self.damping, self.passes, self.step = model, resolved, damping, passes, step
+        self.before: dict[str, nn.Module] = {}
+        self.done: dict[tuple[int, LayerConfig], Linear] = {}
+        self.vanished = 0
+
+    def put(self, name: str, planes: torch.Tensor, scales: torch.Tensor) -> None:
+        """A layer's codes into its place, and into others where the same module stands."""
+        module = self.model.get_submodule(name)
+        linear, config = as_linear(module), self.resolved[name]
+        on = linear.weight.device
+        self.vanished += ops.count_vanished(linear.weight, scales)
+        layer = Linear.from_canonical(planes.to(on), scales.to(on), linear, config)
+        for other, settings in self.resolved.items():
+            if other not in self.before and settings == config and self.model.get_submodule(other) is module:
+                self.before[other] = module
+                replace_module(self.model, other, layer)
+                self.step()
+
+    def quantize(self, name: str, hessian: Hessian) -> None:
+        if name in self.before:
+            return
+        weight = as_linear(self.model.get_submodule(name)).weight
+        try:
+            rounded = compensated_round(weight, hessian, self.resolved[name], self.damping, self.passes)
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from None
+        self.put(name, *rounded)
+
+    def undo(self) -> None:
+        for name, module in self.before.items():
+            replace_module(self.model, name, module)
+
+
+def _calibrate_stack(
+    work: _Work,
+    stack: Stack,
+    windows: Sequence[torch.Tensor],
+    weights: dict[str, list[torch.Tensor]] | None,
+    finished: _Finished,
+    first_block: int,
+    where: torch.device | None,
+) -> None:
+    """Blocks one after the other, each on what the quantized ones before it give."""
+    traces = [trace(work.model, stack.blocks, window, where, first_only=True) for window in windows]
+    hidden = [traced.calls[0].hidden for traced in traces]
+    for index, block in enumerate(stack.blocks):
+        layers = {n: work.model.get_submodule(n) for n in work.resolved if stack.index_of(n) == index}
+        calls = [replace(traced.calls[index], hidden=h) for traced, h in zip(traces, hidden, strict=True)]
+        known = finished.load(first_block + index, list(layers))
+        home = next(block.parameters()).device
+        with placed(block, where):
+            if known is not None:
+                for name in layers:
+                    if name not in work.before:
+                        work.put(name, known[f"{name}.qweight"], known[f"{name}.scales"])
+            else:
+                for stage in _stages(block, layers, calls[0]) if layers else ():
+                    stage_layers = {name: layers[name] for name in stage if name not in work.before}
+                    if not stage_layers:
+                        continue
+                    for name, hessian in _hessians(stage_layers, block, calls, weights).items():
+                        work.quantize(name, hessian)
+                finished.save(first_block + index, {name: work.model.get_submodule(name) for name in layers})
+            for layer in layers.values():  # the block goes back without them
+                layer.to(home)
+            hidden = [call.run(block) for call in calls]
+
+
+def calibrate_model(
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    plan: Plan | str | dict[str, Any] = DEFAULT_RECIPE,
+    include: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+    damping: float = 0.01,
+    passes: int = 1,
+    resume: str | Path | None = None,
+    weigh_tokens: bool = True,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Quantize the linear layers of a transformers model in place with compensated rounding, and return it.
+
+    Decoders, encoders and encoder-decoders that read text; each block runs with its own arguments (masks, rotary
+    embeddings). Where blocks run more than once (ALBERT), all layers are rounded on what the unquantized model gives.
+    If anything goes wrong, the model is left as it was.
+
+    Args:
+        model: not quantized, in memory.
+        windows: token ids, int64 [1, L] each, as `flexq.evaluate.text` cuts and spreads them; 16 of 2048 do well.
+        plan, include, skip: as for `quantize_model`.
+        progress: wraps the loop over windows that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
+        damping, passes: of `flexq.quantize.rounding.compensated_round`.
+        resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
+            computed again. It is left there.
+        weigh_tokens: takes a forward and backward pass of the unquantized model for each window, block by block too.
+            Without, or of a model that predicts no tokens, all tokens count the same.
+        device: where blocks are worked on, each moved there and back, so that a model larger than a GPU's memory can
+            be calibrated by it; None works on them where they are.
+
+    Raises:
+        ValueError: no windows, a model that reads no text, a plan that does not fit, or weights or inputs that are not
+            finite (the message names the layer); a folder to resume from that belongs to another calibration.
+    """
+    if not windows:
+        raise ValueError("calibration needs at least one window of text")
+    resolved = resolve_plan(model, plan, include, skip)
+    for name in resolved:
+        require_in_memory(name, model.get_submodule(name))
+    where = None if device is None else torch.device(device)
+    stacks = stacks_of(model)
+    weigh_tokens = weigh_tokens and bool(stacks) and predicts_tokens(model)
+    about = {}
+    if resume is not None:
+        about = _fingerprint(
+            model, windows, resolved, weigh_tokens=weigh_tokens, damping=damping, passes=passes, version=1
+        )
+    finished = _Finished(resume, about)
+    steps: Iterator[str] = iter(())  # one a layer, whatever their order
+    work = _Work(model, resolved, damping, passes, lambda: next(steps, None))
+    try:
+        blocks = [(s, i) for s in stacks for i in range(len(s.blocks))]
+        in_block = [[n for n in resolved if s.index_of(n) == i] for s, i in blocks]
+        complete = bool(blocks) and all(finished.load(i, names) is not None for i, names in enumerate(in_block))
+        weights = None
+        if weigh_tokens and not complete:
+            weights = fisher.token_weights(model, windows, list(resolved), progress, where)
+        steps = iter(progress(list(resolved)) if progress else resolved)
+        with torch.no_grad():
+            first_block = 0
+            for stack in stacks:
+                _calibrate_stack(work, stack, windows, weights, finished, first_block, where)
+                first_block += len(stack.blocks)
+            outside = {name: model.get_submodule(name) for name in resolved if name not in work.before}
+            seen = windows if where is None or where == next(model.parameters()).device or not stacks else ()
+            for name, hessian in _hessians_of_whole(model, outside, seen):
+                work.quantize(name, hessian)
+        next(steps, None)
+    except BaseException:
+        work.undo()
+        raise
+    record = {
+        "rounding": "compensated",
+        "calibration_tokens": sum(w.numel() for w in windows),
+        "weighed_tokens": weigh_tokens,
+    }
+    if work.vanished:
+        record["vanished_scales"] = work.vanished
+    return finish_quantized(model, Plan.of(plan), **record)

@@ -1,0 +1,200 @@
+"""Which layers of a model are linear layers that can be quantized, and putting other modules into their places."""
+
+import copy
+import fnmatch
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq.linear import Linear
+from flexq.plan import LayerConfig, Plan
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """A transformers model's LM head, if it has one."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """A transformers model's token embeddings, if it has such."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def lm_head_name(model: nn.Module) -> str | None:
+    """The layer that turns the last hidden states into logits, if it is an `nn.Linear`."""
+    head = output_embeddings(model)
+    for name, module in model.named_modules():
+        is_head = module is head if head is not None else name.rpartition(".")[2] == "lm_head"
+        if is_head and type(module) is nn.Linear:
+            return name
+    return None
+
+
+def untie_lm_head(model: nn.Module) -> None:
+    """Once the LM head is quantized: it has a weight of its own, whatever the embeddings are."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.get_text_config(decoder=True).tie_word_embeddings = False
+        config.tie_word_embeddings = False
+
+
+def _embedding_weights(model: nn.Module) -> set[int]:
+    """Identities of the weights of embeddings and of the LM head."""
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = output_embeddings(model)
+    if head is not None:
+        modules.append(head)
+    return {id(m.weight) for m in modules if isinstance(getattr(m, "weight", None), torch.Tensor)}
+
+
+# ---- What counts as linear -------------------------------------------------------------------------------------------
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b: `nn.Linear`, a class made from it that does the same (Falcon's), or
+    transformers' Conv1D (GPT-2), whose weight is [K, N]."""
+    return type(module) is nn.Linear or _is_linear_class(type(module))
+
+
+@functools.cache
+def _is_linear_class(kind: type) -> bool:
+    derived = issubclass(kind, nn.Linear)
+    if not derived and kind.__name__ != "Conv1D":
+        return False
+    if kind.__module__.startswith("torch."):
+        return False  # a part of something that does not call it, such as nn.MultiheadAttention
+    # By what it does: a small one of that class is asked.
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            small = kind(8, 16) if derived else kind(16, 8)
+            weight = small.weight if derived else small.weight.T
+            if tuple(weight.shape) != (16, 8):
+                return False
+            x = torch.linspace(-1, 1, 24, dtype=weight.dtype).view(3, 8)
+            weight.copy_(torch.linspace(-1, 1, 128, dtype=weight.dtype).view(16, 8))
+            small.bias.copy_(torch.linspace(1, 2, 16, dtype=weight.dtype))
+            return torch.allclose(small(x), nn.functional.linear(x, weight, small.bias), atol=1e-5)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """A module for which `is_linear` holds as an `nn.Linear` of the same tensors."""
+    if isinstance(module, nn.Linear):
+        return module
+    k, n = module.weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().T, requires_grad=False)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def weight_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """A checkpoint's `weight` of such a module as [N, K]."""
+    return tensor if isinstance(module, nn.Linear) else tensor.T
+
+
+# ---- Finding and replacing -------------------------------------------------------------------------------------------
+
+
+def _outside_language_model(model: nn.Module) -> tuple[str, ...]:
+    """Of a model that combines several (vision or audio and language), the parts beside the language model: prefixes of
+    names. They stay in floating point unless they are asked for."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
+        return ()
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return ()
+    inside = [name for name, m in model.named_modules() if name and getattr(m, "config", None) is text]
+    if not inside:
+        return ()
+    parts = []
+    for name, module in model.named_modules():
+        own = getattr(module, "config", None)
+        if name and own is not None and own is not text and own is not config:
+            parts.append(name + ".")
+    return tuple(p for p in parts if not any(name.startswith(p) for name in inside))
+
+
+def linear_layers(
+    model: nn.Module, include: Sequence[str] | None = None, skip: Sequence[str] = (), lm_head: str | None = None
+) -> dict[str, nn.Module]:
+    """The layers that `quantize_model` would replace, by name, in the model's order.
+
+    These are the modules that are linear (`is_linear`), less the LM head, layers whose weight is an embedding's, and,
+    unless a pattern of `include` names them, the vision and audio parts of models that have such beside a language
+    model.
+
+    Args:
+        model: any module; transformers models say what their LM head is, elsewhere it is a layer named "lm_head".
+        include: patterns as in `fnmatch`; if given, only layers that match one.
+        skip: patterns; layers that match one are left alone.
+        lm_head: its name, to have it among them.
+    """
+    kept = _embedding_weights(model)
+    beside = _outside_language_model(model) if include is None else ()
+    layers = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not is_linear(module) or name.startswith(beside):
+            continue
+        if name != lm_head and (id(module.weight) in kept or name.rpartition(".")[2] == "lm_head"):
+            continue
+        if include is not None and not any(fnmatch.fnmatchcase(name, p) for p in include):
+            continue
+        if not any(fnmatch.fnmatchcase(name, p) for p in skip):
+            layers[name] = module
+    return layers
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of a list of layers, for a message."""
+    listed = list(names)
+    if not listed:
+        return "none (only linear layers other than the LM head count)"
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer: patching it leaves `model` as it is."""
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    memo |= {id(m): m for m in model.modules() if isinstance(m, Linear)}
+    return copy.deepcopy(model, memo)
+
+
+def record_plan(model: nn.Module, plan: Plan) -> Plan:
+    """The plan of a quantized model: its layers by name, as they are."""
+    layers: dict[str, LayerConfig | None] = dict.fromkeys(linear_layers(model))
+    for name, module in model.named_modules(remove_duplicate=False):
+        config = getattr(module, "config", None)
+        if isinstance(config, LayerConfig) and getattr(module, "is_flexq_layer", False):
+            layers[name] = config
+    return Plan(plan.defaults, layers, dict(plan.produced_by))
+
+
+def linear_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the linear weights (LM head excluded) as stored on disk and as resident in memory."""
+    stored = resident = 0
+    for module in model.modules():
+        if hasattr(module, "weight_bytes"):
+            stored += module.stored_bytes
+            resident += module.weight_bytes
+    for linear in {id(m): m for m in linear_layers(model).values()}.values():
+        size = linear.weight.numel() * linear.weight.element_size()
+        stored += size
+        resident += size
+    return stored, resident

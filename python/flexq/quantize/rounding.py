@@ -1,0 +1,238 @@
+"""Compensated rounding of weights to 6-bit codes, given how the layer's inputs correlate.
+
+Each code is rounded in turn and its error made up for in those still to come, as in GPTQ (arXiv 2210.17323), columns by
+falling Hessian diagonal, against scales that are fixed beforehand for least error in the Hessian's metric; then every
+code is revisited with all others fixed (coordinate descent). All of it in the rotated basis, in which the weight is
+stored.
+"""
+
+import functools
+
+import torch
+
+from flexq import ops
+from flexq.plan import LayerConfig
+
+_MIN_CODE, _MAX_CODE = -32, 31
+# Shares of absmax / 31 that are tried as a scale.
+_RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
+_BLOCK = 128  # columns after which the columns to come are brought up to date at once
+_KEPT_GRAPHS = 16
+
+
+class Hessian:
+    """Sum of w x x^T over a layer's inputs x [..., K] with weights w [...], float32 [K, K]."""
+
+    def __init__(self, k: int, device: torch.device):
+        self.sum = torch.zeros(k, k, device=device)
+        self.count = 0.0
+
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Inputs, each with a weight of 1 or the one given; ValueError if x holds a NaN or Inf."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not torch.isfinite(rows).all():
+            raise ValueError("the calibration text gives inputs that are not finite")
+        if weights is None:
+            self.sum.addmm_(rows.T, rows)
+            self.count += len(rows)
+        else:
+            self.sum.addmm_((rows * weights.reshape(-1, 1)).T, rows)
+            self.count += weights.sum().item()
+
+    def mean(self, rotation: str) -> torch.Tensor:
+        """[Kp, Kp], Kp = K padded to whole groups, in the basis of the rotation; the identity if nothing was seen."""
+        if self.count == 0:
+            return torch.eye(_padded(len(self.sum)), device=self.sum.device)
+        mean = _pad(_pad(self.sum / self.count).T)
+        return rotate(rotate(mean, rotation).T, rotation)
+
+
+def _padded(k: int) -> int:
+    return ops.num_groups(k) * ops.GROUP_SIZE
+
+
+def _pad(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, _padded(x.shape[1]) - x.shape[1]))
+
+
+@functools.lru_cache(maxsize=4)
+def _hadamard(device: torch.device) -> torch.Tensor:
+    """The rotation of docs/numerics.md as a matrix."""
+    h = torch.ones(1, 1, device=device)
+    while len(h) < ops.GROUP_SIZE:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / ops.GROUP_SIZE**0.5
+
+
+def rotate(x: torch.Tensor, rotation: str) -> torch.Tensor:
+    """Rows [R, Kp] of whole groups in the basis of the rotation."""
+    if rotation == "none":
+        return x
+    return (x.view(len(x), x.shape[1] // ops.GROUP_SIZE, ops.GROUP_SIZE) @ _hadamard(x.device)).reshape(x.shape)
+
+
+def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, scheme: str) -> torch.Tensor:
+    """fp16 [N, G] or [N, 1], stored values: of `_RATIOS` the one of least squared error weighted by `importance` [Kp].
+
+    A scale that would vanish in float16 is 0, and so are its codes.
+
+    Raises:
+        ValueError: a scale that float16 cannot hold.
+    """
+    width = ops.GROUP_SIZE if scheme == "group" else weight.shape[1]
+    groups = weight.view(len(weight), weight.shape[1] // width, width)
+    importance = importance.view(-1, width)
+    largest = groups.abs().amax(-1)
+    best_error = torch.full_like(largest, torch.inf)
+    best = torch.zeros_like(largest)
+    for ratio in _RATIOS:
+        scale = (largest * (ratio / _MAX_CODE)).half().float()
+        codes = (groups / scale.where(scale > 0, 1.0).unsqueeze(-1)).round_().clamp_(_MIN_CODE, _MAX_CODE)
+        error = ((groups - codes * scale.unsqueeze(-1)).square_() * importance).sum(-1)
+        better = error < best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
+    if not torch.isfinite(best).all():
+        raise ValueError(
+            f"a scale leaves float16's range: the largest weight is {weight.abs().max():.3g} after the rotation, at "
+            f"most {_MAX_CODE * torch.finfo(torch.float16).max:.3g} can be held"
+        )
+    return best.half()
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse; damped more, if need be, until there is one."""
+    diagonal = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    eye = torch.eye(len(hessian), device=hessian.device, dtype=torch.float64)
+    for _ in range(6):
+        damped = hessian.double() + damping * diagonal.double() * eye
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return upper.float()
+        damping *= 10
+    raise ValueError("the inputs' correlations cannot be inverted, however damped")
+
+
+def compensated_round(
+    weight: torch.Tensor, hessian: Hessian, config: LayerConfig, damping: float = 0.01, passes: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight [N, K] to canonical planes uint8 [N, G, 6, 16] and scales float16.
+
+    Args:
+        weight: floating point, on any device.
+        hessian: of the layer's inputs, on the same device.
+        config: scheme and rotation.
+        damping: share of the mean diagonal that is added to the diagonal; rank-deficient inputs get more if need be.
+        passes: of coordinate descent after the first rounding.
+
+    Raises:
+        ValueError: weights that are not finite or that float16 scales cannot hold.
+    """
+    w = weight.detach().float()
+    if not torch.isfinite(w).all():
+        raise ValueError("weights must be finite")
+    w = rotate(_pad(w), config.rotation)
+    h = hessian.mean(config.rotation)
+    importance = h.diagonal().clamp(min=0)
+    scales = _choose_scales(w, importance + damping * importance.mean(), config.scheme)
+    width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
+    # Columns in the order of their rounding, each with its scale; transposed, so that a column is a stretch of memory.
+    order = torch.argsort(importance, descending=True, stable=True)
+    step = scales.float().repeat_interleave(width, 1).T[order].contiguous()
+    target = w.T[order].contiguous()
+    h = h[order][:, order].contiguous()
+    codes = _round_in_turn(target, step, _inverse_factor(h, damping))
+    for _ in range(passes):
+        _descend(target, step, h, codes)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    planes = ops.pack_codes(codes[back].T.to(torch.int8).cpu())
+    return planes.to(weight.device), scales
+
+
+def _captured(function):
+    """A function of tensors whose many small kernels are captured as one CUDA graph for each set of shapes."""
+    graphs: dict[tuple, tuple] = {}
+
+    @functools.wraps(function)
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not tensors[0].is_cuda:
+            return function(*tensors)
+        key = tuple((t.shape, t.device) for t in tensors)
+        if key not in graphs:
+            while len(graphs) >= _KEPT_GRAPHS:
+                graphs.pop(next(iter(graphs)))
+            inputs = [t.clone() for t in tensors]
+            function(*inputs)  # whatever is set up at a first call
+            torch.cuda.synchronize(tensors[0].device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(tensors[0].device), torch.cuda.graph(graph):
+                outputs = function(*inputs)
+            graphs[key] = graph, inputs, outputs
+        graph, inputs, outputs = graphs[key]
+        for mine, given in zip(inputs, tensors, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return tuple(output.clone() for output in outputs)
+
+    return call
+
+
+def _nearest(values: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    return (values / divisor).round_().clamp_(_MIN_CODE, _MAX_CODE)
+
+
+def _divisor(step: torch.Tensor) -> torch.Tensor:
+    """The scale that values are divided by: where it is 0, all codes are."""
+    return step.where(step > 0, torch.inf)
+
+
+@_captured
+def _round_block(block: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [B, N] of a block's columns, and each one's error in units of what makes up for it."""
+    left, divisor = block.clone(), _divisor(step)
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
+    for i in range(len(left)):
+        codes[i] = _nearest(left[i], divisor[i])
+        errors[i] = (left[i] - codes[i] * step[i]) / factor[i, i]
+        left[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
+
+
+def _round_in_turn(target: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Codes as floats [Kp, N]; `factor` is the upper Cholesky factor of the inverse Hessian."""
+    left = target.clone()
+    codes = torch.empty_like(left)
+    for begin in range(0, len(left), _BLOCK):
+        end = min(begin + _BLOCK, len(left))
+        codes[begin:end], errors = _round_block(left[begin:end], step[begin:end], factor[begin:end, begin:end])
+        left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes
+
+
+@_captured
+def _descend_block(
+    codes: torch.Tensor, step: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Better codes [B, N] of a block's columns, and by how much the error changes."""
+    codes, gradient, divisor = codes.clone(), gradient.clone(), _divisor(step)
+    changes = torch.empty_like(codes)
+    for i in range(len(codes)):
+        curvature = hessian[i, i]
+        best = _nearest(codes[i] * step[i] + gradient[i] / curvature, divisor[i])
+        best = best.where(curvature > 0, codes[i])
+        changes[i] = (codes[i] - best) * step[i]
+        codes[i] = best
+        gradient[i:].addr_(hessian[i:, i], changes[i])
+    return codes, changes
+
+
+def _descend(target: torch.Tensor, step: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
+    """Each column in turn to its best codes while the others stay: one pass, in place."""
+    error = target - codes * step
+    for begin in range(0, len(target), _BLOCK):
+        block = slice(begin, min(begin + _BLOCK, len(target)))
+        gradient = hessian[block] @ error
+        codes[block], changes = _descend_block(codes[block], step[block], gradient, hessian[block, block])
+        error[block] += changes

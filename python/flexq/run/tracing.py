@@ -1,0 +1,87 @@
+"""Watching a forward pass: which modules are called with what, and what comes out."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq.quantize.inputs import run
+from flexq.quantize.layers import input_embeddings
+
+_TOKENS = 7
+
+
+@dataclass
+class Call:
+    """One module's call. Tensors stay alive, so that two are the same only if they are."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    output: Any = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def x(self) -> torch.Tensor | None:
+        if self.inputs and isinstance(self.inputs[0], torch.Tensor):
+            return self.inputs[0]
+        x = self.kwargs.get("hidden_states", self.kwargs.get("x"))
+        return x if isinstance(x, torch.Tensor) else None
+
+    @property
+    def y(self) -> torch.Tensor | None:
+        output = self.output[0] if isinstance(self.output, tuple) and self.output else self.output
+        return output if isinstance(output, torch.Tensor) else None
+
+
+def probe_ids(model: nn.Module) -> torch.Tensor:
+    """A few token ids [1, 7]. ValueError for a model without token embeddings."""
+    weight = getattr(input_embeddings(model), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise ValueError("the model has no token embeddings")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, weight.shape[0], (1, _TOKENS), generator=generator)
+
+
+def result(model: nn.Module) -> torch.Tensor:
+    """The model's logits, or hidden states, for the probe, in float32."""
+    with torch.inference_mode():
+        return run(model, probe_ids(model)).float()
+
+
+def watch(model: nn.Module) -> list[Call]:
+    """Every module's call in a forward pass, in the order in which they began."""
+    calls: list[Call] = []
+    open_calls: dict[int, list[Call]] = defaultdict(list)
+    handles = []
+
+    def before(name: str):
+        def hook(module, args, kwargs):
+            call = Call(name, module, args, kwargs=kwargs)
+            calls.append(call)
+            open_calls[id(module)].append(call)
+
+        return hook
+
+    def after(module, args, kwargs, output):
+        open_calls[id(module)].pop().output = output
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        result(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def once(calls: list[Call]) -> dict[str, Call]:
+    """The calls of modules that were called exactly once, by name."""
+    count: dict[str, int] = defaultdict(int)
+    for call in calls:
+        count[call.name] += 1
+    return {call.name: call for call in calls if count[call.name] == 1}
