@@ -2,6 +2,6 @@
 
 import sys
 
-from flexq.cli.main import main
+from flexq.cli import main
 
 sys.exit(main())

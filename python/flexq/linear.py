@@ -66,7 +66,12 @@ class Linear(nn.Module):
 
     @classmethod
     def from_canonical(
-        cls, planes: torch.Tensor, scales: torch.Tensor, like: nn.Module, config: LayerConfig | None = None
+        cls,
+        planes: torch.Tensor,
+        scales: torch.Tensor,
+        like: nn.Module,
+        config: LayerConfig | None = None,
+        prepack: bool = True,
     ) -> "Linear":
         """A layer around planes and scales, with the features, bias, dtype and training flag of `like`."""
         n, k = like.out_features, like.in_features
@@ -74,7 +79,8 @@ class Linear(nn.Module):
         layer._register_canonical(planes, scales)
         if like.bias is not None:
             layer.bias = nn.Parameter(like.bias.detach(), requires_grad=False)
-        layer.prepack()
+        if prepack:
+            layer.prepack()
         return layer.train(like.training)
 
     def _empty_canonical(self, device) -> tuple[torch.Tensor, torch.Tensor]:

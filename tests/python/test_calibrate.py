@@ -190,7 +190,7 @@ def test_inputs_that_are_not_finite_name_their_layer():
 def test_needs_text_and_blocks():
     with pytest.raises(ValueError, match="at least one window"):
         flexq.calibrate_model(model_of("llama"), [])
-    with pytest.raises(ValueError, match="no stack of blocks"):
+    with pytest.raises(ValueError, match="takes no input_ids"):
         flexq.calibrate_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), windows())
     with pytest.raises(ValueError, match="matches no linear layer"):
         flexq.calibrate_model(model_of("llama"), windows(), Plan(layers={"nowhere": None}))

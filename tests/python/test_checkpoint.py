@@ -73,7 +73,7 @@ def test_disk_to_disk_equals_in_memory(tiny_llama, tiny_folder, tmp_path, shard_
 
 
 def test_disk_to_disk_never_holds_the_model(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the whole model was loaded"))
+    monkeypatch.setattr("flexq.checkpoint.convert.load_model", lambda *_: pytest.fail("the whole model was loaded"))
     flexq.quantize_checkpoint(tiny_folder, tmp_path / "out")
 
 

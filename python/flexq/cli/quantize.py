@@ -164,7 +164,7 @@ def _calibrated(args: argparse.Namespace, source, output: Path, plan, reference)
     from flexq.checkpoint.convert import Conversion
     from flexq.checkpoint.source import load_tokenizer
     from flexq.checkpoint.write import write_model
-    from flexq.evaluate.text import read_text, windows_of
+    from flexq.evaluate.text import Limits, read_text, windows_of
     from flexq.quantize.calibrate import calibrate_model
     from flexq.quantize.layers import shared_copy
     from flexq.quantize.report import coverage
@@ -182,7 +182,7 @@ def _calibrated(args: argparse.Namespace, source, output: Path, plan, reference)
 
     model = calibrated(plan, args.resume)
     if args.budget is not None or args.target_kl is not None or args.target_ppl is not None:
-        length = min(_PROBE_LENGTH, windows[0].shape[1])
+        length = min(_PROBE_LENGTH, Limits.of(reference).positions or _PROBE_LENGTH)
         probes = windows_of(tokenizer, text, length, model=reference)[-_PROBE_WINDOWS:]
         _choose_plan(args, model, reference, probes, lambda: calibrated(_in_scheme(plan, "group")))
     model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})

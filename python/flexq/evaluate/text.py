@@ -91,8 +91,6 @@ def windows_of(
     prefix = torch.tensor(prefix_of(tokenizer), dtype=torch.long)
     if length < 2 + len(prefix):
         raise ValueError(f"window length must be {2 + len(prefix)} or more, got {length}")
-    if limits.positions is not None and length > limits.positions:
-        raise ValueError(f"windows of {length} tokens are longer than the model's {limits.positions} positions")
     if count is not None and count < 1:
         raise ValueError(f"the number of windows must be 1 or more, got {count}")
     ids = _ids_of(tokenizer, text, special=False)
@@ -105,6 +103,8 @@ def windows_of(
     available = len(ids) // step
     if available == 0:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
+    if limits.positions is not None and length > limits.positions:
+        raise ValueError(f"windows of {length} tokens are longer than the model's {limits.positions} positions")
     windows = [torch.cat([prefix, ids[i * step : (i + 1) * step]]).unsqueeze(0) for i in range(available)]
     return windows if count is None else spread(windows, count)
 

@@ -20,7 +20,7 @@ from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, Plan
-from flexq.quantize.layers import as_linear, lm_head_name, output_embeddings, replace_module, weight_of
+from flexq.quantize.layers import as_linear, lm_head_name, replace_module, weight_of
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
 
 
@@ -139,16 +139,12 @@ class FlexQHfQuantizer(HfQuantizer):
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
         self.vanished += ops.count_vanished(weight, scales)
-        replace_module(model, name, Linear.from_canonical(planes, scales, as_linear(module), config))
+        # Not prepacked yet: the loader makes non-persistent buffers anew.
+        replace_module(model, name, Linear.from_canonical(planes, scales, as_linear(module), config, prepack=False))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for module in model.modules():
-            if isinstance(module, Linear):
-                try:
-                    module.prepack()
-                except ValueError as error:
-                    raise CheckpointError(str(error)) from None
         if self.pre_quantized:
+            _prepack(model)
             model.flexq_plan = self.quantization_config.plan
             return model
         head = lm_head_name(model)
@@ -157,8 +153,7 @@ class FlexQHfQuantizer(HfQuantizer):
         missing = [name for name in self.layers if not isinstance(model.get_submodule(name), Linear)]
         if missing:
             raise ValueError(f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more)")
-        if isinstance(output_embeddings(model), Linear):
-            model.get_output_embeddings().prepack()
+        _prepack(model)
         return finish_quantized(
             model, self.quantization_config.plan, **({"vanished_scales": self.vanished} if self.vanished else {})
         )
@@ -176,6 +171,15 @@ class FlexQHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _prepack(model) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            try:
+                module.prepack()
+            except ValueError as error:
+                raise CheckpointError(f"layer {name}: {error}") from None
 
 
 def _attach(model, plan: Plan) -> None:

@@ -21,16 +21,19 @@ def arguments(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
             f"{type(model).__name__} takes {main}, not text; calibration, sensitivity and evaluation need a model that "
             "reads token ids (quantize it without --calibrate)"
         )
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if "input_ids" not in accepted and not takes_any:
+        raise ValueError(f"{type(model).__name__} takes no input_ids: it is no model of transformers that reads text")
     embeddings = input_embeddings(model)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     if embeddings is not None and isinstance(getattr(embeddings, "weight", None), torch.Tensor):
         device = embeddings.weight.device
     ids = ids.to(device)
     keywords: dict[str, Any] = {"input_ids": ids}
-    accepted = inspect.signature(model.forward).parameters
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         keywords["decoder_input_ids"] = ids
-    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+    if "use_cache" in accepted or takes_any:
         keywords["use_cache"] = False
     return keywords
 

@@ -87,7 +87,6 @@ def coverage(model: nn.Module, to_quantize: Iterable[str] = ()) -> Coverage:
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             result.quantized += module.in_features * module.out_features
-            continue
         for key, tensor in module.named_parameters(recurse=False):
             if id(tensor) in seen:
                 continue

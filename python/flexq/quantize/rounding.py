@@ -83,6 +83,11 @@ def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, scheme: str) 
     groups = weight.view(len(weight), weight.shape[1] // width, width)
     importance = importance.view(-1, width)
     largest = groups.abs().amax(-1)
+    most = torch.finfo(torch.float16).max * _MAX_CODE / _RATIOS[-1]
+    if not (largest < most).all():
+        raise ValueError(
+            f"float16 scales cannot hold a weight of {largest.max():.3g} (after the rotation, if any); at most {most:.3g}"
+        )
     best_error = torch.full_like(largest, torch.inf)
     best = torch.zeros_like(largest)
     for ratio in _RATIOS:
@@ -91,11 +96,6 @@ def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, scheme: str) 
         error = ((groups - codes * scale.unsqueeze(-1)).square_() * importance).sum(-1)
         better = error < best_error
         best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
-    if not torch.isfinite(best).all():
-        raise ValueError(
-            f"a scale leaves float16's range: the largest weight is {weight.abs().max():.3g} after the rotation, at "
-            f"most {_MAX_CODE * torch.finfo(torch.float16).max:.3g} can be held"
-        )
     return best.half()
 
 
