@@ -39,7 +39,7 @@ flexq_status flexq_thread_pool_create(int32_t num_threads, flexq_thread_pool** p
   });
 }
 
-void flexq_thread_pool_destroy(flexq_thread_pool* pool) { delete pool; }
+void flexq_thread_pool_destroy(flexq_thread_pool* pool) { flexq_thread_pool::destroy(pool); }
 
 const flexq_executor* flexq_thread_pool_executor(const flexq_thread_pool* pool) {
   return pool == nullptr ? nullptr : pool->executor();

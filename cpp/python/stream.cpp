@@ -1,12 +1,19 @@
 // Devices, threads and streams.
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <unistd.h>
 
 #include <atomic>
 
 #include "conversions.h"
 
 namespace flexq::python {
+namespace {
+
+// A forked child inherits the state of OpenMP's threads without the threads, and would wait for them forever.
+const pid_t process_with_threads = getpid();
+
+}  // namespace
 
 Executor::Executor(int32_t num_threads, uintptr_t gomp_parallel)
     : gomp_parallel_(reinterpret_cast<GompParallel>(gomp_parallel)) {
@@ -33,6 +40,7 @@ void Executor::parallel_for(void* context, int64_t count, flexq_task task, void*
     auto& t = *static_cast<Team*>(data);
     for (int64_t i = t.next.fetch_add(1); i < t.count; i = t.next.fetch_add(1)) t.task(t.arg, i);
   };
+  if (getpid() != process_with_threads) return member(&team);
   self->gomp_parallel_(member, &team, static_cast<unsigned>(self->own_.num_threads), 0);
 }
 

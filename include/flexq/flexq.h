@@ -141,7 +141,8 @@ FLEXQ_API flexq_status flexq_device_isa(flexq_device device, int32_t device_inde
 /* ---- Threads (CPU) ------------------------------------------------------------------------------------------ */
 
 /* A pool that implements flexq_executor, for callers without threads of their own. One caller uses the workers at a
- * time; others that come meanwhile run their tasks themselves. */
+ * time; others that come meanwhile run their tasks themselves. After fork() the child has none of the workers: there
+ * the pool's work runs on the calling thread, and destroying it only frees memory. */
 typedef struct flexq_thread_pool flexq_thread_pool;
 
 /* num_threads counts the calling thread: 1..1024. Destroy it only when no call uses it. */
