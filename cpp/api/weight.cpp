@@ -36,14 +36,16 @@ flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* planes_byt
 }
 
 flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
-                                   flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales) {
+                                   flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
+                                   int64_t* flushed) {
   return guarded([&] {
     check_cpu_stream(stream, "flexq_quantize_weight");
     check_weight_desc(desc);
     check_dtype(dtype, "dtype");
     check_matrix(w, "w", desc->n, desc->k, ldw, "ldw", dtype_size(dtype));
     check_canonical(*desc, planes, scales);
-    quantize_weight(stream->executor, *desc, w, dtype, ldw, planes, scales);
+    const int64_t count = quantize_weight(stream->executor, *desc, w, dtype, ldw, planes, scales);
+    if (flushed != nullptr) *flushed = count;
   });
 }
 

@@ -56,7 +56,7 @@ typedef enum flexq_status {
   FLEXQ_OK = 0,
   FLEXQ_INVALID_ARGUMENT = 1, /* a null, negative, misaligned, too small or unknown argument */
   FLEXQ_UNSUPPORTED = 2,      /* well formed, but not something this version does (weight_bits 4, ...) */
-  FLEXQ_BAD_VALUE = 3,        /* data that cannot be quantized: NaN, Inf, a scale outside fp16's range */
+  FLEXQ_BAD_VALUE = 3,        /* data that cannot be quantized: NaN, Inf, a scale beyond fp16's range */
   FLEXQ_UNAVAILABLE = 4,      /* the device or backend is missing from this build or machine */
   FLEXQ_OUT_OF_MEMORY = 5,    /* only from functions that create objects */
   FLEXQ_DEVICE_ERROR = 6,     /* the device's driver reported an error */
@@ -159,11 +159,13 @@ FLEXQ_API flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* 
 
 /* Round to nearest, after the rotation: per row and group (or row) s = fp16(share * absmax / 31), with the one of seven
  * shares from 1 down to 0.85 that gives the least squared error, and code = clamp(rint(w / s), -32, 31). All-zero
- * groups get scale 0. FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16 or vanishes in it. For CPU
- * streams.
- *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written. */
+ * groups get scale 0 and codes 0, and so do those whose absmax / 31 vanishes in fp16 (absmax up to 9.2e-7).
+ * FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16. For CPU streams.
+ *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written.  flushed: gets the number of scales that
+ * vanished, or is NULL. */
 FLEXQ_API flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
-                                             flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales);
+                                             flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
+                                             int64_t* flushed);
 
 /* w = code * scale with the rotation undone, rounded to `dtype`: [n][k], rows ldw apart. CPU streams. */
 FLEXQ_API flexq_status flexq_dequantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc,

@@ -43,7 +43,7 @@ int main(void) {
   CHECK(planes_bytes == N * 2 * 96 && scales_bytes == N * 2 * 2);
   planes = (uint8_t*)malloc(planes_bytes);
   scales = (uint16_t*)malloc(scales_bytes);
-  CHECK(flexq_quantize_weight(&cpu, &desc, w, FLEXQ_F32, K, planes, scales) == FLEXQ_OK);
+  CHECK(flexq_quantize_weight(&cpu, &desc, w, FLEXQ_F32, K, planes, scales, NULL) == FLEXQ_OK);
   CHECK(flexq_dequantize_weight(&cpu, &desc, planes, scales, back, FLEXQ_F32, K) == FLEXQ_OK);
 
   CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_OK);

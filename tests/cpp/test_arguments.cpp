@@ -115,23 +115,36 @@ void test_quantize_refuses() {
     const struct {
       float value;
       const char* message;
-    } cases[] = {{std::nanf(""), "weight[2][130] is nan"},
-                 {INFINITY, "weight[2][130] is inf"},
-                 {1e9f, "which fp16 cannot hold"},
-                 {1e-9f, "which fp16 cannot hold"}};
+    } cases[] = {
+        {std::nanf(""), "weight[2][130] is nan"},
+        {INFINITY, "weight[2][130] is inf"},
+        {1e9f, scheme == FLEXQ_SCHEME_GROUP ? "row 2, group 1: weights up to 1e+09 (8.83883e+07 after the rotation) "
+                                              "need a scale of 2.85124e+06, which leaves fp16's range"
+                                            : "row 2: weights up to 1e+09 (8.83883e+07 after the rotation) need"},
+        {3e38f, "which leaves fp16's range; accepted is up to 2.03062e+06 after the rotation; rescale"}};
     for (const auto& c : cases) {
       std::vector<float> w(4 * 256, 0.0f);
       w[2 * 256 + 130] = c.value;
       flexq::Weight weight(desc);
       std::fill(weight.planes().begin(), weight.planes().end(), uint8_t{0x5a});
+      int64_t flushed = 77;
       CHECK(flexq_quantize_weight(&stream, &desc, w.data(), FLEXQ_F32, 256, weight.planes().data(),
-                                  weight.scales().data()) == FLEXQ_BAD_VALUE);
-      CHECK(std::strstr(flexq_last_error(), c.message) != nullptr);
+                                  weight.scales().data(), &flushed) == FLEXQ_BAD_VALUE);
+      CHECK(std::strstr(flexq_last_error(), c.message) != nullptr && flushed == 77);
       for (const uint8_t b : weight.planes()) CHECK(b == 0x5a);
       for (const uint16_t s : weight.scales()) CHECK(s == 0);
     }
   }
+  // Sums of the rotation overflow: the message has finite numbers all the same.
   const flexq::WeightDesc desc(1, 128);
+  for (const float sign : {1.0f, -1.0f}) {
+    std::vector<float> w(128, 3e38f);
+    for (size_t i = 64; i < 128; ++i) w[i] *= sign;
+    flexq::Weight weight(desc);
+    CHECK(flexq_quantize_weight(&stream, &desc, w.data(), FLEXQ_F32, 128, weight.planes().data(),
+                                weight.scales().data(), nullptr) == FLEXQ_BAD_VALUE);
+    CHECK(std::strstr(flexq_last_error(), "weights up to 3e+38 (3.39411e+39 after the rotation)") != nullptr);
+  }
   std::vector<int8_t> codes(128, 32);
   std::vector<uint8_t> planes(96);
   CHECK(flexq_pack_codes(&stream, &desc, codes.data(), 128, planes.data()) == FLEXQ_BAD_VALUE);
