@@ -182,7 +182,9 @@ FLEXQ_API flexq_status flexq_unpack_codes(const flexq_stream* stream, const flex
 /* Bytes of the prepacked weight on `stream`'s device. */
 FLEXQ_API flexq_status flexq_prepack_size(const flexq_stream* stream, const flexq_weight_desc* desc, size_t* bytes);
 
-/* Canonical -> prepacked, and back without loss. `bytes` is the size of `prepacked`, at least flexq_prepack_size. */
+/* Canonical -> prepacked, and back without loss. `bytes` is the size of `prepacked`, at least flexq_prepack_size.
+ * On CPU streams flexq_prepack refuses scales that are NaN, Inf or negative as FLEXQ_BAD_VALUE; -0.0 counts as 0. On
+ * CUDA streams, where scales are device memory, it does not look at them. */
 FLEXQ_API flexq_status flexq_prepack(const flexq_stream* stream, const flexq_weight_desc* desc, const uint8_t* planes,
                                      const uint16_t* scales, void* prepacked, size_t bytes);
 FLEXQ_API flexq_status flexq_unprepack(const flexq_stream* stream, const flexq_weight_desc* desc, const void* prepacked,

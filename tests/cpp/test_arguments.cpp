@@ -150,6 +150,42 @@ void test_quantize_refuses() {
   CHECK(flexq_pack_codes(&stream, &desc, codes.data(), 128, planes.data()) == FLEXQ_BAD_VALUE);
 }
 
+void test_prepack_refuses() {
+  const flexq::Stream stream = flexq::Stream::cpu();
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    const flexq::WeightDesc desc(20, 256, scheme);
+    const std::vector<float> w(20 * 256, 0.5f);
+    flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data());
+    size_t bytes = 0;
+    flexq::check(flexq_prepack_size(&stream, &desc, &bytes));
+    const flexq::Buffer packed(bytes);
+    const auto prepack = [&] {
+      return flexq_prepack(&stream, &desc, weight.planes().data(), weight.scales().data(), packed.data(), bytes);
+    };
+    const bool grouped = scheme == FLEXQ_SCHEME_GROUP;
+    uint16_t& scale = weight.scales()[grouped ? 17 * 2 + 1 : 17];
+    const uint16_t good = scale;
+    const struct {
+      uint16_t bits;
+      const char* value;
+    } cases[] = {{0x7e00, "nan"}, {0x7c00, "inf"}, {0xfc00, "-inf"}, {0x8001, "-5.96046e-08"}, {0xbc00, "-1"}};
+    for (const auto& c : cases) {
+      scale = c.bits;
+      std::memset(packed.data(), 0x5a, bytes);
+      CHECK(prepack() == FLEXQ_BAD_VALUE);
+      const std::string message =
+          std::string(grouped ? "the scale of row 17, group 1 is " : "the scale of row 17 is ") + c.value +
+          "; scales must be finite and 0 or more";
+      CHECK(message == flexq_last_error());
+      CHECK(std::all_of(packed.data(), packed.data() + bytes, [](uint8_t b) { return b == 0x5a; }));
+    }
+    for (const uint16_t fine : {uint16_t{0x8000}, uint16_t{0}, uint16_t{0x7bff}, good}) {
+      scale = fine;
+      CHECK(prepack() == FLEXQ_OK);
+    }
+  }
+}
+
 void test_mismatch() {
   Setup s;
   flexq_activation_desc act{2, 128, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128};
@@ -172,6 +208,7 @@ int main() {
   test_linear();
   test_cuda_request();
   test_quantize_refuses();
+  test_prepack_refuses();
   test_mismatch();
   return 0;
 }

@@ -209,6 +209,14 @@ def test_prepack_refuses_other_shapes():
         flexq.prepack(planes, scales, 256, "channel", "none")
 
 
+@pytest.mark.parametrize(("value", "text"), [(float("nan"), "nan"), (float("inf"), "inf"), (-0.5, "-0.5")])
+def test_prepack_refuses_scales_that_are_none(value, text):
+    planes, scales, _ = packed_weight(4, 256, "group", "none")
+    scales[2, 1] = value
+    with pytest.raises(ValueError, match=f"the scale of row 2, group 1 is {text}; scales must be finite and 0 or more"):
+        flexq.prepack(planes, scales, 256, "group", "none")
+
+
 def test_operators_trace():
     """Fake kernels agree with the real ones, as `torch.library.opcheck` sees it."""
     planes, scales, packed = packed_weight(20, 300, "group", "hadamard128")
