@@ -18,16 +18,16 @@ extern "C" {
 
 flexq_status flexq_device_available(flexq_device device, int32_t device_index) {
   return guarded([&] {
-    const flexq_stream stream{device, device_index, nullptr, nullptr, nullptr};
-    flexq::api::backend_of(&stream);
+    const flexq_stream stream{sizeof(flexq_stream), device, device_index, nullptr, nullptr, nullptr};
+    flexq::api::target_of(&stream);
   });
 }
 
 flexq_status flexq_device_isa(flexq_device device, int32_t device_index, const char** isa) {
   return guarded([&] {
     flexq::api::check_result(isa, "isa");
-    const flexq_stream stream{device, device_index, nullptr, nullptr, nullptr};
-    *isa = flexq::api::backend_of(&stream).isa(device_index);
+    const flexq_stream stream{sizeof(flexq_stream), device, device_index, nullptr, nullptr, nullptr};
+    *isa = flexq::api::target_of(&stream).backend.isa(device_index);
   });
 }
 

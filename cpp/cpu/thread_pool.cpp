@@ -5,6 +5,7 @@
 #include <new>
 
 flexq_thread_pool::flexq_thread_pool(int32_t num_threads) : process_(getpid()) {
+  executor_.struct_size = sizeof executor_;
   executor_.context = this;
   executor_.num_threads = num_threads;
   executor_.parallel_for = [](void* context, int64_t count, flexq_task task, void* arg) {

@@ -30,7 +30,7 @@ struct flexq_thread_pool {
   void worker();
   void stop();
 
-  flexq_executor executor_;
+  flexq_executor executor_{};
   pid_t process_;      // that has the threads
   std::mutex caller_;  // held by the call that uses the workers
 

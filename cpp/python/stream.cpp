@@ -24,7 +24,7 @@ Executor::Executor(int32_t num_threads, uintptr_t gomp_parallel)
     executor_ = flexq_thread_pool_executor(pool);
     return;
   }
-  own_ = {this, num_threads, &Executor::parallel_for};
+  own_ = {sizeof own_, this, num_threads, 0, &Executor::parallel_for};
   executor_ = &own_;
 }
 
@@ -53,13 +53,15 @@ void bind_stream(nb::module_& m) {
           "cpu",
           [](std::shared_ptr<Executor> executor) {
             const flexq_executor* threads = executor ? executor->get() : nullptr;
-            return Stream{{FLEXQ_CPU, 0, nullptr, threads, nullptr}, std::move(executor)};
+            return Stream{{sizeof(flexq_stream), FLEXQ_CPU, 0, nullptr, threads, nullptr}, std::move(executor)};
           },
           nb::arg("executor").none())
       .def_static(
           "cuda",
           [](int32_t device_index, uintptr_t handle) {
-            return Stream{{FLEXQ_CUDA, device_index, reinterpret_cast<void*>(handle), nullptr, nullptr}, nullptr};
+            return Stream{
+                {sizeof(flexq_stream), FLEXQ_CUDA, device_index, reinterpret_cast<void*>(handle), nullptr, nullptr},
+                nullptr};
           },
           nb::arg("device_index"), nb::arg("handle"))
       .def(

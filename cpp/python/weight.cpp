@@ -9,7 +9,8 @@ void bind_weight(nb::module_& m) {
           "__init__",
           [](flexq_weight_desc* self, int64_t n, int64_t k, std::string_view scheme, std::string_view rotation,
              int32_t weight_bits) {
-            new (self) flexq_weight_desc{n, k, weight_bits, scheme_of(scheme), rotation_of(rotation)};
+            new (self) flexq_weight_desc{sizeof(flexq_weight_desc), n, k, weight_bits, scheme_of(scheme),
+                                         rotation_of(rotation),     0};
             size_t planes = 0, scales = 0;
             check(flexq_weight_size(self, &planes, &scales));
           },

@@ -50,7 +50,7 @@ struct Layer {
 // Codes and scales of a quantized activation.
 struct Activation {
   Activation(const flexq::Stream& stream, const Case& c, const float* x, int64_t ldx)
-      : desc{c.m, c.k, c.act_bits, c.scheme, c.rotation} {
+      : desc(c.m, c.k, c.act_bits, c.scheme, c.rotation) {
     size_t bytes = 0;
     flexq::check(flexq_activation_size(&stream, &desc, &bytes));
     quantized.reserve(bytes);
@@ -61,7 +61,7 @@ struct Activation {
     flexq::check(
         flexq_activation_export(&stream, &desc, quantized.data(), quantized.size(), codes.data(), scales.data()));
   }
-  flexq_activation_desc desc;
+  flexq::ActivationDesc desc;
   flexq::Buffer quantized;
   std::vector<int8_t> codes;
   std::vector<float> scales;
