@@ -1,10 +1,13 @@
 // The CUDA backend behind core/backend.h: devices, workspace and the order of launches.
 #include "core/backend.h"
 
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <deque>
 #include <limits>
 #include <mutex>
+#include <optional>
 
 #include "core/error.h"
 #include "cuda/dispatch.h"
@@ -113,11 +116,51 @@ const Device& device_of(const flexq_stream& stream) {
   return known.device;
 }
 
+// What the model of cost chose last for a shape, as it asks it of every candidate. A thread's own, so without a lock;
+// shapes whose hashes meet take turns.
+class Choices {
+ public:
+  struct Key {
+    int64_t n, k, m;
+    int32_t device, scheme, act_bits;
+    bool operator==(const Key&) const = default;
+  };
+
+  template <typename Choose>
+  const GemmPlan& get(const Key& key, const Choose& choose) {
+    Entry& entry = entries_[hash(key) % entries_.size()];
+    if (!entry.plan || entry.key != key) {
+      entry.plan = choose();
+      entry.key = key;
+    }
+    return *entry.plan;
+  }
+
+ private:
+  struct Entry {
+    Key key;
+    std::optional<GemmPlan> plan;
+  };
+  static size_t hash(const Key& key) {
+    uint64_t h = 0;
+    for (const int64_t part : {key.n, key.k, key.m, int64_t{key.device}, int64_t{key.scheme}, int64_t{key.act_bits}}) {
+      h = (h ^ static_cast<uint64_t>(part)) * 0x9e3779b97f4a7c15u;
+      h ^= h >> 29;
+    }
+    return static_cast<size_t>(h >> 32);
+  }
+  std::array<Entry, 256> entries_{};
+};
+
 cudaStream_t handle(const flexq_stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
 
 class CudaBackend final : public Backend {
  public:
   void check_available(int32_t device_index) const override {
+    constexpr int32_t kRemembered = 64;
+    static std::array<std::atomic<bool>, kRemembered> fine{};  // devices found to be so, as every call asks
+    const bool remembered = device_index >= 0 && device_index < kRemembered;
+    if (remembered && fine[static_cast<size_t>(device_index)].load(std::memory_order_relaxed)) return;
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess) {
@@ -132,6 +175,7 @@ class CudaBackend final : public Backend {
       fail(FLEXQ_UNAVAILABLE, "CUDA device ", device_index, " has compute capability ", major, ".",
            attribute(cudaDevAttrComputeCapabilityMinor, device_index), "; FlexQ needs 8.0 or later");
     }
+    if (remembered) fine[static_cast<size_t>(device_index)].store(true, std::memory_order_relaxed);
   }
 
   const char* isa(int32_t device_index) const override {
@@ -233,8 +277,12 @@ class CudaBackend final : public Backend {
   }
 
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
-    const Candidates candidates(device_of(stream), desc, act_bits, m);
-    const GemmPlan chosen = (stream.kernel == nullptr ? candidates.best() : candidates.named(stream.kernel)).plan;
+    const auto candidates = [&] { return Candidates(device_of(stream), desc, act_bits, m); };
+    thread_local Choices choices;
+    const GemmPlan chosen = stream.kernel != nullptr
+                                ? candidates().named(stream.kernel).plan
+                                : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
+                                              [&] { return candidates().best().plan; });
     if (chosen.family == GemmPlan::kMma) {
       const int64_t most = kMaxGridZ * mma_shape(chosen.config).tokens;
       if (m > most) fail(FLEXQ_UNSUPPORTED, "m must be at most ", most, " on this GPU, got ", m);
