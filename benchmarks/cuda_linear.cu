@@ -105,7 +105,7 @@ Times times_of(const flexq::Stream& stream, const char* kernel, const flexq::Wei
   const auto weight = [&](int i) { return weights[static_cast<size_t>(i) % weights.size()]; };
   flexq_stream with = stream;
   with.kernel = kernel;
-  const flexq_activation_desc act{m, desc.k, bits, desc.scheme, desc.rotation};
+  const flexq::ActivationDesc act(m, desc.k, bits, desc.scheme, desc.rotation);
   size_t linear_bytes = 0, gemm_bytes = 0, act_bytes = 0;
   flexq::check(flexq_linear_workspace_size(&with, &desc, bits, m, &linear_bytes));
   flexq::check(flexq_gemm_workspace_size(&with, &desc, bits, m, &gemm_bytes));
@@ -138,7 +138,7 @@ void bench_kernels(const flexq::Stream& stream, const flexq::WeightDesc& desc, i
                    const std::vector<uint8_t*>& weights, const uint16_t* x, uint16_t* y) {
   int32_t count = 0;
   flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, nullptr, 0, &count));
-  std::vector<flexq_kernel_info> infos(static_cast<size_t>(count));
+  std::vector<flexq_kernel_info> infos(static_cast<size_t>(count), FLEXQ_KERNEL_INFO_INIT);
   flexq::check(flexq_gemm_kernels(&stream, &desc, 8, m, infos.data(), count, &count));
   for (size_t i = 0; i < infos.size(); ++i) {
     if (infos[i].estimated_microseconds > 2 * infos[0].estimated_microseconds) break;
@@ -217,8 +217,8 @@ void bench_layer(const flexq::Stream& stream, int64_t hidden, int64_t intermedia
     for (auto* p : {sum, out}) {
       fill<<<64, 256, 0, handle>>>(reinterpret_cast<uint32_t*>(p), count(hidden) / 2, 0x80ff80ffu, 0x3f003f00u);
     }
-    const flexq_activation_desc narrow{m, hidden, 8, scheme, qkv.desc.rotation},
-        wide{m, intermediate, 8, scheme, down.desc.rotation};
+    const flexq::ActivationDesc narrow(m, hidden, 8, scheme, qkv.desc.rotation),
+        wide(m, intermediate, 8, scheme, down.desc.rotation);
     size_t act_bytes = 0, wide_bytes = 0, workspace_bytes = 0;
     flexq::check(flexq_activation_size(&stream, &narrow, &act_bytes));
     flexq::check(flexq_activation_size(&stream, &wide, &wide_bytes));
@@ -230,7 +230,7 @@ void bench_layer(const flexq::Stream& stream, int64_t hidden, int64_t intermedia
     }
     auto* quantized = allocate<uint8_t>(act_bytes);
     auto* workspace = allocate<uint8_t>(workspace_bytes);
-    const auto gemm = [&](const Weight& weight, size_t layer, const flexq_activation_desc& act, uint16_t* y) {
+    const auto gemm = [&](const Weight& weight, size_t layer, const flexq::ActivationDesc& act, uint16_t* y) {
       flexq::check(flexq_gemm(&stream, &weight.desc, weight.copies[layer], weight.bytes, &act, quantized, act_bytes,
                               nullptr, FLEXQ_F32, y, FLEXQ_BF16, weight.desc.n, workspace, workspace_bytes));
     };
@@ -286,7 +286,7 @@ void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme schem
     for (const int32_t bits : {8, 6}) {
       const Times times = times_of(stream, nullptr, desc, bits, m, bytes, weights, x, y, kRounds);
       size_t act_bytes = 0;
-      const flexq_activation_desc act{m, k, bits, scheme, desc.rotation};
+      const flexq::ActivationDesc act(m, k, bits, scheme, desc.rotation);
       flexq::check(flexq_activation_size(&stream, &act, &act_bytes));
       auto* quantized = allocate<uint8_t>(act_bytes);
       const double quantize = microseconds(handle, 20, [&](int) {

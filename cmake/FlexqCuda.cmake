@@ -1,8 +1,28 @@
-# Decides whether the CUDA backend is built: FLEXQ_HAS_CUDA.
+# Decides whether the CUDA backend is built, and for which GPUs: FLEXQ_HAS_CUDA, CMAKE_CUDA_ARCHITECTURES.
+include(${CMAKE_CURRENT_LIST_DIR}/FlexqGpus.cmake)
+
 set(FLEXQ_HAS_CUDA OFF)
 set(FLEXQ_CUDA_PC_LIBS "")
 if(FLEXQ_CUDA STREQUAL "OFF")
   return()
+endif()
+
+# Explicit architectures are those to build, wherever they come from.
+set(chosen "")
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  if(FLEXQ_CUDA STREQUAL "ON")
+    # Machine code for each generation that differs, and PTX for those to come.
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 90-virtual)
+  else()
+    flexq_gpus_here(CMAKE_CUDA_ARCHITECTURES)
+    if(NOT CMAKE_CUDA_ARCHITECTURES)
+      message(STATUS "FlexQ: no GPU of compute capability 8.0 or later here (nvidia-smi), building without CUDA; "
+        "FLEXQ_CUDA=ON builds it for all GPUs, CMAKE_CUDA_ARCHITECTURES for some")
+      unset(CMAKE_CUDA_ARCHITECTURES)
+      return()
+    endif()
+    set(chosen " (the GPUs here; FLEXQ_CUDA=ON builds for all)")
+  endif()
 endif()
 
 include(CheckLanguage)
@@ -11,7 +31,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   if(FLEXQ_CUDA STREQUAL "ON")
     message(FATAL_ERROR "FLEXQ_CUDA=ON, but no nvcc was found; set CUDACXX or CMAKE_CUDA_COMPILER")
   endif()
-  message(STATUS "FlexQ: no nvcc found, building without CUDA")
+  message(STATUS "FlexQ: no nvcc found, building without CUDA; CUDACXX or CMAKE_CUDA_COMPILER names one")
   return()
 endif()
 find_package(CUDAToolkit 12.0)
@@ -19,15 +39,11 @@ if(NOT CUDAToolkit_FOUND)
   if(FLEXQ_CUDA STREQUAL "ON")
     message(FATAL_ERROR "FLEXQ_CUDA=ON, but there is no CUDA toolkit of version 12.0 or later")
   endif()
-  message(STATUS "FlexQ: no CUDA toolkit of version 12.0 or later, building without CUDA")
+  message(STATUS "FlexQ: no CUDA toolkit of version 12.0 or later, building without CUDA; CUDAToolkit_ROOT names one")
   return()
 endif()
 
-# Machine code for each generation that differs, and PTX for those to come.
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90a-real 90-virtual)
-endif()
 enable_language(CUDA)
 set(FLEXQ_HAS_CUDA ON)
 set(FLEXQ_CUDA_PC_LIBS " -lcudart_static -ldl -lrt")
-message(STATUS "FlexQ: CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+message(STATUS "FlexQ: CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}${chosen}")

@@ -1,5 +1,6 @@
 #include "api/checks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -21,9 +22,9 @@ void check_shape(int64_t rows, const char* rows_name, int64_t k, flexq_scheme sc
   require(rows <= kMaxElements / padded_k(k), rows_name, " * k is too large: ", rows, " * ", k,
           " (at most 2^46 elements)");
   require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL,
-          "scheme must be 0 (group) or 1 (channel), got ", static_cast<int>(scheme));
+          "scheme must be 0 (group) or 1 (channel), got ", scheme);
   require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128,
-          "rotation must be 0 (none) or 1 (hadamard128), got ", static_cast<int>(rotation));
+          "rotation must be 0 (none) or 1 (hadamard128), got ", rotation);
   if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > kMaxChannelK) {
     fail(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32: k must be at most ", kMaxChannelK / kGroup * kGroup,
          ", got ", k, "; use scheme group");
@@ -34,57 +35,97 @@ void check_alignment(const void* p, const char* name, size_t alignment) {
   require(reinterpret_cast<uintptr_t>(p) % alignment == 0, name, " must be aligned to ", alignment, " bytes, got ", p);
 }
 
+// A caller's struct, as far as this version knows it.
+template <typename Struct>
+Struct read_struct(const Struct* given, const char* name) {
+  require(given != nullptr, name, " must not be null");
+  const size_t size = struct_size_of(given, name, sizeof(Struct));
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+  if (std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char b) { return b != 0; })) {
+    fail(FLEXQ_UNSUPPORTED, name, " was made for a later version: of its ", size, " bytes this one knows ",
+         sizeof(Struct), ", and the rest is not zero");
+  }
+  return *given;
+}
+
+void check_reserved(int32_t reserved, const char* name) {
+  if (reserved != 0) fail(FLEXQ_UNSUPPORTED, name, ".reserved must be 0 in this version, got ", reserved);
+}
+
 }  // namespace
 
-const Backend& backend_of(const flexq_stream* stream) {
-  require(stream != nullptr, "stream must not be null");
-  if (stream->device == FLEXQ_CPU) {
-    require(stream->handle == nullptr, "stream.handle must be null for the CPU");
-    if (const flexq_executor* executor = stream->executor) {
-      require(executor->num_threads >= 1, "executor.num_threads must be 1 or more, got ", executor->num_threads);
-      require(executor->parallel_for != nullptr, "executor.parallel_for must not be null");
+size_t struct_size_of(const void* given, const char* name, size_t known) {
+  constexpr size_t kMaxStructBytes = 4096;  // so that nothing far behind a struct without its size set is read
+  size_t size = 0;
+  std::memcpy(&size, given, sizeof size);
+  require(size >= known && size <= kMaxStructBytes, name, ".struct_size must be sizeof the struct, ", known,
+          " bytes in this version; its FLEXQ_..._INIT sets it; got ", size);
+  return size;
+}
+
+Target target_of(const flexq_stream* given) {
+  const flexq_stream stream = read_struct(given, "stream");
+  if (stream.device == FLEXQ_CPU) {
+    require(stream.handle == nullptr, "stream.handle must be null for the CPU");
+    if (stream.executor != nullptr) {
+      const flexq_executor executor = read_struct(stream.executor, "executor");
+      check_reserved(executor.reserved, "executor");
+      require(executor.num_threads >= 1, "executor.num_threads must be 1 or more, got ", executor.num_threads);
+      require(executor.parallel_for != nullptr, "executor.parallel_for must not be null");
     }
-    cpu_backend().check_available(stream->device_index);
+    cpu_backend().check_available(stream.device_index);
     const char* isa = cpu_backend().isa(0);
-    require(stream->kernel == nullptr || std::strcmp(stream->kernel, isa) == 0, "stream.kernel must be null or ", isa,
-            " on this CPU, got ", stream->kernel == nullptr ? "" : stream->kernel);
-    return cpu_backend();
+    require(stream.kernel == nullptr || std::strcmp(stream.kernel, isa) == 0, "stream.kernel must be null or ", isa,
+            " on this CPU, got ", stream.kernel == nullptr ? "" : stream.kernel);
+    return {stream, cpu_backend()};
   }
-  require(stream->device == FLEXQ_CUDA, "stream.device must be 0 (cpu) or 1 (cuda), got ",
-          static_cast<int>(stream->device));
-  require(stream->executor == nullptr, "stream.executor must be null for CUDA");
+  require(stream.device == FLEXQ_CUDA, "stream.device must be 0 (cpu) or 1 (cuda), got ", stream.device);
+  require(stream.executor == nullptr, "stream.executor must be null for CUDA");
   const Backend* cuda = cuda_backend();
   if (cuda == nullptr) fail(FLEXQ_UNAVAILABLE, "this build of libflexq has no CUDA; build it with FLEXQ_CUDA=ON");
-  cuda->check_available(stream->device_index);
-  return *cuda;
+  cuda->check_available(stream.device_index);
+  return {stream, *cuda};
 }
 
-void check_cpu_stream(const flexq_stream* stream, const char* function) {
-  backend_of(stream);
-  if (stream->device != FLEXQ_CPU) {
+flexq_stream cpu_stream_of(const flexq_stream* stream, const char* function) {
+  const Target target = target_of(stream);
+  if (target.stream.device != FLEXQ_CPU) {
     fail(FLEXQ_UNSUPPORTED, function, " works on host memory: stream.device must be 0 (cpu), got 1 (cuda)");
   }
+  return target.stream;
 }
 
-void check_weight_desc(const flexq_weight_desc* desc) {
-  require(desc != nullptr, "desc must not be null");
-  check_shape(desc->n, "n", desc->k, desc->scheme, desc->rotation);
-  if (desc->weight_bits != FLEXQ_WEIGHT_BITS) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got ", desc->weight_bits);
+flexq_weight_desc weight_of(const flexq_weight_desc* given) {
+  const flexq_weight_desc desc = read_struct(given, "desc");
+  check_reserved(desc.reserved, "desc");
+  check_shape(desc.n, "n", desc.k, desc.scheme, desc.rotation);
+  if (desc.weight_bits != FLEXQ_WEIGHT_BITS) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got ", desc.weight_bits);
+  return desc;
 }
 
-void check_activation_desc(const flexq_activation_desc* desc) {
-  require(desc != nullptr, "activation desc must not be null");
-  check_shape(desc->m, "m", desc->k, desc->scheme, desc->rotation);
-  check_act_bits(desc->act_bits);
+flexq_activation_desc activation_of(const flexq_activation_desc* given) {
+  const flexq_activation_desc desc = read_struct(given, "activation desc");
+  check_reserved(desc.reserved, "activation desc");
+  check_shape(desc.m, "m", desc.k, desc.scheme, desc.rotation);
+  if (desc.act_bits != 6 && desc.act_bits != 8) {
+    fail(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got ", desc.act_bits);
+  }
+  return desc;
 }
 
-void check_act_bits(int32_t act_bits) {
-  if (act_bits != 6 && act_bits != 8) fail(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got ", act_bits);
+flexq_activation_desc activation_of(const flexq_weight_desc& weight, int32_t act_bits, int64_t m) {
+  const flexq_activation_desc desc{
+      sizeof(flexq_activation_desc), m, weight.k, act_bits, weight.scheme, weight.rotation, 0};
+  return activation_of(&desc);
+}
+
+void check_output_shape(int64_t m, int64_t n) {
+  require(n == 0 || m <= kMaxElements / n, "m * n is too large: ", m, " * ", n, " (at most 2^46 elements)");
 }
 
 void check_dtype(flexq_dtype dtype, const char* name) {
   if (dtype != FLEXQ_F32 && dtype != FLEXQ_F16 && dtype != FLEXQ_BF16) {
-    fail(FLEXQ_UNSUPPORTED, name, " must be 0 (f32), 1 (f16) or 2 (bf16), got ", static_cast<int>(dtype));
+    fail(FLEXQ_UNSUPPORTED, name, " must be 0 (f32), 1 (f16) or 2 (bf16), got ", dtype);
   }
 }
 

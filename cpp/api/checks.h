@@ -10,14 +10,26 @@
 
 namespace flexq::api {
 
-// The backend of a checked stream.
-const Backend& backend_of(const flexq_stream* stream);
+// A checked stream and its backend.
+struct Target {
+  flexq_stream stream;
+  const Backend& backend;
+};
+Target target_of(const flexq_stream* stream);
 // The same, for functions that work on host memory only.
-void check_cpu_stream(const flexq_stream* stream, const char* function);
+flexq_stream cpu_stream_of(const flexq_stream* stream, const char* function);
 
-void check_weight_desc(const flexq_weight_desc* desc);
-void check_activation_desc(const flexq_activation_desc* desc);
-void check_act_bits(int32_t act_bits);
+// Checked copies of callers' structs, as this version knows them.
+flexq_weight_desc weight_of(const flexq_weight_desc* desc);
+flexq_activation_desc activation_of(const flexq_activation_desc* desc);
+// The activation of `m` tokens that goes with a weight.
+flexq_activation_desc activation_of(const flexq_weight_desc& weight, int32_t act_bits, int64_t m);
+
+// The bytes that a caller's struct says it has, of which this version knows `known`.
+size_t struct_size_of(const void* given, const char* name, size_t known);
+
+// The output of a GEMM.
+void check_output_shape(int64_t m, int64_t n);
 void check_dtype(flexq_dtype dtype, const char* name);
 
 // A matrix [rows][cols] with rows `ld` apart: `p` may be null only if it has no elements.

@@ -18,16 +18,16 @@ extern "C" {
 
 flexq_status flexq_device_available(flexq_device device, int32_t device_index) {
   return guarded([&] {
-    const flexq_stream stream{device, device_index, nullptr, nullptr, nullptr};
-    flexq::api::backend_of(&stream);
+    const flexq_stream stream{sizeof(flexq_stream), device, device_index, nullptr, nullptr, nullptr};
+    flexq::api::target_of(&stream);
   });
 }
 
 flexq_status flexq_device_isa(flexq_device device, int32_t device_index, const char** isa) {
   return guarded([&] {
     flexq::api::check_result(isa, "isa");
-    const flexq_stream stream{device, device_index, nullptr, nullptr, nullptr};
-    *isa = flexq::api::backend_of(&stream).isa(device_index);
+    const flexq_stream stream{sizeof(flexq_stream), device, device_index, nullptr, nullptr, nullptr};
+    *isa = flexq::api::target_of(&stream).backend.isa(device_index);
   });
 }
 
@@ -39,7 +39,7 @@ flexq_status flexq_thread_pool_create(int32_t num_threads, flexq_thread_pool** p
   });
 }
 
-void flexq_thread_pool_destroy(flexq_thread_pool* pool) { delete pool; }
+void flexq_thread_pool_destroy(flexq_thread_pool* pool) { flexq_thread_pool::destroy(pool); }
 
 const flexq_executor* flexq_thread_pool_executor(const flexq_thread_pool* pool) {
   return pool == nullptr ? nullptr : pool->executor();

@@ -1,4 +1,8 @@
 // Activations and linear layers.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include "api/checks.h"
 #include "api/status.h"
 #include "core/error.h"
@@ -10,18 +14,12 @@ namespace {
 using namespace flexq;
 using namespace flexq::api;
 
-flexq_activation_desc activation_of(const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
-  const flexq_activation_desc act{m, desc.k, act_bits, desc.scheme, desc.rotation};
-  check_activation_desc(&act);
-  return act;
-}
-
 void check_match(const flexq_weight_desc& weight, const flexq_activation_desc& act) {
   require(act.k == weight.k, "activation and weight must have the same k, got ", act.k, " and ", weight.k);
-  require(act.scheme == weight.scheme, "activation and weight must have the same scheme, got ",
-          static_cast<int>(act.scheme), " and ", static_cast<int>(weight.scheme));
-  require(act.rotation == weight.rotation, "activation and weight must have the same rotation, got ",
-          static_cast<int>(act.rotation), " and ", static_cast<int>(weight.rotation));
+  require(act.scheme == weight.scheme, "activation and weight must have the same scheme, got ", act.scheme, " and ",
+          weight.scheme);
+  require(act.rotation == weight.rotation, "activation and weight must have the same rotation, got ", act.rotation,
+          " and ", weight.rotation);
 }
 
 void check_output(const flexq_weight_desc& desc, int64_t m, const void* bias, flexq_dtype bias_dtype, const void* y,
@@ -39,22 +37,22 @@ extern "C" {
 
 flexq_status flexq_activation_size(const flexq_stream* stream, const flexq_activation_desc* desc, size_t* bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_activation_desc(desc);
+    const Target on = target_of(stream);
+    const flexq_activation_desc act = activation_of(desc);
     check_result(bytes, "bytes");
-    *bytes = backend.activation_size(*desc);
+    *bytes = on.backend.activation_size(act);
   });
 }
 
 flexq_status flexq_quantize_activation(const flexq_stream* stream, const flexq_activation_desc* desc, const void* x,
                                        flexq_dtype dtype, int64_t ldx, void* quantized, size_t bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_activation_desc(desc);
+    const Target on = target_of(stream);
+    const flexq_activation_desc act = activation_of(desc);
     check_dtype(dtype, "dtype");
-    check_matrix(x, "x", desc->m, desc->k, ldx, "ldx", dtype_size(dtype));
-    check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
-    if (desc->m > 0) backend.quantize_activation(*stream, *desc, {ActivationSource::kPlain, dtype, x, ldx}, quantized);
+    check_matrix(x, "x", act.m, act.k, ldx, "ldx", dtype_size(dtype));
+    check_buffer(quantized, "quantized", bytes, on.backend.activation_size(act));
+    if (act.m > 0) on.backend.quantize_activation(on.stream, act, {ActivationSource::kPlain, dtype, x, ldx}, quantized);
   });
 }
 
@@ -63,16 +61,16 @@ flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_act
                                      float eps, flexq_dtype dtype, void* sum, int64_t ld_sum, void* quantized,
                                      size_t bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_activation_desc(desc);
+    const Target on = target_of(stream);
+    const flexq_activation_desc act = activation_of(desc);
     check_dtype(dtype, "dtype");
     const size_t element = dtype_size(dtype);
-    check_matrix(x, "x", desc->m, desc->k, ldx, "ldx", element);
-    if (residual != nullptr) check_matrix(residual, "residual", desc->m, desc->k, ld_residual, "ld_residual", element);
-    if (sum != nullptr) check_matrix(sum, "sum", desc->m, desc->k, ld_sum, "ld_sum", element);
-    check_array(weight, "weight", static_cast<size_t>(desc->k), element);
+    check_matrix(x, "x", act.m, act.k, ldx, "ldx", element);
+    if (residual != nullptr) check_matrix(residual, "residual", act.m, act.k, ld_residual, "ld_residual", element);
+    if (sum != nullptr) check_matrix(sum, "sum", act.m, act.k, ld_sum, "ld_sum", element);
+    check_array(weight, "weight", static_cast<size_t>(act.k), element);
     require(eps >= 0.0f, "eps must be 0 or more, got ", eps);
-    check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
+    check_buffer(quantized, "quantized", bytes, on.backend.activation_size(act));
     const ActivationSource source{.kind = ActivationSource::kRmsNorm,
                                   .dtype = dtype,
                                   .x = x,
@@ -83,7 +81,7 @@ flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_act
                                   .eps = eps,
                                   .sum = sum,
                                   .ld_sum = sum != nullptr ? ld_sum : 0};
-    if (desc->m > 0) backend.quantize_activation(*stream, *desc, source, quantized);
+    if (act.m > 0) on.backend.quantize_activation(on.stream, act, source, quantized);
   });
 }
 
@@ -91,63 +89,76 @@ flexq_status flexq_silu_mul_quantize(const flexq_stream* stream, const flexq_act
                                      int64_t ld_gate, const void* up, int64_t ld_up, flexq_dtype dtype, void* quantized,
                                      size_t bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_activation_desc(desc);
+    const Target on = target_of(stream);
+    const flexq_activation_desc act = activation_of(desc);
     check_dtype(dtype, "dtype");
-    check_matrix(gate, "gate", desc->m, desc->k, ld_gate, "ld_gate", dtype_size(dtype));
-    check_matrix(up, "up", desc->m, desc->k, ld_up, "ld_up", dtype_size(dtype));
-    check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
+    check_matrix(gate, "gate", act.m, act.k, ld_gate, "ld_gate", dtype_size(dtype));
+    check_matrix(up, "up", act.m, act.k, ld_up, "ld_up", dtype_size(dtype));
+    check_buffer(quantized, "quantized", bytes, on.backend.activation_size(act));
     const ActivationSource source{
         .kind = ActivationSource::kSiluMul, .dtype = dtype, .x = gate, .ldx = ld_gate, .other = up, .ld_other = ld_up};
-    if (desc->m > 0) backend.quantize_activation(*stream, *desc, source, quantized);
+    if (act.m > 0) on.backend.quantize_activation(on.stream, act, source, quantized);
   });
 }
 
 flexq_status flexq_activation_export(const flexq_stream* stream, const flexq_activation_desc* desc,
                                      const void* quantized, size_t bytes, int8_t* codes, float* scales) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_activation_desc(desc);
-    check_buffer(quantized, "quantized", bytes, backend.activation_size(*desc));
-    const auto m = static_cast<size_t>(desc->m);
-    check_array(codes, "codes", m * static_cast<size_t>(padded_k(desc->k)), 1);
-    check_array(scales, "scales", m * static_cast<size_t>(scales_per_token(*desc)), sizeof(float));
-    if (desc->m > 0) backend.activation_export(*stream, *desc, quantized, codes, scales);
+    const Target on = target_of(stream);
+    const flexq_activation_desc act = activation_of(desc);
+    check_buffer(quantized, "quantized", bytes, on.backend.activation_size(act));
+    const auto m = static_cast<size_t>(act.m);
+    check_array(codes, "codes", m * static_cast<size_t>(padded_k(act.k)), 1);
+    check_array(scales, "scales", m * static_cast<size_t>(scales_per_token(act)), sizeof(float));
+    if (act.m > 0) on.backend.activation_export(on.stream, act, quantized, codes, scales);
   });
 }
 
 flexq_status flexq_gemm_kernels(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits, int64_t m,
                                 flexq_kernel_info* infos, int32_t capacity, int32_t* count) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
-    activation_of(*desc, act_bits, m);
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
+    activation_of(weight, act_bits, m);
+    check_output_shape(m, weight.n);
     check_result(count, "count");
     require(capacity >= 0, "capacity must be 0 or more, got ", capacity);
     check_array(infos, "infos", static_cast<size_t>(capacity), alignof(flexq_kernel_info));
-    *count = backend.gemm_kernels(*stream, *desc, act_bits, m, infos, capacity);
+    const size_t stride = capacity == 0 ? 0 : struct_size_of(infos, "infos[0]", sizeof(flexq_kernel_info));
+    const int32_t all = on.backend.gemm_kernels(on.stream, weight, act_bits, m, nullptr, 0);
+    std::vector<flexq_kernel_info> kernels(static_cast<size_t>(std::min(all, capacity)));
+    on.backend.gemm_kernels(on.stream, weight, act_bits, m, kernels.data(), static_cast<int32_t>(kernels.size()));
+    for (size_t i = 0; i < kernels.size(); ++i) {
+      auto* info = reinterpret_cast<unsigned char*>(infos) + i * stride;
+      std::memset(info, 0, stride);
+      kernels[i].struct_size = stride;
+      std::memcpy(info, &kernels[i], sizeof kernels[i]);
+    }
+    *count = all;
   });
 }
 
 flexq_status flexq_gemm_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits,
                                        int64_t m, size_t* bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
-    activation_of(*desc, act_bits, m);
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
+    activation_of(weight, act_bits, m);
+    check_output_shape(m, weight.n);
     check_result(bytes, "bytes");
-    *bytes = backend.gemm_workspace_size(*stream, *desc, act_bits, m);
+    *bytes = on.backend.gemm_workspace_size(on.stream, weight, act_bits, m);
   });
 }
 
 flexq_status flexq_linear_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits,
                                          int64_t m, size_t* bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
-    const flexq_activation_desc act = activation_of(*desc, act_bits, m);
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
+    const flexq_activation_desc act = activation_of(weight, act_bits, m);
+    check_output_shape(m, weight.n);
     check_result(bytes, "bytes");
-    *bytes = align_up(backend.activation_size(act)) + backend.gemm_workspace_size(*stream, *desc, act_bits, m);
+    *bytes = align_up(on.backend.activation_size(act)) + on.backend.gemm_workspace_size(on.stream, weight, act_bits, m);
   });
 }
 
@@ -156,17 +167,18 @@ flexq_status flexq_gemm(const flexq_stream* stream, const flexq_weight_desc* des
                         size_t quantized_bytes, const void* bias, flexq_dtype bias_dtype, void* y, flexq_dtype y_dtype,
                         int64_t ldy, void* workspace, size_t workspace_bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
-    check_activation_desc(act_desc);
-    check_match(*desc, *act_desc);
-    check_buffer(prepacked, "prepacked", prepacked_bytes, backend.prepack_size(*desc));
-    check_buffer(quantized, "quantized", quantized_bytes, backend.activation_size(*act_desc));
-    check_output(*desc, act_desc->m, bias, bias_dtype, y, y_dtype, ldy);
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
+    const flexq_activation_desc act = activation_of(act_desc);
+    check_output_shape(act.m, weight.n);
+    check_match(weight, act);
+    check_buffer(prepacked, "prepacked", prepacked_bytes, on.backend.prepack_size(weight));
+    check_buffer(quantized, "quantized", quantized_bytes, on.backend.activation_size(act));
+    check_output(weight, act.m, bias, bias_dtype, y, y_dtype, ldy);
     check_buffer(workspace, "workspace", workspace_bytes,
-                 backend.gemm_workspace_size(*stream, *desc, act_desc->act_bits, act_desc->m));
-    if (act_desc->m == 0 || desc->n == 0) return;
-    backend.gemm(*stream, {*desc, prepacked, *act_desc, quantized, bias, bias_dtype, y, y_dtype, ldy, workspace});
+                 on.backend.gemm_workspace_size(on.stream, weight, act.act_bits, act.m));
+    if (act.m == 0 || weight.n == 0) return;
+    on.backend.gemm(on.stream, {weight, prepacked, act, quantized, bias, bias_dtype, y, y_dtype, ldy, workspace});
   });
 }
 
@@ -175,20 +187,21 @@ flexq_status flexq_linear(const flexq_stream* stream, const flexq_weight_desc* d
                           int64_t ldx, const void* bias, flexq_dtype bias_dtype, void* y, flexq_dtype y_dtype,
                           int64_t ldy, void* workspace, size_t workspace_bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
-    const flexq_activation_desc act = activation_of(*desc, act_bits, m);
-    check_buffer(prepacked, "prepacked", prepacked_bytes, backend.prepack_size(*desc));
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
+    const flexq_activation_desc act = activation_of(weight, act_bits, m);
+    check_output_shape(m, weight.n);
+    check_buffer(prepacked, "prepacked", prepacked_bytes, on.backend.prepack_size(weight));
     check_dtype(x_dtype, "x_dtype");
-    check_matrix(x, "x", m, desc->k, ldx, "ldx", dtype_size(x_dtype));
-    check_output(*desc, m, bias, bias_dtype, y, y_dtype, ldy);
-    const size_t act_bytes = align_up(backend.activation_size(act));
+    check_matrix(x, "x", m, weight.k, ldx, "ldx", dtype_size(x_dtype));
+    check_output(weight, m, bias, bias_dtype, y, y_dtype, ldy);
+    const size_t act_bytes = align_up(on.backend.activation_size(act));
     check_buffer(workspace, "workspace", workspace_bytes,
-                 act_bytes + backend.gemm_workspace_size(*stream, *desc, act_bits, m));
-    if (m == 0 || desc->n == 0) return;
-    const GemmCall call{*desc,      prepacked, act,     workspace, bias,
+                 act_bytes + on.backend.gemm_workspace_size(on.stream, weight, act_bits, m));
+    if (m == 0 || weight.n == 0) return;
+    const GemmCall call{weight,     prepacked, act,     workspace, bias,
                         bias_dtype, y,         y_dtype, ldy,       static_cast<uint8_t*>(workspace) + act_bytes};
-    backend.linear(*stream, {ActivationSource::kPlain, x_dtype, x, ldx}, call);
+    on.backend.linear(on.stream, {ActivationSource::kPlain, x_dtype, x, ldx}, call);
   });
 }
 

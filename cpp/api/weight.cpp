@@ -27,88 +27,90 @@ extern "C" {
 
 flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* planes_bytes, size_t* scales_bytes) {
   return guarded([&] {
-    check_weight_desc(desc);
+    const flexq_weight_desc weight = weight_of(desc);
     check_result(planes_bytes, "planes_bytes");
     check_result(scales_bytes, "scales_bytes");
-    *planes_bytes = planes_size(*desc);
-    *scales_bytes = num_scales(*desc) * sizeof(uint16_t);
+    *planes_bytes = planes_size(weight);
+    *scales_bytes = num_scales(weight) * sizeof(uint16_t);
   });
 }
 
 flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
-                                   flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales) {
+                                   flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
+                                   int64_t* flushed) {
   return guarded([&] {
-    check_cpu_stream(stream, "flexq_quantize_weight");
-    check_weight_desc(desc);
+    const flexq_stream on = cpu_stream_of(stream, "flexq_quantize_weight");
+    const flexq_weight_desc weight = weight_of(desc);
     check_dtype(dtype, "dtype");
-    check_matrix(w, "w", desc->n, desc->k, ldw, "ldw", dtype_size(dtype));
-    check_canonical(*desc, planes, scales);
-    quantize_weight(stream->executor, *desc, w, dtype, ldw, planes, scales);
+    check_matrix(w, "w", weight.n, weight.k, ldw, "ldw", dtype_size(dtype));
+    check_canonical(weight, planes, scales);
+    const int64_t count = quantize_weight(on.executor, weight, w, dtype, ldw, planes, scales);
+    if (flushed != nullptr) *flushed = count;
   });
 }
 
 flexq_status flexq_dequantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const uint8_t* planes,
                                      const uint16_t* scales, void* w, flexq_dtype dtype, int64_t ldw) {
   return guarded([&] {
-    check_cpu_stream(stream, "flexq_dequantize_weight");
-    check_weight_desc(desc);
+    const flexq_stream on = cpu_stream_of(stream, "flexq_dequantize_weight");
+    const flexq_weight_desc weight = weight_of(desc);
     check_dtype(dtype, "dtype");
-    check_canonical(*desc, planes, scales);
-    check_matrix(w, "w", desc->n, desc->k, ldw, "ldw", dtype_size(dtype));
-    dequantize_weight(stream->executor, *desc, planes, scales, w, dtype, ldw);
+    check_canonical(weight, planes, scales);
+    check_matrix(w, "w", weight.n, weight.k, ldw, "ldw", dtype_size(dtype));
+    dequantize_weight(on.executor, weight, planes, scales, w, dtype, ldw);
   });
 }
 
 flexq_status flexq_pack_codes(const flexq_stream* stream, const flexq_weight_desc* desc, const int8_t* codes,
                               int64_t ldc, uint8_t* planes) {
   return guarded([&] {
-    check_cpu_stream(stream, "flexq_pack_codes");
-    check_weight_desc(desc);
-    check_matrix(codes, "codes", desc->n, padded_k(desc->k), ldc, "ldc", 1);
-    check_array(planes, "planes", planes_size(*desc), 1);
-    pack_codes(stream->executor, *desc, codes, ldc, planes);
+    const flexq_stream on = cpu_stream_of(stream, "flexq_pack_codes");
+    const flexq_weight_desc weight = weight_of(desc);
+    check_matrix(codes, "codes", weight.n, padded_k(weight.k), ldc, "ldc", 1);
+    check_array(planes, "planes", planes_size(weight), 1);
+    pack_codes(on.executor, weight, codes, ldc, planes);
   });
 }
 
 flexq_status flexq_unpack_codes(const flexq_stream* stream, const flexq_weight_desc* desc, const uint8_t* planes,
                                 int8_t* codes, int64_t ldc) {
   return guarded([&] {
-    check_cpu_stream(stream, "flexq_unpack_codes");
-    check_weight_desc(desc);
-    check_array(planes, "planes", planes_size(*desc), 1);
-    check_matrix(codes, "codes", desc->n, padded_k(desc->k), ldc, "ldc", 1);
-    unpack_codes(stream->executor, *desc, planes, codes, ldc);
+    const flexq_stream on = cpu_stream_of(stream, "flexq_unpack_codes");
+    const flexq_weight_desc weight = weight_of(desc);
+    check_array(planes, "planes", planes_size(weight), 1);
+    check_matrix(codes, "codes", weight.n, padded_k(weight.k), ldc, "ldc", 1);
+    unpack_codes(on.executor, weight, planes, codes, ldc);
   });
 }
 
 flexq_status flexq_prepack_size(const flexq_stream* stream, const flexq_weight_desc* desc, size_t* bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
     check_result(bytes, "bytes");
-    *bytes = backend.prepack_size(*desc);
+    *bytes = on.backend.prepack_size(weight);
   });
 }
 
 flexq_status flexq_prepack(const flexq_stream* stream, const flexq_weight_desc* desc, const uint8_t* planes,
                            const uint16_t* scales, void* prepacked, size_t bytes) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
-    check_canonical(*desc, planes, scales);
-    check_buffer(prepacked, "prepacked", bytes, backend.prepack_size(*desc));
-    if (desc->n > 0) backend.prepack(*stream, *desc, planes, scales, prepacked);
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
+    check_canonical(weight, planes, scales);
+    check_buffer(prepacked, "prepacked", bytes, on.backend.prepack_size(weight));
+    if (weight.n > 0) on.backend.prepack(on.stream, weight, planes, scales, prepacked);
   });
 }
 
 flexq_status flexq_unprepack(const flexq_stream* stream, const flexq_weight_desc* desc, const void* prepacked,
                              size_t bytes, uint8_t* planes, uint16_t* scales) {
   return guarded([&] {
-    const Backend& backend = backend_of(stream);
-    check_weight_desc(desc);
-    check_buffer(prepacked, "prepacked", bytes, backend.prepack_size(*desc));
-    check_canonical(*desc, planes, scales);
-    if (desc->n > 0) backend.unprepack(*stream, *desc, prepacked, planes, scales);
+    const Target on = target_of(stream);
+    const flexq_weight_desc weight = weight_of(desc);
+    check_buffer(prepacked, "prepacked", bytes, on.backend.prepack_size(weight));
+    check_canonical(weight, planes, scales);
+    if (weight.n > 0) on.backend.unprepack(on.stream, weight, prepacked, planes, scales);
   });
 }
 

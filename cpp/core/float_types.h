@@ -19,6 +19,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+inline constexpr double kMaxHalf = 65504.0;
+
 FLEXQ_INLINE float to_float(float x) { return x; }
 
 FLEXQ_INLINE float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }

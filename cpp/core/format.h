@@ -20,6 +20,8 @@ inline constexpr int kCodeOffset = 32;
 // Orthonormal scaling of the 128-point Hadamard transform, 1 / sqrt(128).
 inline constexpr float kHadamardNorm = 0.08838834764831845f;
 
+static_assert(sizeof(size_t) >= 8, "sizes of tensors with up to 2^46 elements are computed in size_t");
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 constexpr int64_t num_groups(int64_t k) { return ceil_div(k, kGroup); }
 constexpr int64_t padded_k(int64_t k) { return num_groups(k) * kGroup; }

@@ -7,12 +7,13 @@
 namespace flexq {
 
 // Strides 64, 32, ... 1. Every backend adds in this order, so that all of them round alike, bit for bit.
-FLEXQ_INLINE void hadamard128(float* x) {
+template <typename Float>
+FLEXQ_INLINE void hadamard128(Float* x) {
   for (int stride = kGroup / 2; stride > 0; stride /= 2) {
     for (int base = 0; base < kGroup; base += 2 * stride) {
       for (int i = base; i < base + stride; ++i) {
-        const float a = x[i];
-        const float b = x[i + stride];
+        const Float a = x[i];
+        const Float b = x[i + stride];
         x[i] = a + b;
         x[i + stride] = a - b;
       }

@@ -16,17 +16,27 @@
 namespace flexq {
 namespace {
 
+// Group `g` of a row, zero-padded.
+template <typename T, typename Float>
+void load_plain(const flexq_weight_desc& desc, const T* row, int64_t g, Float* out) {
+  const int64_t begin = g * kGroup;
+  const int count = static_cast<int>(std::min<int64_t>(kGroup, desc.k - begin));
+  for (int i = 0; i < count; ++i) out[i] = Float{to_float(row[begin + i])};
+  std::fill(out + count, out + kGroup, Float{0});
+}
+
+template <typename Float>
+void rotate(const flexq_weight_desc& desc, Float* group) {
+  if (desc.rotation != FLEXQ_ROTATION_HADAMARD128) return;
+  hadamard128(group);
+  for (int i = 0; i < kGroup; ++i) group[i] *= Float{kHadamardNorm};
+}
+
 // Group `g` of a row as floats, zero-padded and rotated if the format says so.
 template <typename T>
 void load_group(const flexq_weight_desc& desc, const T* row, int64_t g, float* out) {
-  const int64_t begin = g * kGroup;
-  const int count = static_cast<int>(std::min<int64_t>(kGroup, desc.k - begin));
-  for (int i = 0; i < count; ++i) out[i] = to_float(row[begin + i]);
-  std::fill(out + count, out + kGroup, 0.0f);
-  if (desc.rotation == FLEXQ_ROTATION_HADAMARD128) {
-    hadamard128(out);
-    for (int i = 0; i < kGroup; ++i) out[i] *= kHadamardNorm;
-  }
+  load_plain(desc, row, g, out);
+  rotate(desc, out);
 }
 
 // max |x|, or NaN if there is a NaN: without the sign, floats order like their bits, NaN above all.
@@ -102,11 +112,8 @@ class FirstBad {
   std::atomic<int64_t> where_{kNone};
 };
 
-bool scale_ok(float largest) {
-  if (largest == 0.0f) return true;
-  const float scale = to_float(from_float<Half>(largest / kMaxCode));
-  return std::isfinite(scale) && scale > 0.0f;  // a NaN fails both
-}
+// Of a group or row whose largest value this is, in fp16: 0 where it is too small for any.
+float largest_scale(float largest) { return to_float(from_float<Half>(largest / kMaxCode)); }
 
 template <typename T>
 [[noreturn]] void refuse(const flexq_weight_desc& desc, const T* w, int64_t ldw, int64_t where) {
@@ -119,41 +126,51 @@ template <typename T>
       fail(FLEXQ_BAD_VALUE, "weight[", row, "][", k, "] is ", value, "; weights must be finite");
     }
   }
-  float values[kGroup];
-  float largest = 0.0f;
-  for (int64_t g = 0; g < groups; ++g) {
-    if (desc.scheme == FLEXQ_SCHEME_GROUP && g != group) continue;
-    load_group(desc, w + row * ldw, g, values);
-    largest = std::max(largest, absmax(values));
+  const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
+  double values[kGroup];  // the rotation may overflow floats
+  double largest = 0.0, rotated = 0.0;
+  for (int64_t g = per_group ? group : 0; g < (per_group ? group + 1 : groups); ++g) {
+    load_plain(desc, w + row * ldw, g, values);
+    for (const double value : values) largest = std::max(largest, std::abs(value));
+    rotate(desc, values);
+    for (const double value : values) rotated = std::max(rotated, std::abs(value));
   }
-  fail(FLEXQ_BAD_VALUE, "row ", row,
-       desc.scheme == FLEXQ_SCHEME_GROUP ? cat(", group ", group) : std::string(" of the weight"), ": largest value ",
-       largest, " needs a scale of ", largest / kMaxCode,
-       ", which fp16 cannot hold (about 3e-8 to 65504); rescale the layer, set values this small to zero, or leave it "
-       "unquantized");
+  const bool is_rotated = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
+  fail(FLEXQ_BAD_VALUE, "row ", row, per_group ? cat(", group ", group) : std::string(), ": weights up to ", largest,
+       is_rotated ? cat(" (", rotated, " after the rotation)") : std::string(), " need a scale of ", rotated / kMaxCode,
+       ", which leaves fp16's range; accepted is up to ", kMaxHalf * kMaxCode, is_rotated ? " after the rotation" : "",
+       "; rescale the layer or leave it unquantized");
 }
 
 template <typename T>
-void quantize(const flexq_executor* executor, const flexq_weight_desc& desc, const T* w, int64_t ldw, uint8_t* planes,
-              uint16_t* scales) {
+int64_t quantize(const flexq_executor* executor, const flexq_weight_desc& desc, const T* w, int64_t ldw,
+                 uint8_t* planes, uint16_t* scales) {
   const int64_t groups = num_groups(desc.k);
   const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
 
   // A refused call writes nothing, so look at everything first.
   FirstBad bad;
+  std::atomic<int64_t> flushed{0};
   const int64_t grain = balanced_grain(executor, desc.n);
   parallel_ranges(executor, desc.n, grain, [&](int64_t begin, int64_t end) {
     float values[kGroup];
+    int64_t vanished = 0;
+    const auto look_at = [&](float largest, int64_t where) {
+      const float scale = largest_scale(largest);
+      if (!std::isfinite(scale)) bad.report(where);
+      vanished += largest > 0.0f && scale == 0.0f;
+    };
     for (int64_t row = begin; row < end && !bad.any(); ++row) {
       float row_max = 0.0f;
       for (int64_t g = 0; g < groups; ++g) {
         load_group(desc, w + row * ldw, g, values);
         const float largest = absmax(values);
-        if (!std::isfinite(largest) || (per_group && !scale_ok(largest))) bad.report(row * groups + g);
+        if (per_group || !std::isfinite(largest)) look_at(largest, row * groups + g);
         row_max = std::max(row_max, largest);
       }
-      if (!per_group && !scale_ok(row_max)) bad.report(row * groups);
+      if (!per_group) look_at(row_max, row * groups);
     }
+    flushed.fetch_add(vanished, std::memory_order_relaxed);
   });
   if (bad.any()) refuse(desc, w, ldw, bad.where());
 
@@ -192,14 +209,16 @@ void quantize(const flexq_executor* executor, const flexq_weight_desc& desc, con
       }
     }
   });
+  return flushed.load();
 }
 
 }  // namespace
 
-void quantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
-                     int64_t ldw, uint8_t* planes, uint16_t* scales) {
-  dispatch_dtype(
-      dtype, [&](auto type) { quantize(executor, desc, static_cast<const decltype(type)*>(w), ldw, planes, scales); });
+int64_t quantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
+                        int64_t ldw, uint8_t* planes, uint16_t* scales) {
+  return dispatch_dtype(dtype, [&](auto type) {
+    return quantize(executor, desc, static_cast<const decltype(type)*>(w), ldw, planes, scales);
+  });
 }
 
 void dequantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes,

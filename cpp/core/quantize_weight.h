@@ -7,8 +7,9 @@
 
 namespace flexq {
 
-void quantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
-                     int64_t ldw, uint8_t* planes, uint16_t* scales);
+// Returns how many scales vanished in fp16 though not all of their values are zero.
+int64_t quantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
+                        int64_t ldw, uint8_t* planes, uint16_t* scales);
 
 void dequantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes,
                        const uint16_t* scales, void* w, flexq_dtype dtype, int64_t ldw);

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/error.h"
 #include "core/executor.h"
+#include "core/float_types.h"
 
 namespace flexq::cpu {
 namespace {
@@ -46,6 +48,21 @@ void unpack_block(const uint8_t* in, int8_t (&codes)[kBlockRows][kGroup]) {
   }
 }
 
+// -0.0 counts as 0.
+bool scale_ok(uint16_t bits) {
+  constexpr uint16_t kInf = 0x7c00, kMinusZero = 0x8000;
+  return bits < kInf || bits == kMinusZero;
+}
+
+void check_scales(const flexq_weight_desc& desc, const uint16_t* scales) {
+  const int64_t row_scales = scales_per_row(desc), count = desc.n * row_scales;
+  const int64_t bad = std::find_if_not(scales, scales + count, scale_ok) - scales;
+  if (bad == count) return;
+  fail(FLEXQ_BAD_VALUE, "the scale of row ", bad / row_scales,
+       desc.scheme == FLEXQ_SCHEME_GROUP ? cat(", group ", bad % row_scales) : std::string(), " is ",
+       to_float(Half{scales[bad]}), "; scales must be finite and 0 or more");
+}
+
 }  // namespace
 
 size_t prepack_size(const flexq_weight_desc& desc) {
@@ -60,6 +77,7 @@ PackedWeight packed_weight(const flexq_weight_desc& desc, const void* prepacked)
 
 void prepack(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes,
              const uint16_t* scales, void* prepacked) {
+  check_scales(desc, scales);
   const int64_t groups = num_groups(desc.k);
   const int64_t row_scales = scales_per_row(desc);
   auto* out = static_cast<uint8_t*>(prepacked);

@@ -1,6 +1,11 @@
 #include "cpu/thread_pool.h"
 
-flexq_thread_pool::flexq_thread_pool(int32_t num_threads) {
+#include <unistd.h>
+
+#include <new>
+
+flexq_thread_pool::flexq_thread_pool(int32_t num_threads) : process_(getpid()) {
+  executor_.struct_size = sizeof executor_;
   executor_.context = this;
   executor_.num_threads = num_threads;
   executor_.parallel_for = [](void* context, int64_t count, flexq_task task, void* arg) {
@@ -15,6 +20,17 @@ flexq_thread_pool::flexq_thread_pool(int32_t num_threads) {
 }
 
 flexq_thread_pool::~flexq_thread_pool() { stop(); }
+
+void flexq_thread_pool::destroy(flexq_thread_pool* pool) {
+  if (pool != nullptr && pool->forked()) {
+    // No destructors: a std::thread wants to be joined, and a condition variable waits for those asleep on it.
+    ::operator delete(pool);
+    return;
+  }
+  delete pool;
+}
+
+bool flexq_thread_pool::forked() const { return getpid() != process_; }
 
 void flexq_thread_pool::stop() {
   {
@@ -31,11 +47,12 @@ void flexq_thread_pool::work() {
 }
 
 void flexq_thread_pool::run(int64_t count, flexq_task task, void* arg) {
-  const std::unique_lock caller(caller_, std::try_to_lock);
-  if (!caller.owns_lock() || workers_.empty() || count <= 1) {
+  const auto alone = [&] {
     for (int64_t i = 0; i < count; ++i) task(arg, i);
-    return;
-  }
+  };
+  if (workers_.empty() || count <= 1 || forked()) return alone();
+  const std::unique_lock caller(caller_, std::try_to_lock);
+  if (!caller.owns_lock()) return alone();
   {
     const std::lock_guard lock(mutex_);
     task_ = task;

@@ -1,6 +1,8 @@
 // The library's own implementation of flexq_executor.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -14,18 +16,22 @@ struct flexq_thread_pool {
  public:
   explicit flexq_thread_pool(int32_t num_threads);
   ~flexq_thread_pool();
+  // Instead of `delete`: in a forked child there are no threads to join.
+  static void destroy(flexq_thread_pool* pool);
   flexq_thread_pool(const flexq_thread_pool&) = delete;
   flexq_thread_pool& operator=(const flexq_thread_pool&) = delete;
 
   const flexq_executor* executor() const { return &executor_; }
 
  private:
+  bool forked() const;
   void run(int64_t count, flexq_task task, void* arg);
   void work();
   void worker();
   void stop();
 
-  flexq_executor executor_;
+  flexq_executor executor_{};
+  pid_t process_;      // that has the threads
   std::mutex caller_;  // held by the call that uses the workers
 
   std::mutex mutex_;

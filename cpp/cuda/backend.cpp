@@ -1,9 +1,13 @@
 // The CUDA backend behind core/backend.h: devices, workspace and the order of launches.
 #include "core/backend.h"
 
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <mutex>
+#include <optional>
 
 #include "core/error.h"
 #include "cuda/dispatch.h"
@@ -14,7 +18,9 @@ namespace flexq {
 namespace cuda {
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail(FLEXQ_DEVICE_ERROR, what, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // reported here, so not to be found by whoever asks next
+  fail(FLEXQ_DEVICE_ERROR, what, ": ", cudaGetErrorString(error));
 }
 
 namespace {
@@ -27,6 +33,28 @@ constexpr bool kHasWgmma = false;  // this build has no code for sm_90a
 #endif
 // Sums are of 4 * code in int32 here, where the CPU's are of code.
 constexpr int64_t kMaxChannelK = int64_t{1} << 17;
+// What kernels count in int, and what grids of a thread a few elements hold: more than any GPU's memory.
+constexpr int64_t kMaxSide = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxElements = int64_t{1} << 38;
+constexpr int64_t kMaxGridZ = 65535;
+
+void check_side(const char* name, int64_t size) {
+  if (size > kMaxSide) fail(FLEXQ_UNSUPPORTED, name, " must be at most ", kMaxSide, " on CUDA, got ", size);
+}
+
+void check_elements(const char* a_name, int64_t a, const char* b_name, int64_t b) {
+  check_side(a_name, a);
+  check_side(b_name, b);
+  if (a > 0 && b > kMaxElements / a) {
+    fail(FLEXQ_UNSUPPORTED, a_name, " * ", b_name, " must be at most 2^38 on CUDA, got ", a, " * ", b);
+  }
+}
+
+void check_sizes(const flexq_weight_desc& desc) { check_elements("n", desc.n, "k", padded_k(desc.k)); }
+void check_sizes(const flexq_activation_desc& desc) { check_elements("m", desc.m, "k", padded_k(desc.k)); }
+
+// Kernels that ask for the last error after their launch would find one that others left behind.
+void forget_errors() { cudaGetLastError(); }
 
 int attribute(cudaDeviceAttr which, int32_t device) {
   int value = 0;
@@ -88,11 +116,51 @@ const Device& device_of(const flexq_stream& stream) {
   return known.device;
 }
 
+// What the model of cost chose last for a shape, as it asks it of every candidate. A thread's own, so without a lock;
+// shapes whose hashes meet take turns.
+class Choices {
+ public:
+  struct Key {
+    int64_t n, k, m;
+    int32_t device, scheme, act_bits;
+    bool operator==(const Key&) const = default;
+  };
+
+  template <typename Choose>
+  const GemmPlan& get(const Key& key, const Choose& choose) {
+    Entry& entry = entries_[hash(key) % entries_.size()];
+    if (!entry.plan || entry.key != key) {
+      entry.plan = choose();
+      entry.key = key;
+    }
+    return *entry.plan;
+  }
+
+ private:
+  struct Entry {
+    Key key;
+    std::optional<GemmPlan> plan;
+  };
+  static size_t hash(const Key& key) {
+    uint64_t h = 0;
+    for (const int64_t part : {key.n, key.k, key.m, int64_t{key.device}, int64_t{key.scheme}, int64_t{key.act_bits}}) {
+      h = (h ^ static_cast<uint64_t>(part)) * 0x9e3779b97f4a7c15u;
+      h ^= h >> 29;
+    }
+    return static_cast<size_t>(h >> 32);
+  }
+  std::array<Entry, 256> entries_{};
+};
+
 cudaStream_t handle(const flexq_stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
 
 class CudaBackend final : public Backend {
  public:
   void check_available(int32_t device_index) const override {
+    constexpr int32_t kRemembered = 64;
+    static std::array<std::atomic<bool>, kRemembered> fine{};  // devices found to be so, as every call asks
+    const bool remembered = device_index >= 0 && device_index < kRemembered;
+    if (remembered && fine[static_cast<size_t>(device_index)].load(std::memory_order_relaxed)) return;
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess) {
@@ -107,6 +175,7 @@ class CudaBackend final : public Backend {
       fail(FLEXQ_UNAVAILABLE, "CUDA device ", device_index, " has compute capability ", major, ".",
            attribute(cudaDevAttrComputeCapabilityMinor, device_index), "; FlexQ needs 8.0 or later");
     }
+    if (remembered) fine[static_cast<size_t>(device_index)].store(true, std::memory_order_relaxed);
   }
 
   const char* isa(int32_t device_index) const override {
@@ -126,19 +195,27 @@ class CudaBackend final : public Backend {
     }
   }
 
-  size_t prepack_size(const flexq_weight_desc& desc) const override { return WeightLayout(desc).size; }
+  size_t prepack_size(const flexq_weight_desc& desc) const override {
+    check_sizes(desc);
+    return WeightLayout(desc).size;
+  }
   void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales,
                void* prepacked) const override {
     const DeviceScope scope(stream.device_index);
+    forget_errors();
     cuda::prepack(handle(stream), desc, planes, scales, prepacked);
   }
   void unprepack(const flexq_stream& stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
                  uint16_t* scales) const override {
     const DeviceScope scope(stream.device_index);
+    forget_errors();
     cuda::unprepack(handle(stream), desc, prepacked, planes, scales);
   }
 
-  size_t activation_size(const flexq_activation_desc& desc) const override { return ActivationLayout(desc).size; }
+  size_t activation_size(const flexq_activation_desc& desc) const override {
+    check_sizes(desc);
+    return ActivationLayout(desc).size;
+  }
   void quantize_activation(const flexq_stream& stream, const flexq_activation_desc& desc,
                            const ActivationSource& source, void* quantized) const override {
     const DeviceScope scope(stream.device_index);
@@ -147,12 +224,13 @@ class CudaBackend final : public Backend {
   void activation_export(const flexq_stream& stream, const flexq_activation_desc& desc, const void* quantized,
                          int8_t* codes, float* scales) const override {
     const DeviceScope scope(stream.device_index);
+    forget_errors();
     cuda::activation_export(handle(stream), desc, quantized, codes, scales);
   }
 
   size_t gemm_workspace_size(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits,
                              int64_t m) const override {
-    check_desc(desc);
+    check_gemm(desc, m);
     if (m == 0 || desc.n == 0) return 0;
     const GemmPlan chosen = plan(stream, desc, act_bits, m);
     if (chosen.family == GemmPlan::kWgmma) return wgmma_workspace_size(device_of(stream), chosen);
@@ -161,7 +239,7 @@ class CudaBackend final : public Backend {
 
   int32_t gemm_kernels(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,
                        flexq_kernel_info* infos, int32_t capacity) const override {
-    check_desc(desc);
+    check_gemm(desc, m);
     if (m == 0 || desc.n == 0) return 0;
     int32_t count = 0;
     for (const Candidate& candidate : Candidates(device_of(stream), desc, act_bits, m)) {
@@ -175,19 +253,23 @@ class CudaBackend final : public Backend {
   }
 
   void gemm(const flexq_stream& stream, const GemmCall& call) const override {
+    const GemmPlan chosen = plan_of(stream, call);
     const DeviceScope scope(stream.device_index);
-    run(stream, call);
+    run(stream, call, chosen);
   }
 
   void linear(const flexq_stream& stream, const ActivationSource& source, const GemmCall& call) const override {
+    const GemmPlan chosen = plan_of(stream, call);  // or refused, before anything is queued
     const DeviceScope scope(stream.device_index);
     cuda::quantize_activation(handle(stream), device_of(stream), call.act_desc, source,
                               const_cast<void*>(call.quantized));
-    run(stream, call);
+    run(stream, call, chosen);
   }
 
  private:
-  static void check_desc(const flexq_weight_desc& desc) {
+  static void check_gemm(const flexq_weight_desc& desc, int64_t m) {
+    check_sizes(desc);
+    check_elements("m", m, "n", desc.n);
     if (desc.scheme == FLEXQ_SCHEME_CHANNEL && desc.k > kMaxChannelK) {
       fail(FLEXQ_UNSUPPORTED, "scheme channel on CUDA takes k up to ", kMaxChannelK, ", got ", desc.k,
            "; use scheme group");
@@ -195,13 +277,25 @@ class CudaBackend final : public Backend {
   }
 
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
-    const Candidates candidates(device_of(stream), desc, act_bits, m);
-    return (stream.kernel == nullptr ? candidates.best() : candidates.named(stream.kernel)).plan;
+    const auto candidates = [&] { return Candidates(device_of(stream), desc, act_bits, m); };
+    thread_local Choices choices;
+    const GemmPlan chosen = stream.kernel != nullptr
+                                ? candidates().named(stream.kernel).plan
+                                : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
+                                              [&] { return candidates().best().plan; });
+    if (chosen.family == GemmPlan::kMma) {
+      const int64_t most = kMaxGridZ * mma_shape(chosen.config).tokens;
+      if (m > most) fail(FLEXQ_UNSUPPORTED, "m must be at most ", most, " on this GPU, got ", m);
+    }
+    return chosen;
   }
 
-  static void run(const flexq_stream& stream, const GemmCall& call) {
-    check_desc(call.desc);
-    const GemmPlan chosen = plan(stream, call.desc, call.act_desc.act_bits, call.act_desc.m);
+  static GemmPlan plan_of(const flexq_stream& stream, const GemmCall& call) {
+    check_gemm(call.desc, call.act_desc.m);
+    return plan(stream, call.desc, call.act_desc.act_bits, call.act_desc.m);
+  }
+
+  static void run(const flexq_stream& stream, const GemmCall& call, const GemmPlan& chosen) {
     const GemmArgs args{call.desc,       call.prepacked, call.act_desc, call.quantized, call.bias,
                         call.bias_dtype, call.y,         call.y_dtype,  call.ldy,       call.workspace};
     const auto gemm = chosen.family == GemmPlan::kMma ? gemm_mma : gemm_wgmma;

@@ -9,8 +9,9 @@ void bind_activation(nb::module_& m) {
           "__init__",
           [](flexq_activation_desc* self, int64_t rows, int64_t k, int32_t act_bits, std::string_view scheme,
              std::string_view rotation) {
-            new (self) flexq_activation_desc{rows, k, act_bits, scheme_of(scheme), rotation_of(rotation)};
-            const flexq_stream cpu{FLEXQ_CPU, 0, nullptr, nullptr, nullptr};
+            new (self) flexq_activation_desc{sizeof(flexq_activation_desc), rows, k, act_bits, scheme_of(scheme),
+                                             rotation_of(rotation),         0};
+            const flexq_stream cpu = FLEXQ_STREAM_INIT;
             size_t bytes = 0;
             check(flexq_activation_size(&cpu, self, &bytes));
           },
@@ -29,8 +30,7 @@ void bind_activation(nb::module_& m) {
       [](const Stream& s, const flexq_activation_desc& desc, uintptr_t x, int32_t dtype, int64_t ldx,
          uintptr_t quantized, size_t bytes) {
         const NoGil released;
-        check(flexq_quantize_activation(&s.stream, &desc, at(x), static_cast<flexq_dtype>(dtype), ldx, at(quantized),
-                                        bytes));
+        check(flexq_quantize_activation(&s.stream, &desc, at(x), dtype, ldx, at(quantized), bytes));
       },
       nb::arg("stream"), nb::arg("desc"), nb::arg("x"), nb::arg("dtype"), nb::arg("ldx"), nb::arg("quantized"),
       nb::arg("bytes"));
@@ -40,8 +40,8 @@ void bind_activation(nb::module_& m) {
          int64_t ld_residual, uintptr_t weight, float eps, int32_t dtype, uintptr_t sum, int64_t ld_sum,
          uintptr_t quantized, size_t bytes) {
         const NoGil released;
-        check(flexq_rms_norm_quantize(&s.stream, &desc, at(x), ldx, at(residual), ld_residual, at(weight), eps,
-                                      static_cast<flexq_dtype>(dtype), at(sum), ld_sum, at(quantized), bytes));
+        check(flexq_rms_norm_quantize(&s.stream, &desc, at(x), ldx, at(residual), ld_residual, at(weight), eps, dtype,
+                                      at(sum), ld_sum, at(quantized), bytes));
       },
       nb::arg("stream"), nb::arg("desc"), nb::arg("x"), nb::arg("ldx"), nb::arg("residual"), nb::arg("ld_residual"),
       nb::arg("weight"), nb::arg("eps"), nb::arg("dtype"), nb::arg("sum"), nb::arg("ld_sum"), nb::arg("quantized"),
@@ -51,8 +51,7 @@ void bind_activation(nb::module_& m) {
       [](const Stream& s, const flexq_activation_desc& desc, uintptr_t gate, int64_t ld_gate, uintptr_t up,
          int64_t ld_up, int32_t dtype, uintptr_t quantized, size_t bytes) {
         const NoGil released;
-        check(flexq_silu_mul_quantize(&s.stream, &desc, at(gate), ld_gate, at(up), ld_up,
-                                      static_cast<flexq_dtype>(dtype), at(quantized), bytes));
+        check(flexq_silu_mul_quantize(&s.stream, &desc, at(gate), ld_gate, at(up), ld_up, dtype, at(quantized), bytes));
       },
       nb::arg("stream"), nb::arg("desc"), nb::arg("gate"), nb::arg("ld_gate"), nb::arg("up"), nb::arg("ld_up"),
       nb::arg("dtype"), nb::arg("quantized"), nb::arg("bytes"));

@@ -16,14 +16,15 @@ namespace nb = nanobind;
 
 namespace flexq::python {
 
-// Raises ValueError, MemoryError or RuntimeError with the library's message.
+// Raises ValueError, MemoryError or RuntimeError with the library's message: both nanobind and PyTorch turn C++'s
+// exceptions into these.
 inline void check(flexq_status status) {
   if (status == FLEXQ_OK) return;
   switch (status) {
     case FLEXQ_INVALID_ARGUMENT:
     case FLEXQ_UNSUPPORTED:
     case FLEXQ_BAD_VALUE:
-      throw nb::value_error(flexq_last_error());
+      throw std::invalid_argument(flexq_last_error());
     case FLEXQ_OUT_OF_MEMORY:
       throw std::bad_alloc();
     default:
@@ -31,7 +32,7 @@ inline void check(flexq_status status) {
   }
 }
 
-[[noreturn]] inline void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+[[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 // A tensor's `data_ptr()`.
 inline void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -92,29 +93,13 @@ T* array_of(const nb::ndarray<>& t, const char* name, size_t count = 0) {
   return reinterpret_cast<T*>(t.data());
 }
 
-// Who runs the CPU's loops: OpenMP's threads if the process has them (PyTorch's do), else a pool of the library's.
-class Executor {
- public:
-  Executor(int32_t num_threads, uintptr_t gomp_parallel);
-  const flexq_executor* get() const { return executor_; }
+// Who runs the CPU's loops on so many threads: OpenMP's if the process has them (PyTorch's do), as two pools that both
+// spin on the same cores slow each other down; else a pool of the library's. Null for one thread. Lives forever.
+const flexq_executor* executor_of(int32_t num_threads);
 
- private:
-  using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  struct DestroyPool {
-    void operator()(flexq_thread_pool* pool) const { flexq_thread_pool_destroy(pool); }
-  };
-  static void parallel_for(void* context, int64_t count, flexq_task task, void* arg);
-
-  GompParallel gomp_parallel_;
-  flexq_executor own_{};
-  std::unique_ptr<flexq_thread_pool, DestroyPool> pool_;
-  const flexq_executor* executor_;
-};
-
-// A flexq_stream that keeps its executor and its kernel's name alive.
+// A flexq_stream that keeps its kernel's name alive.
 struct Stream {
   flexq_stream stream;
-  std::shared_ptr<Executor> executor;
   std::shared_ptr<const std::string> kernel = nullptr;
 };
 
@@ -122,6 +107,7 @@ void bind_stream(nb::module_& m);
 void bind_weight(nb::module_& m);
 void bind_activation(nb::module_& m);
 void bind_linear(nb::module_& m);
+void bind_torch_ops(nb::module_& m);
 
 using NoGil = nb::gil_scoped_release;
 

@@ -12,7 +12,7 @@ void bind_linear(nb::module_& m) {
       [](const Stream& s, const flexq_weight_desc& desc, int32_t act_bits, int64_t rows) {
         int32_t count = 0;
         check(flexq_gemm_kernels(&s.stream, &desc, act_bits, rows, nullptr, 0, &count));
-        std::vector<flexq_kernel_info> infos(static_cast<size_t>(count));
+        std::vector<flexq_kernel_info> infos(static_cast<size_t>(count), FLEXQ_KERNEL_INFO_INIT);
         check(flexq_gemm_kernels(&s.stream, &desc, act_bits, rows, infos.data(), count, &count));
         std::vector<std::pair<std::string, double>> kernels;
         for (const flexq_kernel_info& info : infos) kernels.emplace_back(info.name, info.estimated_microseconds);
@@ -45,8 +45,7 @@ void bind_linear(nb::module_& m) {
          int32_t bias_dtype, uintptr_t y, int32_t y_dtype, int64_t ldy, uintptr_t workspace, size_t workspace_bytes) {
         const NoGil released;
         check(flexq_gemm(&s.stream, &desc, at(packed), packed_bytes, &act_desc, at(quantized), quantized_bytes,
-                         at(bias), static_cast<flexq_dtype>(bias_dtype), at(y), static_cast<flexq_dtype>(y_dtype), ldy,
-                         at(workspace), workspace_bytes));
+                         at(bias), bias_dtype, at(y), y_dtype, ldy, at(workspace), workspace_bytes));
       },
       nb::arg("stream"), nb::arg("desc"), nb::arg("packed"), nb::arg("packed_bytes"), nb::arg("act_desc"),
       nb::arg("quantized"), nb::arg("quantized_bytes"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("y"),
@@ -57,9 +56,8 @@ void bind_linear(nb::module_& m) {
          int64_t rows, uintptr_t x, int32_t x_dtype, int64_t ldx, uintptr_t bias, int32_t bias_dtype, uintptr_t y,
          int32_t y_dtype, int64_t ldy, uintptr_t workspace, size_t workspace_bytes) {
         const NoGil released;
-        check(flexq_linear(&s.stream, &desc, at(packed), packed_bytes, act_bits, rows, at(x),
-                           static_cast<flexq_dtype>(x_dtype), ldx, at(bias), static_cast<flexq_dtype>(bias_dtype),
-                           at(y), static_cast<flexq_dtype>(y_dtype), ldy, at(workspace), workspace_bytes));
+        check(flexq_linear(&s.stream, &desc, at(packed), packed_bytes, act_bits, rows, at(x), x_dtype, ldx, at(bias),
+                           bias_dtype, at(y), y_dtype, ldy, at(workspace), workspace_bytes));
       },
       nb::arg("stream"), nb::arg("desc"), nb::arg("packed"), nb::arg("packed_bytes"), nb::arg("act_bits"), nb::arg("m"),
       nb::arg("x"), nb::arg("x_dtype"), nb::arg("ldx"), nb::arg("bias"), nb::arg("bias_dtype"), nb::arg("y"),

@@ -9,7 +9,8 @@ void bind_weight(nb::module_& m) {
           "__init__",
           [](flexq_weight_desc* self, int64_t n, int64_t k, std::string_view scheme, std::string_view rotation,
              int32_t weight_bits) {
-            new (self) flexq_weight_desc{n, k, weight_bits, scheme_of(scheme), rotation_of(rotation)};
+            new (self) flexq_weight_desc{sizeof(flexq_weight_desc), n, k, weight_bits, scheme_of(scheme),
+                                         rotation_of(rotation),     0};
             size_t planes = 0, scales = 0;
             check(flexq_weight_size(self, &planes, &scales));
           },
@@ -35,10 +36,14 @@ void bind_weight(nb::module_& m) {
         const Matrix matrix(w, "weight");
         if (matrix.rows != desc.n || matrix.cols != desc.k) refuse("weight must be [n, k]");
         const Canonical out(desc, planes, scales);
+        int64_t flushed = 0;
         const NoGil released;
-        check(flexq_quantize_weight(&s.stream, &desc, matrix.data, matrix.dtype, matrix.ld, out.planes, out.scales));
+        check(flexq_quantize_weight(&s.stream, &desc, matrix.data, matrix.dtype, matrix.ld, out.planes, out.scales,
+                                    &flushed));
+        return flushed;
       },
-      nb::arg("stream"), nb::arg("desc"), nb::arg("weight"), nb::arg("planes"), nb::arg("scales"));
+      nb::arg("stream"), nb::arg("desc"), nb::arg("weight"), nb::arg("planes"), nb::arg("scales"),
+      "Returns how many scales vanished in float16.");
   m.def(
       "dequantize_weight",
       [](const Stream& s, const flexq_weight_desc& desc, nb::ndarray<> planes, nb::ndarray<> scales, nb::ndarray<> w) {

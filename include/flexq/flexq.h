@@ -17,6 +17,9 @@
  *   No function keeps a pointer after it returns (work queued on a CUDA stream aside), allocates in a hot call, or
  *   touches global mutable state; all functions may be called from several threads at once.
  *   Matrices are row-major; `ld*` is the distance between rows in elements, at least the row length.
+ *   Structs begin with their size, so that later versions can append to them: start from FLEXQ_WEIGHT_DESC_INIT and the
+ *   like. One of a newer header is taken while what this version does not know of it is zero, and refused as
+ *   FLEXQ_UNSUPPORTED otherwise.
  *   Pointers are aligned to their element type; prepacked weights, quantized activations and workspaces to
  *   FLEXQ_ALIGNMENT bytes. Device memory for a CUDA stream, host memory for a CPU stream.
  */
@@ -52,17 +55,18 @@ extern "C" {
 
 /* ---- Status and version ------------------------------------------------------------------------------------- */
 
-typedef enum flexq_status {
+/* Enumerations are passed as int32_t, so that any value may be: unknown ones are refused. */
+typedef int32_t flexq_status;
+enum {
   FLEXQ_OK = 0,
   FLEXQ_INVALID_ARGUMENT = 1, /* a null, negative, misaligned, too small or unknown argument */
   FLEXQ_UNSUPPORTED = 2,      /* well formed, but not something this version does (weight_bits 4, ...) */
-  FLEXQ_BAD_VALUE = 3,        /* data that cannot be quantized: NaN, Inf, a scale outside fp16's range */
+  FLEXQ_BAD_VALUE = 3,        /* data that cannot be quantized: NaN, Inf, a scale beyond fp16's range */
   FLEXQ_UNAVAILABLE = 4,      /* the device or backend is missing from this build or machine */
   FLEXQ_OUT_OF_MEMORY = 5,    /* only from functions that create objects */
   FLEXQ_DEVICE_ERROR = 6,     /* the device's driver reported an error */
-  FLEXQ_INTERNAL = 7,         /* a bug in this library */
-  FLEXQ_STATUS_INT32_ = 0x7fffffff
-} flexq_status;
+  FLEXQ_INTERNAL = 7          /* a bug in this library */
+};
 
 /* The name of a status, e.g. "invalid argument". Never NULL. */
 FLEXQ_API const char* flexq_status_name(flexq_status status);
@@ -76,61 +80,74 @@ FLEXQ_API int32_t flexq_version_number(void);
 
 /* ---- Types -------------------------------------------------------------------------------------------------- */
 
-/* Enumerations are 32 bits wide and any value may be passed: unknown ones are refused. */
-typedef enum flexq_dtype { FLEXQ_F32 = 0, FLEXQ_F16 = 1, FLEXQ_BF16 = 2, FLEXQ_DTYPE_INT32_ = 0x7fffffff } flexq_dtype;
+typedef int32_t flexq_dtype;
+enum { FLEXQ_F32 = 0, FLEXQ_F16 = 1, FLEXQ_BF16 = 2 };
 
-typedef enum flexq_device { FLEXQ_CPU = 0, FLEXQ_CUDA = 1, FLEXQ_DEVICE_INT32_ = 0x7fffffff } flexq_device;
+typedef int32_t flexq_device;
+enum { FLEXQ_CPU = 0, FLEXQ_CUDA = 1 };
 
 /* Which elements share a scale. group: a row (token) and 128 inputs. channel: a whole row (token). */
-typedef enum flexq_scheme {
-  FLEXQ_SCHEME_GROUP = 0,
-  FLEXQ_SCHEME_CHANNEL = 1,
-  FLEXQ_SCHEME_INT32_ = 0x7fffffff
-} flexq_scheme;
+typedef int32_t flexq_scheme;
+enum { FLEXQ_SCHEME_GROUP = 0, FLEXQ_SCHEME_CHANNEL = 1 };
 
 /* What is done to each group before it is quantized. hadamard128: the orthonormal 128-point Hadamard transform
  * (natural order), applied alike to weights and activations, so that products stay as they were. */
-typedef enum flexq_rotation {
-  FLEXQ_ROTATION_NONE = 0,
-  FLEXQ_ROTATION_HADAMARD128 = 1,
-  FLEXQ_ROTATION_INT32_ = 0x7fffffff
-} flexq_rotation;
+typedef int32_t flexq_rotation;
+enum { FLEXQ_ROTATION_NONE = 0, FLEXQ_ROTATION_HADAMARD128 = 1 };
 
 /* A quantized weight. */
 typedef struct flexq_weight_desc {
+  size_t struct_size;      /* sizeof(flexq_weight_desc) */
   int64_t n;               /* output features, >= 0 */
   int64_t k;               /* input features, >= 1 */
   int32_t weight_bits;     /* 6 */
   flexq_scheme scheme;     /* of the weight's scales and of the activations it is multiplied with */
   flexq_rotation rotation; /* of the weight and of the activations it is multiplied with */
+  int32_t reserved;        /* 0 */
 } flexq_weight_desc;
+
+#define FLEXQ_WEIGHT_DESC_INIT \
+  {sizeof(flexq_weight_desc), 0, 0, FLEXQ_WEIGHT_BITS, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, 0}
 
 /* A quantized activation. Its k, scheme and rotation equal those of the weights it meets. */
 typedef struct flexq_activation_desc {
+  size_t struct_size;      /* sizeof(flexq_activation_desc) */
   int64_t m;               /* tokens, >= 0 */
   int64_t k;               /* input features, >= 1 */
   int32_t act_bits;        /* 6 or 8 */
   flexq_scheme scheme;     /* one scale per token and group, or one per token */
   flexq_rotation rotation; /* as the weight's */
+  int32_t reserved;        /* 0 */
 } flexq_activation_desc;
+
+#define FLEXQ_ACTIVATION_DESC_INIT \
+  {sizeof(flexq_activation_desc), 0, 0, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, 0}
 
 /* Runs task(arg, 0) ... task(arg, count - 1), each once, in any order, on up to num_threads threads, and returns when
  * all are done. Tasks never throw and never wait for one another. */
 typedef void (*flexq_task)(void* arg, int64_t index);
 typedef struct flexq_executor {
+  size_t struct_size; /* sizeof(flexq_executor) */
   void* context;
   int32_t num_threads; /* >= 1 */
+  int32_t reserved;    /* 0 */
   void (*parallel_for)(void* context, int64_t count, flexq_task task, void* arg);
 } flexq_executor;
 
+#define FLEXQ_EXECUTOR_INIT {sizeof(flexq_executor), NULL, 1, 0, NULL}
+
 /* Where the work happens. */
 typedef struct flexq_stream {
+  size_t struct_size; /* sizeof(flexq_stream) */
   flexq_device device;
   int32_t device_index;           /* CUDA device ordinal; 0 for the CPU */
   void* handle;                   /* CUDA: the cudaStream_t, NULL being the legacy default stream. CPU: NULL */
   const flexq_executor* executor; /* CPU: the threads to use, NULL for the calling thread alone. CUDA: NULL */
   const char* kernel;             /* NULL for the library's choice; for measurements, a name of flexq_gemm_kernels */
 } flexq_stream;
+
+/* The CPU, on the calling thread. */
+#define FLEXQ_STREAM_INIT {sizeof(flexq_stream), FLEXQ_CPU, 0, NULL, NULL, NULL}
 
 /* FLEXQ_OK if `device` can be used in this build on this machine, else FLEXQ_UNAVAILABLE with the reason. */
 FLEXQ_API flexq_status flexq_device_available(flexq_device device, int32_t device_index);
@@ -141,7 +158,8 @@ FLEXQ_API flexq_status flexq_device_isa(flexq_device device, int32_t device_inde
 /* ---- Threads (CPU) ------------------------------------------------------------------------------------------ */
 
 /* A pool that implements flexq_executor, for callers without threads of their own. One caller uses the workers at a
- * time; others that come meanwhile run their tasks themselves. */
+ * time; others that come meanwhile run their tasks themselves. After fork() the child has none of the workers: there
+ * the pool's work runs on the calling thread, and destroying it only frees memory. */
 typedef struct flexq_thread_pool flexq_thread_pool;
 
 /* num_threads counts the calling thread: 1..1024. Destroy it only when no call uses it. */
@@ -158,11 +176,13 @@ FLEXQ_API flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* 
 
 /* Round to nearest, after the rotation: per row and group (or row) s = fp16(share * absmax / 31), with the one of seven
  * shares from 1 down to 0.85 that gives the least squared error, and code = clamp(rint(w / s), -32, 31). All-zero
- * groups get scale 0. FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16 or vanishes in it. For CPU
- * streams.
- *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written. */
+ * groups get scale 0 and codes 0, and so do those whose absmax / 31 vanishes in fp16 (absmax up to 9.2e-7).
+ * FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16. For CPU streams.
+ *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written.  flushed: gets the number of scales that
+ * vanished, or is NULL. */
 FLEXQ_API flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
-                                             flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales);
+                                             flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
+                                             int64_t* flushed);
 
 /* w = code * scale with the rotation undone, rounded to `dtype`: [n][k], rows ldw apart. CPU streams. */
 FLEXQ_API flexq_status flexq_dequantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc,
@@ -179,7 +199,9 @@ FLEXQ_API flexq_status flexq_unpack_codes(const flexq_stream* stream, const flex
 /* Bytes of the prepacked weight on `stream`'s device. */
 FLEXQ_API flexq_status flexq_prepack_size(const flexq_stream* stream, const flexq_weight_desc* desc, size_t* bytes);
 
-/* Canonical -> prepacked, and back without loss. `bytes` is the size of `prepacked`, at least flexq_prepack_size. */
+/* Canonical -> prepacked, and back without loss. `bytes` is the size of `prepacked`, at least flexq_prepack_size.
+ * On CPU streams flexq_prepack refuses scales that are NaN, Inf or negative as FLEXQ_BAD_VALUE; -0.0 counts as 0. On
+ * CUDA streams, where scales are device memory, it does not look at them. */
 FLEXQ_API flexq_status flexq_prepack(const flexq_stream* stream, const flexq_weight_desc* desc, const uint8_t* planes,
                                      const uint16_t* scales, void* prepacked, size_t bytes);
 FLEXQ_API flexq_status flexq_unprepack(const flexq_stream* stream, const flexq_weight_desc* desc, const void* prepacked,
@@ -220,12 +242,15 @@ FLEXQ_API flexq_status flexq_activation_export(const flexq_stream* stream, const
 
 /* A kernel that could run a GEMM. */
 typedef struct flexq_kernel_info {
+  size_t struct_size;            /* sizeof(flexq_kernel_info) */
   char name[48];                 /* e.g. "wgmma-s8 128x32 split2 cast2", for flexq_stream.kernel */
   double estimated_microseconds; /* by the library's model of cost; 0 where it has none */
 } flexq_kernel_info;
 
+#define FLEXQ_KERNEL_INFO_INIT {sizeof(flexq_kernel_info), {0}, 0.0}
+
 /* The kernels that could run a GEMM of this shape, the one that flexq_gemm chooses first: up to `capacity` of them into
- * `infos`, and how many there are into `count`. */
+ * `infos`, each with its struct_size set, and how many there are into `count`. */
 FLEXQ_API flexq_status flexq_gemm_kernels(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits,
                                           int64_t m, flexq_kernel_info* infos, int32_t capacity, int32_t* count);
 

@@ -48,7 +48,9 @@ template <typename T>
 constexpr flexq_dtype dtype_of() {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, half_t> || std::is_same_v<T, bfloat16_t>,
                 "elements are float, flexq::half_t or flexq::bfloat16_t");
-  return std::is_same_v<T, float> ? FLEXQ_F32 : std::is_same_v<T, half_t> ? FLEXQ_F16 : FLEXQ_BF16;
+  return std::is_same_v<T, float>    ? flexq_dtype{FLEXQ_F32}
+         : std::is_same_v<T, half_t> ? flexq_dtype{FLEXQ_F16}
+                                     : flexq_dtype{FLEXQ_BF16};
 }
 
 // Host memory aligned as prepacked weights, activations and workspaces must be. Grows, never shrinks.
@@ -92,18 +94,25 @@ class ThreadPool {
 // A flexq_stream; does not own what it names.
 struct Stream : flexq_stream {
   static Stream cpu(const flexq_executor* executor = nullptr) {
-    return Stream{{FLEXQ_CPU, 0, nullptr, executor, nullptr}};
+    return Stream{{sizeof(flexq_stream), FLEXQ_CPU, 0, nullptr, executor, nullptr}};
   }
   static Stream cpu(const ThreadPool& pool) { return cpu(pool.executor()); }
   static Stream cuda(int32_t device_index, void* cuda_stream) {
-    return Stream{{FLEXQ_CUDA, device_index, cuda_stream, nullptr, nullptr}};
+    return Stream{{sizeof(flexq_stream), FLEXQ_CUDA, device_index, cuda_stream, nullptr, nullptr}};
   }
 };
 
 struct WeightDesc : flexq_weight_desc {
   WeightDesc(int64_t out_features, int64_t in_features, flexq_scheme scales = FLEXQ_SCHEME_GROUP,
              flexq_rotation rotated = FLEXQ_ROTATION_HADAMARD128)
-      : flexq_weight_desc{out_features, in_features, FLEXQ_WEIGHT_BITS, scales, rotated} {}
+      : flexq_weight_desc{sizeof(flexq_weight_desc), out_features, in_features, FLEXQ_WEIGHT_BITS, scales, rotated, 0} {
+  }
+};
+
+struct ActivationDesc : flexq_activation_desc {
+  ActivationDesc(int64_t tokens, int64_t in_features, int32_t bits = 8, flexq_scheme scales = FLEXQ_SCHEME_GROUP,
+                 flexq_rotation rotated = FLEXQ_ROTATION_HADAMARD128)
+      : flexq_activation_desc{sizeof(flexq_activation_desc), tokens, in_features, bits, scales, rotated, 0} {}
 };
 
 // A weight in canonical form, in host memory.
@@ -116,12 +125,13 @@ class Weight {
     scales_.resize(scales / sizeof(uint16_t));
   }
 
-  // w: [n][k], rows ldw elements apart (0: k).
+  // w: [n][k], rows ldw elements apart (0: k). `flushed`, unless null, gets the number of scales that vanished in fp16.
   template <typename T>
-  static Weight quantize(const Stream& stream, const WeightDesc& desc, const T* w, int64_t ldw = 0) {
+  static Weight quantize(const Stream& stream, const WeightDesc& desc, const T* w, int64_t ldw = 0,
+                         int64_t* flushed = nullptr) {
     Weight weight(desc);
     check(flexq_quantize_weight(&stream, &weight.desc_, w, dtype_of<T>(), ldw == 0 ? desc.k : ldw,
-                                weight.planes_.data(), weight.scales_.data()));
+                                weight.planes_.data(), weight.scales_.data(), flushed));
     return weight;
   }
 

@@ -1,9 +1,7 @@
 """Where work runs: the device that is meant by "auto", and the `_core.Stream` of a tensor (its device, the current CUDA
 stream, PyTorch's threads)."""
 
-import ctypes
 import functools
-from pathlib import Path
 
 import torch
 
@@ -11,30 +9,8 @@ from flexq import _core
 
 
 @functools.cache
-def _gomp_parallel() -> int:
-    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch loaded; 0 if it uses another one.
-
-    Two thread pools that both spin on the same cores slow each other down, so the library borrows PyTorch's.
-    """
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return 0
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "libgomp" in line}
-    for path in sorted(paths, key=lambda p: "torch" not in p):
-        try:
-            function = ctypes.CDLL(path).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(function, ctypes.c_void_p).value or 0
-    return 0
-
-
-@functools.cache
 def _cpu_stream(num_threads: int) -> _core.Stream:
-    if num_threads == 1:
-        return _core.Stream.cpu(None)
-    return _core.Stream.cpu(_core.Executor(num_threads, _gomp_parallel()))
+    return _core.Stream.cpu(num_threads)
 
 
 @functools.lru_cache(maxsize=256)

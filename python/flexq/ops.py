@@ -106,12 +106,13 @@ def _check_canonical(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme:
 
 
 def _define(schema: str, fake):
-    """Registers the decorated function for every device, and `fake` for tracing."""
+    """Registers the decorated function for every device that has no kernel in C++ for it, and `fake` for tracing."""
 
     def register(function):
         name = _library.define(schema)
         for device in _DEVICES:
-            _library.impl(name, function, device)
+            if not _core.implement_operator(name, device):
+                _library.impl(name, function, device)
         torch.library.register_fake(f"flexq::{name}", fake, lib=_library)
         return function
 

@@ -22,8 +22,12 @@ static void* allocate(size_t bytes, void** block) {
 
 int main(void) {
   enum { N = 5, K = 200, M = 3 };
-  const flexq_stream cpu = {FLEXQ_CPU, 0, NULL, NULL, NULL};
-  flexq_weight_desc desc = {N, K, FLEXQ_WEIGHT_BITS, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128};
+  const flexq_stream cpu = FLEXQ_STREAM_INIT;
+  flexq_weight_desc desc = FLEXQ_WEIGHT_DESC_INIT;
+  flexq_activation_desc act = FLEXQ_ACTIVATION_DESC_INIT;
+  flexq_executor executor = FLEXQ_EXECUTOR_INIT;
+  flexq_kernel_info info = FLEXQ_KERNEL_INFO_INIT;
+  int32_t count = 0;
   float w[N * K], back[N * K], x[M * K], y[M * N];
   size_t planes_bytes = 0, scales_bytes = 0, packed_bytes = 0, workspace_bytes = 0;
   void *blocks[2], *packed, *workspace;
@@ -31,6 +35,11 @@ int main(void) {
   uint16_t* scales;
   const char* isa = NULL;
   int i, j, k;
+
+  desc.n = N;
+  desc.k = K;
+  act.m = M;
+  act.k = K;
 
   CHECK(flexq_version_number() == FLEXQ_VERSION_MAJOR * 10000 + FLEXQ_VERSION_MINOR * 100 + FLEXQ_VERSION_PATCH);
   CHECK(strlen(flexq_version()) >= 5);
@@ -43,7 +52,7 @@ int main(void) {
   CHECK(planes_bytes == N * 2 * 96 && scales_bytes == N * 2 * 2);
   planes = (uint8_t*)malloc(planes_bytes);
   scales = (uint16_t*)malloc(scales_bytes);
-  CHECK(flexq_quantize_weight(&cpu, &desc, w, FLEXQ_F32, K, planes, scales) == FLEXQ_OK);
+  CHECK(flexq_quantize_weight(&cpu, &desc, w, FLEXQ_F32, K, planes, scales, NULL) == FLEXQ_OK);
   CHECK(flexq_dequantize_weight(&cpu, &desc, planes, scales, back, FLEXQ_F32, K) == FLEXQ_OK);
 
   CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_OK);
@@ -61,9 +70,18 @@ int main(void) {
     }
   }
 
+  CHECK(flexq_activation_size(&cpu, &act, &workspace_bytes) == FLEXQ_OK && workspace_bytes >= M * 256);
+  CHECK(executor.struct_size == sizeof executor && executor.num_threads == 1);
+  CHECK(flexq_gemm_kernels(&cpu, &desc, 8, M, &info, 1, &count) == FLEXQ_OK && count == 1);
+  CHECK(strcmp(info.name, isa) == 0);
+
   desc.weight_bits = 4;
   CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_UNSUPPORTED);
   CHECK(strstr(flexq_last_error(), "weight_bits must be 6, got 4") != NULL);
+  desc.weight_bits = FLEXQ_WEIGHT_BITS;
+  desc.struct_size = 0;
+  CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_INVALID_ARGUMENT);
+  CHECK(strstr(flexq_last_error(), "desc.struct_size must be") != NULL);
   CHECK(flexq_weight_size(NULL, &planes_bytes, &scales_bytes) == FLEXQ_INVALID_ARGUMENT);
   CHECK(strcmp(flexq_status_name(FLEXQ_BAD_VALUE), "bad value") == 0);
   flexq_thread_pool_destroy(NULL);

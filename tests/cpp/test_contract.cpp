@@ -50,7 +50,7 @@ struct Layer {
 // Codes and scales of a quantized activation.
 struct Activation {
   Activation(const flexq::Stream& stream, const Case& c, const float* x, int64_t ldx)
-      : desc{c.m, c.k, c.act_bits, c.scheme, c.rotation} {
+      : desc(c.m, c.k, c.act_bits, c.scheme, c.rotation) {
     size_t bytes = 0;
     flexq::check(flexq_activation_size(&stream, &desc, &bytes));
     quantized.reserve(bytes);
@@ -61,7 +61,7 @@ struct Activation {
     flexq::check(
         flexq_activation_export(&stream, &desc, quantized.data(), quantized.size(), codes.data(), scales.data()));
   }
-  flexq_activation_desc desc;
+  flexq::ActivationDesc desc;
   flexq::Buffer quantized;
   std::vector<int8_t> codes;
   std::vector<float> scales;
@@ -203,6 +203,39 @@ void test_zero_and_tiny(const flexq::Stream& stream) {
   for (const float v : y) CHECK(v == 0.0f);
 }
 
+// A scale that vanishes in fp16 is stored as zero with its codes, and counted; the rest of the weight is as it was.
+void test_vanishing_scales(const flexq::Stream& stream) {
+  std::mt19937 rng(6);
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    for (const flexq_rotation rotation : {FLEXQ_ROTATION_NONE, FLEXQ_ROTATION_HADAMARD128}) {
+      const int64_t n = 6, k = 300;
+      const flexq::WeightDesc desc(n, k, scheme, rotation);
+      std::vector<float> w = random_values(static_cast<size_t>(n * k), rng);
+      int64_t flushed = -1;
+      const flexq::Weight usual = flexq::Weight::quantize(stream, desc, w.data(), 0, &flushed);
+      CHECK(flushed == 0);
+      for (int64_t i = 0; i < k; ++i) w[static_cast<size_t>(2 * k + i)] = 1e-9f;                        // a row
+      for (int64_t i = 128; i < 256; ++i) w[static_cast<size_t>(4 * k + i)] = i % 2 ? 1e-9f : -1e-42f;  // a group
+      for (int64_t i = 0; i < k; ++i) w[static_cast<size_t>(5 * k + i)] = 0.0f;  // zeros are not counted
+      const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data(), 0, &flushed);
+      CHECK(flushed == (scheme == FLEXQ_SCHEME_GROUP ? 3 + 1 : 1));
+      std::vector<float> back(w.size());
+      weight.dequantize(stream, back.data());
+      for (size_t i = 0; i < static_cast<size_t>(k); ++i) CHECK(back[static_cast<size_t>(2 * k) + i] == 0.0f);
+      for (size_t i = 128; i < 256; ++i) CHECK(std::abs(back[static_cast<size_t>(4 * k) + i]) < 1e-6f);
+      CHECK(std::equal(usual.planes().begin(), usual.planes().begin() + 2 * 3 * 96, weight.planes().begin()));
+    }
+  }
+  // The border: half of fp16's smallest value rounds to zero, anything above it does not.
+  const flexq::WeightDesc desc(2, 128, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE);
+  std::vector<float> w(2 * 128, 0.0f);
+  w[0] = 31 * 0x1p-25f;
+  w[128] = 31 * 0x1.01p-25f;
+  int64_t flushed = 0;
+  const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data(), 0, &flushed);
+  CHECK(flushed == 1 && weight.scales()[0] == 0 && weight.scales()[1] == 1);
+}
+
 // Rounding to nearest against the stored scale, whichever share of absmax / 31 it is, and the rotation undone.
 void test_quantize_weight(const flexq::Stream& stream) {
   std::mt19937 rng(3);
@@ -269,6 +302,7 @@ int main() {
     test_planes(stream);
     test_quantize_weight(stream);
     test_zero_and_tiny(stream);
+    test_vanishing_scales(stream);
     test_extreme_codes(stream);
     test_not_finite(stream);
     test_shapes(stream);

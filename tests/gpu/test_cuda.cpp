@@ -171,7 +171,7 @@ std::vector<flexq_kernel_info> kernels_for(const flexq_stream& stream, const fle
                                            int64_t m) {
   int32_t count = 0;
   flexq::check(flexq_gemm_kernels(&stream, &desc, act_bits, m, nullptr, 0, &count));
-  std::vector<flexq_kernel_info> kernels(static_cast<size_t>(count));
+  std::vector<flexq_kernel_info> kernels(static_cast<size_t>(count), FLEXQ_KERNEL_INFO_INIT);
   flexq::check(flexq_gemm_kernels(&stream, &desc, act_bits, m, kernels.data(), count, &count));
   return kernels;
 }
@@ -193,7 +193,7 @@ void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others)
   CHECK(planes_back.host() == weight.planes() && scales_back.host() == weight.scales());
 
   // Codes and scales of the activations: the CPU's bits.
-  const flexq_activation_desc act{c.m, c.k, c.act_bits, c.scheme, c.rotation};
+  const flexq::ActivationDesc act(c.m, c.k, c.act_bits, c.scheme, c.rotation);
   const int64_t ldx = c.k + c.pad, ldy = c.n + c.pad;
   const std::vector<uint8_t> x =
       as_bytes(test::random_values(static_cast<size_t>(std::max<int64_t>(c.m, 1) * ldx), rng), c.dtype);
@@ -302,8 +302,8 @@ void test_fused(const Gpu& gpu) {
     const int64_t m = i % 3 == 0 ? 1 : i % 3 == 1 ? 9 : 70;
     const int64_t k = std::vector<int64_t>{100, 576, 4097, 8192, 20000}[static_cast<size_t>(i) % 5];
     const auto dtype = static_cast<flexq_dtype>(rng() % 3);
-    const flexq_activation_desc act{m, k, rng() % 2 ? 8 : 6, static_cast<flexq_scheme>(rng() % 2),
-                                    static_cast<flexq_rotation>(rng() % 2)};
+    const flexq::ActivationDesc act(m, k, rng() % 2 ? 8 : 6, static_cast<flexq_scheme>(rng() % 2),
+                                    static_cast<flexq_rotation>(rng() % 2));
     const int64_t ld = k + (rng() % 2 ? 0 : 5);
     const auto count = static_cast<size_t>(m * ld);
     const std::vector<uint8_t> x = as_bytes(test::random_values(count, rng), dtype);
@@ -383,6 +383,49 @@ void test_not_finite(const Gpu& gpu) {
   }
 }
 
+// More than kernels and grids take is refused before anything is queued.
+void test_absurd_shapes(const Gpu& gpu) {
+  size_t bytes = 77;
+  const auto refused = [&](flexq_status status, const char* message) {
+    CHECK(status == FLEXQ_UNSUPPORTED && bytes == 77);
+    CHECK(std::strstr(flexq_last_error(), message) != nullptr);
+  };
+  const flexq::WeightDesc tall(int64_t{1} << 31, 128), large(int64_t{1} << 30, 512), usual(4096, 4096);
+  refused(flexq_prepack_size(&gpu.cuda, &tall, &bytes), "n must be at most 2147483647 on CUDA, got 2147483648");
+  refused(flexq_prepack_size(&gpu.cuda, &large, &bytes), "n * k must be at most 2^38 on CUDA, got 1073741824 * 512");
+  const flexq::ActivationDesc many(int64_t{1} << 32, 128);
+  refused(flexq_activation_size(&gpu.cuda, &many, &bytes), "m must be at most 2147483647 on CUDA");
+  refused(flexq_gemm_workspace_size(&gpu.cuda, &usual, 8, int64_t{1} << 27, &bytes), "m * n must be at most 2^38");
+  refused(flexq_linear_workspace_size(&gpu.cuda, &usual, 8, int64_t{1} << 33, &bytes), "m must be at most 2147483647");
+}
+
+// An error that another library left behind is not ours, and ours is not left behind.
+void test_errors_of_others(const Gpu& gpu) {
+  const flexq::WeightDesc desc(40, 300);
+  const std::vector<float> w(40 * 300, 0.5f);
+  const flexq::Weight weight = flexq::Weight::quantize(gpu.cpu, desc, w.data());
+  const DeviceArray<uint8_t> planes(weight.planes());
+  const DeviceArray<uint16_t> scales(weight.scales());
+  size_t bytes = 0;
+  flexq::check(flexq_prepack_size(&gpu.cuda, &desc, &bytes));
+  const DeviceArray<uint8_t> packed(bytes);
+  const DeviceArray<float> x(std::vector<float>(300, 1.0f)), y(40);
+  size_t workspace_bytes = 0;
+  flexq::check(flexq_linear_workspace_size(&gpu.cuda, &desc, 8, 1, &workspace_bytes));
+  const DeviceArray<uint8_t> workspace(workspace_bytes);
+  const auto leave_error = [] { CHECK(cudaSetDevice(12345) != cudaSuccess); };
+  leave_error();
+  CHECK(flexq_prepack(&gpu.cuda, &desc, planes.data(), scales.data(), packed.data(), bytes) == FLEXQ_OK);
+  leave_error();
+  CHECK(flexq_linear(&gpu.cuda, &desc, packed.data(), packed.size(), 8, 1, x.data(), FLEXQ_F32, 300, nullptr, FLEXQ_F32,
+                     y.data(), FLEXQ_F32, 40, workspace.data(), workspace_bytes) == FLEXQ_OK);
+  cudaGetLastError();
+  const flexq::Stream none = flexq::Stream::cuda(12345, nullptr);
+  CHECK(flexq_prepack_size(&none, &desc, &bytes) == FLEXQ_UNAVAILABLE);
+  CHECK(cudaPeekAtLastError() == cudaSuccess);
+  cuda_check(cudaDeviceSynchronize());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -394,6 +437,8 @@ int main(int argc, char** argv) {
   cudaStream_t stream;
   cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const Gpu gpu(stream);
+  test_absurd_shapes(gpu);
+  test_errors_of_others(gpu);
   test_not_finite(gpu);
   test_fused(gpu);
   test_shapes(gpu, quick);

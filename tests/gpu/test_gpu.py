@@ -1,12 +1,13 @@
 """The CUDA backend through Python. Skipped where there is no GPU that FlexQ can use."""
 
 import copy
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import flexq
 import pytest
 import torch
-from flexq import _core
+from flexq import _core, ops
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -178,6 +179,51 @@ def test_devices_must_agree():
         gpu(torch.randn(1, 576))
     with pytest.raises(ValueError, match="x is on cuda:0, the weight on cpu"):
         cpu(torch.randn(1, 576, device="cuda"))
+
+
+def test_kernels_in_cpp_equal_those_in_python():
+    _, gpu = layer()
+    shared = ("group", "hadamard128")
+    x = torch.randn(4, 6, 600, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(200, device="cuda")
+    for view in (x[..., :576], x[0, :, 24:], x[..., :576].transpose(0, 1), x[:0, :, :576], x[0, 0, :576]):
+        arguments = (view, gpu._packed, bias, 200, 8, *shared)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            assert torch.equal(torch.ops.flexq.linear(*arguments), ops._linear(*arguments))
+    with pytest.raises(ValueError, match="the activation is on cpu, the weight on cuda:0"):
+        flexq.gemm(flexq.quantize_activation(torch.randn(2, 576)), gpu._packed, None, 2, 200, 576, 8, *shared)
+
+
+def test_host_time_of_an_operator(capsys):
+    """Microseconds to queue one in eager mode; F.linear takes 6 to 10."""
+    n = k = 1024
+    shared = ("group", "hadamard128")
+    x, norm = torch.randn(1, k, device="cuda", dtype=torch.bfloat16), torch.ones(k, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    packed = flexq.prepack(*flexq.quantize_weight(weight), k, *shared)
+    quantized = flexq.quantize_activation(x)
+    calls = {
+        "linear": lambda: torch.ops.flexq.linear(x, packed, None, n, 8, *shared),
+        "gemm": lambda: torch.ops.flexq.gemm(quantized, packed, None, 1, n, k, 8, *shared, torch.bfloat16),
+        "rms_norm_quantize": lambda: torch.ops.flexq.rms_norm_quantize(x, x, norm, 1e-6, 8, *shared),
+        "silu_mul_quantize": lambda: torch.ops.flexq.silu_mul_quantize(x, x, 8, *shared),
+        "F.linear": lambda: nn.functional.linear(x, weight),
+    }
+    times = {}
+    with torch.inference_mode():
+        for name, call in calls.items():
+            rounds = []
+            for _ in range(30):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for _ in range(100):  # fewer than the queue holds
+                    call()
+                rounds.append((time.perf_counter() - begin) * 1e4)
+            times[name] = min(rounds)
+    with capsys.disabled():
+        print("\nhost us:", ", ".join(f"{name} {us:.1f}" for name, us in times.items()))
+    assert all(us < 30 for us in times.values())
 
 
 def test_compiles_without_graph_breaks():

@@ -25,13 +25,14 @@ def quantize_weight(weight: torch.Tensor, scheme: str, rotation: str) -> tuple[t
     """Codes int8 [N, 128 * G] and scales float16 [N, G] or [N, 1]."""
     groups = groups_of(weight, rotation)
     largest = groups.abs().amax(-1 if scheme == "group" else (1, 2), keepdim=scheme == "group")
+    # Where no share leaves a scale above zero in fp16, scale and codes stay zero.
     best_error = torch.full(largest.shape, torch.inf, dtype=torch.float64)
     scales, codes = torch.zeros_like(largest), torch.zeros_like(groups)
     for share in (1, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85):
         stored = (largest / 31 * share).half().double().view(len(weight), -1, 1)
         rounded = torch.where(stored > 0, groups / stored, 0.0).round().clamp(-32, 31)
         error = (groups - rounded * stored).square().sum(-1 if scheme == "group" else (1, 2), keepdim=scheme == "group")
-        better = error.view_as(largest) < best_error
+        better = (error.view_as(largest) < best_error) & (stored.view_as(largest) > 0)
         best_error = torch.where(better, error.view_as(largest), best_error)
         scales = torch.where(better, stored.view_as(largest), scales)
         codes = torch.where(better.view(len(weight), -1, 1), rounded, codes)

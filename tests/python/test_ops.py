@@ -74,6 +74,19 @@ def test_quantize_weight_matches_reference(dtype, scheme, rotation):
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scales_that_vanish_are_zero(scheme, rotation):
+    weight = values(5, 300)
+    weight[1], weight[3, 128:256] = 1e-9, 1e-9
+    planes, scales = flexq.quantize_weight(weight, scheme, rotation)
+    codes, expected_scales = reference.quantize_weight(weight, scheme, rotation)
+    assert torch.equal(scales == 0, expected_scales == 0) and (scales[1] == 0).all()
+    assert (codes[1] == 0).all() and (flexq.unpack_codes(planes)[1] == 0).all()
+    back = flexq.dequantize_weight(planes, scales, 300, scheme, rotation)
+    assert (back[1] == 0).all() and back[3, 128:256].abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("bits", (6, 8))
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -182,7 +195,7 @@ def test_quantize_weight_refuses():
     weight[1, 5] = float("nan")
     with pytest.raises(ValueError, match=r"weight\[1\]\[5\] is -?nan; weights must be finite"):
         flexq.quantize_weight(weight)
-    with pytest.raises(ValueError, match="which fp16 cannot hold"):
+    with pytest.raises(ValueError, match="which leaves fp16's range; accepted is up to"):
         flexq.quantize_weight(torch.full((1, 128), 1e8))
     with pytest.raises(ValueError, match=r"weight must be \[N, K\]"):
         flexq.quantize_weight(torch.ones(128))
@@ -194,6 +207,14 @@ def test_prepack_refuses_other_shapes():
         flexq.prepack(planes, scales, 300, "group", "none")
     with pytest.raises(ValueError, match=r"scales must be float16 \[4, 1\] for scheme channel"):
         flexq.prepack(planes, scales, 256, "channel", "none")
+
+
+@pytest.mark.parametrize(("value", "text"), [(float("nan"), "nan"), (float("inf"), "inf"), (-0.5, "-0.5")])
+def test_prepack_refuses_scales_that_are_none(value, text):
+    planes, scales, _ = packed_weight(4, 256, "group", "none")
+    scales[2, 1] = value
+    with pytest.raises(ValueError, match=f"the scale of row 2, group 1 is {text}; scales must be finite and 0 or more"):
+        flexq.prepack(planes, scales, 256, "group", "none")
 
 
 def test_operators_trace():

@@ -1,0 +1,135 @@
+"""The operators' C++ kernels against their implementations in Python, which older versions of PyTorch use."""
+
+import flexq
+import pytest
+import torch
+from flexq import _core, ops
+from test_ops import values
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMAT = ("group", "hadamard128")
+N, K = 20, 300
+
+
+@pytest.fixture(scope="module")
+def packed():
+    planes, scales = flexq.quantize_weight(values(N, K, seed=1), *FORMAT)
+    return flexq.prepack(planes, scales, K, *FORMAT)
+
+
+def views(dtype):
+    """Tensors [..., K] as callers have them: whole, slices, transposed, expanded, of one token, of none."""
+    x = values(6, 4, K + 5).to(dtype)
+    whole = x[..., :K].contiguous()
+    yield from (whole, whole[0], whole[0, 0], whole[:0], whole[:, :0])
+    yield from (x[..., :K], x[0, :, :K], x[:, 0, :K], x[::2, :, :K], x[..., 5:])
+    yield from (whole.transpose(0, 1), whole[:, :1].transpose(0, 1), whole[0].expand(3, 4, K), whole[:1, :1])
+    yield x.permute(2, 0, 1)[:K].permute(1, 2, 0)
+    yield values(K, 7).to(dtype).T
+    yield x[0, :1, :K].as_strided((2, K), (1, 1))  # rows that overlap
+
+
+def same(results, expected) -> None:
+    results, expected = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (results, expected))
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype and result.shape == wanted.shape and result.is_contiguous()
+        assert torch.equal(result, wanted)
+
+
+def test_there_is_a_kernel_in_cpp():
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        pytest.skip("PyTorch's C shim is too old")
+    for name in ("linear", "gemm", "quantize_activation", "rms_norm_quantize", "silu_mul_quantize"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flexq::{name}", "CPU")
+        assert "torch_ops.cpp" in torch._C._dispatch_dump(f"flexq::{name}")
+    assert not _core.implement_operator("prepack", "CPU")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_view(packed, dtype):
+    weight = (1 + values(K, seed=2) * 0.1).to(dtype)
+    bias = values(N, seed=3)
+    for x in views(dtype):
+        for b in (None, bias, bias.to(dtype)):
+            same(torch.ops.flexq.linear(x, packed, b, N, 8, *FORMAT), ops._linear(x, packed, b, N, 8, *FORMAT))
+        m = x.numel() // K
+
+        def codes(quantized, format, bits, m=m):
+            return flexq.activation_codes(quantized, m, K, bits, *format)
+
+        quantized = torch.ops.flexq.quantize_activation(x, 6, *FORMAT)
+        same(codes(quantized, FORMAT, 6), codes(ops._quantize_activation(x, 6, *FORMAT), FORMAT, 6))
+        arguments = (quantized, packed, bias, m, N, K, 6, *FORMAT, dtype)
+        same(torch.ops.flexq.gemm(*arguments), ops._gemm(*arguments))
+        for residual in (None, x.flip(0), x):
+            arguments = (x, residual, weight, 1e-5, 8, *FORMAT)
+            results = torch.ops.flexq.rms_norm_quantize(*arguments), ops._rms_norm_quantize(*arguments)
+            same(*(codes(quantized, FORMAT, 8) for quantized, _ in results))
+            same(*(total for _, total in results))
+        channel = ("channel", "none")
+        arguments = (x, x.flip(-1), 8, *channel)
+        results = torch.ops.flexq.silu_mul_quantize(*arguments), ops._silu_mul_quantize(*arguments)
+        same(*(codes(quantized, channel, 8) for quantized in results))
+
+
+def both_refuse(name, *arguments) -> None:
+    with pytest.raises(ValueError) as native:
+        getattr(torch.ops.flexq, name)(*arguments)
+    with pytest.raises(ValueError) as python:
+        getattr(ops, f"_{name}")(*arguments)
+    assert str(native.value) == str(python.value)
+
+
+def test_refuses_alike(packed):
+    x, wide = torch.zeros(2, K), torch.zeros(2, K, dtype=torch.float64)
+    strided = torch.zeros(2 * packed.numel(), dtype=torch.uint8)[::2]
+    for given in (
+        (wide, packed, None, N, 8, *FORMAT),
+        (torch.zeros(2, 0), packed, None, N, 8, *FORMAT),
+        (torch.tensor(1.0), packed, None, N, 8, *FORMAT),
+        (x, packed.float(), None, N, 8, *FORMAT),
+        (x, strided, None, N, 8, *FORMAT),
+        (x, packed[:100], None, N, 8, *FORMAT),
+        (x, packed, torch.zeros(N + 1), N, 8, *FORMAT),
+        (x, packed, torch.zeros(N, 2)[:, 0], N, 8, *FORMAT),
+        (x, packed, torch.zeros(N, dtype=torch.int64), N, 8, *FORMAT),
+        (x, packed, None, -1, 8, *FORMAT),
+        (x, packed, None, N, 7, *FORMAT),
+        (x, packed, None, N, 8, "row", "none"),
+        (x, packed, None, N, 8, "group", "all"),
+    ):
+        both_refuse("linear", *given)
+    both_refuse("quantize_activation", wide, 8, *FORMAT)
+    with pytest.raises((ValueError, TypeError)):
+        torch.ops.flexq.quantize_activation(x, 1 << 40, *FORMAT)
+    both_refuse("silu_mul_quantize", x, x[:1], 8, *FORMAT)
+    both_refuse("silu_mul_quantize", wide, wide, 8, *FORMAT)
+    both_refuse("rms_norm_quantize", x, x[:1], x[0], 1e-5, 8, *FORMAT)
+    both_refuse("rms_norm_quantize", x, None, x[0, 1:], 1e-5, 8, *FORMAT)
+    both_refuse("rms_norm_quantize", x, None, x[0], -1.0, 8, *FORMAT)
+    quantized = flexq.quantize_activation(x)
+    both_refuse("gemm", quantized, packed, None, 2, N, K, 8, *FORMAT, torch.float64)
+    both_refuse("gemm", quantized, packed, None, 2, N, K + 128, 8, *FORMAT, torch.float32)
+    both_refuse("gemm", quantized[:10], packed, None, 2, N, K, 8, *FORMAT, torch.float32)
+    both_refuse("gemm", quantized, packed, None, 2, -N, K, 8, *FORMAT, torch.float32)
+
+
+def resident_kilobytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4
+
+
+def test_nothing_leaks(packed):
+    x, residual, weight = values(3, K), values(3, K), torch.ones(K)
+
+    def calls():
+        for _ in range(2000):
+            torch.ops.flexq.linear(x.T.contiguous().T, packed, torch.zeros(N), N, 8, *FORMAT)
+            torch.ops.flexq.rms_norm_quantize(x, residual, weight, 1e-5, 8, *FORMAT)
+            with pytest.raises(ValueError):
+                torch.ops.flexq.linear(x, packed, torch.zeros(N + 1), N, 8, *FORMAT)
+
+    calls()
+    before = resident_kilobytes()
+    calls()
+    assert resident_kilobytes() - before < 2000  # a leaked tensor of each call would be 20 MB
