@@ -215,7 +215,7 @@ def test_several_prompts_and_choices(model, tmp_path):
         (["--budget", "0.3"], 2, "give one with --calibrate"),
         (["--plan", "best"], 2, "give one with --calibrate"),
         (["--calibrate", "TEXT", "--window-length", "5000"], 1, "fewer than one window"),
-        (["--calibrate", "TEXT", "--window-length", "32", "--target-kl", "1e-9"], 1, "cannot be met"),
+        (["--calibrate", "TEXT", "--window-length", "32", "--target-ppl", "1.001"], 1, "cannot be met"),
         (["--calibrate", "TEXT", "--window-length", "32", "--budget", "2"], 2, "must be a share from 0 to 1"),
     ),
 )
