@@ -61,7 +61,7 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   // Multicast relieves L2 where tiles are large and many, and holds peers up elsewhere. Streamed, tiles that read the
   // same weights do so at different times; of weights that are read once, less is lost by it than by whole waves.
   const bool relief = c.tokens >= 128 && waves > 2, again = p.m > c.tokens;
-  if (c.streamed) {
+  if (c.stream_k) {
     if (again) group_clocks *= relief ? 1.06 : 1.02;
   } else if (relief != (plan.multicast > 1) || (relief && !again)) {
     group_clocks *= 1.125;
@@ -73,7 +73,7 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const double values = wait ? static_cast<double>(p.m * p.desc.k) : 0.0;
   const double quantize_us = std::min(5.0, 1e-6 * values * (p.per_group() ? 1.961 : 0.8672));
   double tile_clocks = waves * (work * group_clocks + output_clocks) + parts_clocks;
-  if (c.streamed) {
+  if (c.stream_k) {
     // As even as steps of K allow; sums meet through L2, those of more than two parts one after the other.
     const double even = blocks / p.device.num_sms;
     tile_clocks = even * work * group_clocks + waves * output_clocks + 8000 + 4000 * std::max(1.0, 1 / even);
@@ -212,7 +212,7 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     // Nobody wants more columns than there are tokens, nor few columns for many tokens.
     if (c.tokens >= 2 * m || (m >= 64 && c.tokens < 32) || (m >= 256 && c.tokens < 64)) continue;
     const int64_t tiles = ceil_div(desc.n, c.rows) * ceil_div(m, c.tokens);
-    if (c.streamed) {
+    if (c.stream_k) {
       if (tiles % device.num_sms != 0) add({GemmPlan::kWgmma, i, 1, 1});
       continue;
     }
@@ -220,7 +220,7 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
     if (tiles > 1 && desc.n > c.rows) add({GemmPlan::kWgmma, i, 1, 2});
     // Parts of K only while all of them are at work at once.
     for (int splits = 2; splits <= kMaxSplits; ++splits) {
-      if (tiles <= device.clusters[splits] && splits * c.groups_a_stage <= groups) {
+      if (tiles <= device.clusters[splits] && splits * c.stage_groups <= groups) {
         add({GemmPlan::kWgmma, i, splits, 1});
       }
     }
@@ -246,7 +246,7 @@ PlanName name_of(const GemmPlan& plan) {
   PlanName name;
   if (plan.family == GemmPlan::kWgmma) {
     const WgmmaShape c = wgmma_shape(plan.config);
-    if (c.streamed) {
+    if (c.stream_k) {
       std::snprintf(name.text, sizeof name.text, "wgmma-s8 %dx%d stream", c.rows, c.tokens);
     } else {
       std::snprintf(name.text, sizeof name.text, "wgmma-s8 %dx%d split%d cast%d", c.rows, c.tokens, plan.splits,
