@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../cpp/check.h"
+#include "occupy.h"
 
 namespace {
 
@@ -358,6 +359,43 @@ void test_fused(const Gpu& gpu) {
   }
 }
 
+// CTAs that wait for each other's sums must come to an end where only one of them is resident, with the same bits.
+void test_one_sm(const Gpu& gpu) {
+  std::mt19937 rng(15);
+  const int64_t m = 300, n = 9000, k = 700;
+  const flexq::WeightDesc desc(n, k, FLEXQ_SCHEME_GROUP);
+  std::string streamed;
+  for (const flexq_kernel_info& info : kernels_for(gpu.cuda, desc, 8, m)) {
+    if (std::strstr(info.name, "stream") != nullptr) streamed = info.name;
+  }
+  if (streamed.empty()) return;
+  flexq_stream stream = gpu.cuda;
+  stream.kernel = streamed.c_str();
+  const flexq::Weight weight =
+      flexq::Weight::quantize(gpu.cpu, desc, test::random_values(static_cast<size_t>(n * k), rng).data());
+  const DeviceArray<uint8_t> planes(weight.planes());
+  const DeviceArray<uint16_t> scales(weight.scales());
+  size_t bytes = 0;
+  flexq::check(flexq_prepack_size(&stream, &desc, &bytes));
+  const DeviceArray<uint8_t> packed(bytes);
+  flexq::check(flexq_prepack(&stream, &desc, planes.data(), scales.data(), packed.data(), bytes));
+  const DeviceArray<float> x(test::random_values(static_cast<size_t>(m * k), rng));
+  flexq::check(flexq_linear_workspace_size(&stream, &desc, 8, m, &bytes));
+  const DeviceArray<uint8_t> workspace(bytes);
+  const DeviceArray<float> y(static_cast<size_t>(m * n)), again(static_cast<size_t>(m * n));
+  const auto run = [&](const DeviceArray<float>& out) {
+    flexq::check(flexq_linear(&stream, &desc, packed.data(), packed.size(), 8, m, x.data(), FLEXQ_F32, k, nullptr,
+                              FLEXQ_F32, out.data(), FLEXQ_F32, n, workspace.data(), bytes));
+    cuda_check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream.handle)));
+  };
+  run(y);
+  {
+    const test::Occupied all_but_one(1);
+    run(again);
+  }
+  CHECK(again.host() == y.host());
+}
+
 // A NaN or Inf poisons its token's outputs, and no other's.
 void test_not_finite(const Gpu& gpu) {
   std::mt19937 rng(12);
@@ -395,6 +433,7 @@ int main(int argc, char** argv) {
   cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const Gpu gpu(stream);
   test_not_finite(gpu);
+  test_one_sm(gpu);
   test_fused(gpu);
   test_shapes(gpu, quick);
   test_random_draws(gpu, quick ? 20 : 1000);

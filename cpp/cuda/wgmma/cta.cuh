@@ -71,11 +71,12 @@ struct Cta {
   }
   __device__ int groups_of(int step) const { return min(kStageGroups, p.groups - step * kStageGroups); }
 
-  // use(work): whole tiles, or this part's share of them, then this CTA's range of the stream-K tiles.
+  // use(work): whole tiles, or this part's share of them, then this CTA's range of the stream-K steps, its last tile
+  // first (stream_k.cuh).
   template <typename Use>
   __device__ __forceinline__ void for_each_work(const Use& use) const {
     const int begin = steps * part / p.splits, end = steps * (part + 1) / p.splits;
-    int at = stream_k_begin(p, static_cast<int>(blockIdx.x));
+    int left = stream_k_begin(p, static_cast<int>(blockIdx.x) + 1);  // the range's end, as it shrinks
     for (int tile = first_tile;;) {
       Work work{tile, begin, end};
       if (tile < p.whole_tiles) {
@@ -83,12 +84,13 @@ struct Cta {
       } else if (!kC.stream_k) {
         return;
       } else {
-        const int left = stream_k_begin(p, static_cast<int>(blockIdx.x) + 1) - at;
-        if (left <= 0) return;
-        work.tile = p.whole_tiles + at / steps;
-        work.begin = at % steps;
-        work.end = min(steps, work.begin + left);
-        at += work.steps();
+        const int first = stream_k_begin(p, static_cast<int>(blockIdx.x));
+        if (left <= first) return;
+        const int index = (left - 1) / steps;
+        work.tile = p.whole_tiles + index;
+        work.begin = max(first - index * steps, 0);
+        work.end = left - index * steps;
+        left -= work.steps();
       }
       use(work);
     }

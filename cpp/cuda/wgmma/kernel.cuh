@@ -42,7 +42,7 @@ __device__ void consume(const Cta& cta) {
     if constexpr (Cta::kPerGroup && Cta::kC.stream_k) {
       if (work.steps() < cta.steps) {
         const StreamKFixup<Cta> fixup{cta};
-        if (work.begin > 0) return fixup.publish(sums);
+        if (work.end < cta.steps) return fixup.publish(sums);
         fixup.add_others(work, sums);
       }
     }

@@ -1,4 +1,8 @@
 // Stream-K tiles (arXiv 2301.03598): partial sums of a tile meet in the workspace.
+//
+// A CTA takes its range of K steps from the last tile to the first. The part of a tile that does not end it is thus its
+// CTA's first stream-K work, which waits for nobody. The CTA whose part ends the tile adds the others, all of lower
+// blockIdx. CTAs start in order of blockIdx, so waiting ends even where a single one is resident at a time.
 #pragma once
 
 #include "cuda/wgmma/cta.cuh"
@@ -13,7 +17,7 @@ struct StreamKFixup {
 
   const Cta& cta;
 
-  // This CTA's part of a tile that another CTA stores.
+  // This CTA's part of a tile that a later CTA stores.
   __device__ __forceinline__ void publish(const Sums& sums) const {
     float* to = partials_of(static_cast<int>(blockIdx.x));
 #pragma unroll
@@ -24,9 +28,10 @@ struct StreamKFixup {
     __syncwarp();  // else the compiler takes warps for divergent and uses no uniform registers in the loops
   }
 
+  // Always from the part next to this one down to the tile's first, so that every run gives the same bits.
   __device__ __forceinline__ void add_others(const Work& work, Sums& sums) const {
-    const int end = (work.tile - cta.p.whole_tiles + 1) * cta.steps;  // of the tile, among streamed steps
-    for (int other = static_cast<int>(blockIdx.x) + 1; stream_k_begin(cta.p, other) < end; ++other) {
+    const int tile_begin = (work.tile - cta.p.whole_tiles) * cta.steps;  // among the stream-K steps
+    for (int other = static_cast<int>(blockIdx.x) - 1; stream_k_begin(cta.p, other + 1) > tile_begin; --other) {
       // All lanes poll alike, so that the compiler keeps what is uniform in a warp in uniform registers.
       while (!__all_sync(~0u, ptx::load_acquire(cta.p.ready + other) == cta.p.token)) {
       }
