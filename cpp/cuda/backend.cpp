@@ -55,14 +55,22 @@ class DeviceScope {
 
 Device query_device(int32_t device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  // Two transfers a clock (kHz) of so many bits; of HBM's 94% can be had.
+  // Two transfers a clock (kHz) of so many bits.
   const double peak =
       2e-3 * attribute(cudaDevAttrMemoryClockRate, device) * (attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0);
-  Device d{.num_sms = attribute(cudaDevAttrMultiProcessorCount, device),
+  const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  const double clocks = 1e-3 * attribute(cudaDevAttrClockRate, device);
+  const int sm = 10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const auto [name, costs] =
+      cost_table_for({.sm = sm, .num_sms = sms, .memory_bytes_per_us = peak, .clocks_per_us = clocks});
+  Device d{.num_sms = sms,
            .has_sm90 = major >= 9,
            .has_wgmma = kHasWgmma && major == 9,
-           .dram_bytes_per_us = 0.94 * peak,
-           .clocks_per_us = 1e-3 * attribute(cudaDevAttrClockRate, device),
+           .dram_bytes_per_us = costs.bandwidth_share * peak,
+           .clocks_per_us = clocks,
+           .costs = costs,
+           .cost_table_name = name,
+           .cost_table_text = cost_table_text(costs),
            .clusters = {}};
   if (d.has_wgmma) {
     const DeviceScope scope(device);
@@ -172,6 +180,11 @@ class CudaBackend final : public Backend {
       ++count;
     }
     return count;
+  }
+
+  CostTableText cost_table(const flexq_stream& stream) const override {
+    const Device& device = device_of(stream);
+    return {device.cost_table_name.c_str(), device.cost_table_text.c_str()};
   }
 
   void gemm(const flexq_stream& stream, const GemmCall& call) const override {

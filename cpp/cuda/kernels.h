@@ -6,8 +6,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "core/backend.h"
+#include "cuda/costs.h"
 #include "flexq/flexq.h"
 
 namespace flexq::cuda {
@@ -20,6 +22,8 @@ struct Device {
   bool has_sm90;   // clusters, and kernels that start before the one ahead of them has finished
   bool has_wgmma;  // sm_90a code runs
   double dram_bytes_per_us, clocks_per_us;
+  CostTable costs;
+  std::string cost_table_name, cost_table_text;
   std::array<int, kMaxSplits + 1> clusters;  // [size]: clusters of so many CTAs, one to an SM, that run at once
 };
 
