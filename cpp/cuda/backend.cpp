@@ -14,7 +14,9 @@ namespace flexq {
 namespace cuda {
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail(FLEXQ_DEVICE_ERROR, what, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the runtime keeps it too, for whoever asks next
+  fail(FLEXQ_DEVICE_ERROR, what, ": ", cudaGetErrorString(error));
 }
 
 namespace {
@@ -163,8 +165,8 @@ class CudaBackend final : public Backend {
     check_desc(desc);
     if (m == 0 || desc.n == 0) return 0;
     const GemmPlan chosen = plan(stream, desc, act_bits, m);
-    if (chosen.family == GemmPlan::kWgmma) return wgmma_workspace_size(device_of(stream), chosen);
-    return mma_workspace_size(chosen.config, desc, m, chosen.splits);
+    if (chosen.family == GemmPlan::kWgmma) return wgmma_workspace_size(device_of(stream), chosen, desc, m);
+    return mma_workspace_size(chosen, desc, m);
   }
 
   int32_t gemm_kernels(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,

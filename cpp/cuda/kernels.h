@@ -81,7 +81,8 @@ struct MmaShape {
 };
 int num_mma_configs();
 MmaShape mma_shape(int config);
-size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits);
+// Also throws FLEXQ_UNSUPPORTED for what is too large for a launch.
+size_t mma_workspace_size(const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m);
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
 // wgmma/: wgmma on s8; sm_90a. Stream-K needs a workspace.
@@ -95,7 +96,8 @@ int num_wgmma_configs();
 WgmmaShape wgmma_shape(int config);
 // Device::clusters of the current device.
 std::array<int, kMaxSplits + 1> wgmma_clusters();
-size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan);
+// As mma_workspace_size.
+size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m);
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
 }  // namespace flexq::cuda

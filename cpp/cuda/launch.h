@@ -1,17 +1,41 @@
-// One way to launch a kernel.
+// One way to launch a kernel, and the checks of what goes into a launch.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <tuple>
 #include <utility>
 
+#include "core/error.h"
 #include "cuda/kernels.h"
 
 namespace flexq::cuda {
+
+constexpr int64_t kMaxGridY = 65535, kMaxGridZ = 65535;
+
+// A count that a kernel takes as an int.
+inline int checked_int(const char* what, int64_t count) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  if (count > kMost) {
+    fail(FLEXQ_UNSUPPORTED, what, " must be at most ", kMost, " on a GPU, got ", count, "; split the call");
+  }
+  return static_cast<int>(count);
+}
+
+inline dim3 checked_grid(const char* kernel, int64_t x, int64_t y = 1, int64_t z = 1) {
+  const auto checked = [&](const char* axis, int64_t ctas, int64_t most) {
+    if (ctas > most) {
+      fail(FLEXQ_UNSUPPORTED, kernel, " needs ", ctas, " CTAs along ", axis, " of its grid, a GPU takes ", most,
+           "; split the call");
+    }
+    return static_cast<unsigned>(ctas);
+  };
+  return dim3(checked("x", x, std::numeric_limits<int>::max()), checked("y", y, kMaxGridY), checked("z", z, kMaxGridZ));
+}
 
 struct Launch {
   dim3 grid;
@@ -73,6 +97,7 @@ cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaL
   return config;
 }
 
+// Reports this launch's own error only, not one that others have left behind.
 template <typename... Params, typename... Args>
 void launch(cudaStream_t stream, const char* what, void (*kernel)(Params...), const Launch& how, Args... args) {
   cudaLaunchAttribute attributes[2] = {};

@@ -1,5 +1,6 @@
 // Canonical planes and scales <-> records (layout.h), once at load: written for clarity, not speed.
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/layout.h"
 
 namespace flexq::cuda {
@@ -122,18 +123,18 @@ Args args_of(const flexq_weight_desc& desc, const uint8_t* planes, const uint16_
 void prepack(cudaStream_t stream, const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales,
              void* prepacked) {
   const Args args = args_of(desc, planes, scales, prepacked);
-  const auto blocks = static_cast<unsigned>(ceil_div(args.row_blocks * args.groups, kWarpsPerCta));
-  prepack_kernel<<<blocks, kWarpsPerCta * 32, 0, stream>>>(args);
-  check(cudaGetLastError(), "prepack");
+  const int64_t ctas = ceil_div(args.row_blocks * args.groups, kWarpsPerCta);
+  launch(stream, "prepack", prepack_kernel, {.grid = checked_grid("prepack", ctas), .block = dim3(kWarpsPerCta * 32)},
+         args);
 }
 
 void unprepack(cudaStream_t stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
                uint16_t* scales) {
   const Args args = args_of(desc, planes, scales, prepacked);
   constexpr int kThreads = 256;
-  const auto blocks = static_cast<unsigned>(ceil_div(args.n * args.groups * kPlaneBytes, kThreads));
-  unprepack_kernel<<<blocks, kThreads, 0, stream>>>(args);
-  check(cudaGetLastError(), "unprepack");
+  const int64_t ctas = ceil_div(args.n * args.groups * kPlaneBytes, kThreads);
+  launch(stream, "unprepack", unprepack_kernel, {.grid = checked_grid("unprepack", ctas), .block = dim3(kThreads)},
+         args);
 }
 
 }  // namespace flexq::cuda

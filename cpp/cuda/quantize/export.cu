@@ -1,5 +1,6 @@
 // Quantized activations in plain form.
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/layout.h"
 
 namespace flexq::cuda {
@@ -31,10 +32,11 @@ void activation_export(cudaStream_t stream, const flexq_activation_desc& desc, c
   const auto* bytes = static_cast<const uint8_t*>(quantized);
   constexpr int kThreads = 256;
   const int64_t groups = num_groups(desc.k);
-  const auto blocks = static_cast<unsigned>(ceil_div(desc.m * groups * kGroup, kThreads));
-  export_kernel<<<blocks, kThreads, 0, stream>>>(desc.m, groups, layout.tiles, desc.scheme == FLEXQ_SCHEME_GROUP, bytes,
-                                                 reinterpret_cast<const float*>(bytes + layout.scales), codes, scales);
-  check(cudaGetLastError(), "activation_export");
+  const int64_t ctas = ceil_div(desc.m * groups * kGroup, kThreads);
+  launch(stream, "activation_export", export_kernel,
+         {.grid = checked_grid("activation_export", ctas), .block = dim3(kThreads)}, desc.m, groups, layout.tiles,
+         desc.scheme == FLEXQ_SCHEME_GROUP, bytes, reinterpret_cast<const float*>(bytes + layout.scales), codes,
+         scales);
 }
 
 }  // namespace flexq::cuda

@@ -39,7 +39,6 @@ void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
 
 template <typename T, ActivationSource::Kind kKind>
 void launch_groups(cudaStream_t stream, const Device& device, Params params) {
-  constexpr int64_t kMaxGridY = 65535;
   constexpr int kStages = 2;
   const bool tiles = takes_tiles(params, false);
   const int warps = group_warps(device, tiles, params);
@@ -59,7 +58,7 @@ void launch_groups(cudaStream_t stream, const Device& device, Params params) {
       claim_share(how, resident.ctas_per_sm, most);
     }
   }
-  how.grid = dim3(static_cast<unsigned>(across), static_cast<unsigned>(down));
+  how.grid = checked_grid("quantize_activation", across, down);
   launch(stream, "quantize_activation", kernel, how, params);
 }
 

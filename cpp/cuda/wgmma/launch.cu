@@ -48,6 +48,24 @@ uint64_t next_token() {
   return x ^ x >> 31;
 }
 
+struct Tiles {
+  int rows, all;  // along rows, and times those along tokens
+  int raster_width;
+};
+
+Tiles tiles_of(const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m) {
+  // CTAs at work at once then share about as many bytes of weights as of activations.
+  constexpr int kRasterTokens = 4096;
+  const int tokens = kConfigs[plan.config].tokens, raster_width = kRasterTokens / tokens;
+  const int64_t rows = ceil_div(num_row_blocks(desc), kTileBlocks * plan.multicast);
+  const int64_t all = rows * ceil_div(m, tokens);
+  // Kernels compute with these in 32 bits.
+  checked_int("gemm_wgmma's rows x tokens of tiles", std::max(all * plan.multicast * plan.splits, rows * raster_width));
+  checked_int("gemm_wgmma's tiles of 8 tokens", ceil_div(m, kTokenTile));
+  checked_int("gemm_wgmma's groups of k", num_groups(desc.k) * kMaxSplits);
+  return {static_cast<int>(rows), static_cast<int>(all), raster_width};
+}
+
 Launch launch_of(const Config& c, int64_t cluster) {
   return {.grid = dim3(static_cast<unsigned>(cluster)),
           .block = dim3(static_cast<unsigned>(kThreads)),
@@ -77,45 +95,39 @@ std::array<int, kMaxSplits + 1> wgmma_clusters() {
   return clusters;
 }
 
-size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan) {
+size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m) {
+  tiles_of(plan, desc, m);  // checks them before anything is queued
   if (!kConfigs[plan.config].stream_k) return 0;
   return align_up(static_cast<size_t>(device.num_sms) * (kConfigs[plan.config].sums_bytes() + sizeof(uint64_t)));
 }
 
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
   const Config& c = kConfigs[plan.config];
-  const int64_t row_tiles = ceil_div(num_row_blocks(args.desc), kTileBlocks * plan.multicast);
-  const int64_t tiles = row_tiles * ceil_div(args.act.m, c.tokens);
-  constexpr int64_t kMaxTiles = int64_t{1} << 27;  // times a cluster's size, in 32 bits
-  if (tiles > kMaxTiles) {
-    fail(FLEXQ_UNSUPPORTED, "m * n is too large for one call on this GPU: ", args.act.m, " * ", args.desc.n);
-  }
+  const Tiles tiles = tiles_of(plan, args.desc, args.act.m);
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   const int cluster = plan.multicast * plan.splits;
   Launch how = launch_of(c, cluster);
   const auto at_once = [&] { return int64_t{std::clamp(clusters_at_once(kernel, how), 1, device.num_sms)}; };
-  int64_t clusters = tiles, whole = tiles;
+  int64_t clusters = tiles.all, whole = tiles.all;
   const int64_t steps = ceil_div(num_groups(args.desc.k), c.stage_groups);
   if (c.stream_k) {
     // Stream-K takes the partial wave and the wave before it: one to two tiles of work for each CTA.
-    clusters = std::min(at_once(), tiles * steps);
-    whole = std::max<int64_t>(tiles / clusters - 1, 0) * clusters;
+    clusters = std::min(at_once(), tiles.all * steps);
+    whole = std::max<int64_t>(tiles.all / clusters - 1, 0) * clusters;
   } else if (plan.splits == 1) {
-    clusters = std::min(tiles, at_once());
+    clusters = std::min<int64_t>(tiles.all, at_once());
   }
-  how.grid = dim3(static_cast<unsigned>(clusters * cluster));
-  const int64_t stream_steps = (tiles - whole) * steps;
-  // CTAs at work at once then share about as many bytes of weights as of activations.
-  constexpr int kRasterTokens = 4096;
+  how.grid = checked_grid("gemm_wgmma", clusters * cluster);
+  const int64_t stream_steps = (tiles.all - whole) * steps;
 
   Params params{linear_params(args)};
   params.row_blocks = static_cast<int>(num_row_blocks(args.desc));
   params.groups = static_cast<int>(num_groups(args.desc.k));
   params.token_tiles = static_cast<int>(ActivationLayout(args.act).tiles);
-  params.row_tiles = static_cast<int>(row_tiles);
-  params.tiles = static_cast<int>(tiles);
-  params.raster_width = kRasterTokens / c.tokens;
+  params.row_tiles = tiles.rows;
+  params.tiles = tiles.all;
+  params.raster_width = tiles.raster_width;
   params.multicast = plan.multicast;
   params.splits = plan.splits;
   params.clocks_per_stage =
