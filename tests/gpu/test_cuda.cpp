@@ -396,6 +396,38 @@ void test_one_sm(const Gpu& gpu) {
   CHECK(again.host() == y.host());
 }
 
+// An error that other code left behind is not reported as ours, and stays for whoever asks.
+void test_errors_of_others(const Gpu& gpu) {
+  const flexq_activation_desc act{1, 128, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE};
+  const DeviceArray<float> x(128);
+  size_t bytes = 0;
+  flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
+  const DeviceArray<uint8_t> quantized(bytes);
+  const DeviceArray<int8_t> codes(128);
+  const DeviceArray<float> scales(1);
+  CHECK(cudaSetDevice(1 << 20) == cudaErrorInvalidDevice);
+  flexq::check(flexq_quantize_activation(&gpu.cuda, &act, x.data(), FLEXQ_F32, 128, quantized.data(), bytes));
+  flexq::check(flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, codes.data(), scales.data()));
+  CHECK(cudaGetLastError() == cudaErrorInvalidDevice);
+  CHECK(cudaGetLastError() == cudaSuccess);
+}
+
+// Grids that no GPU takes are refused when the workspace is asked for, before anything is queued.
+void test_too_large(const Gpu& gpu) {
+  const flexq::WeightDesc desc(16, 128, FLEXQ_SCHEME_GROUP);
+  const int64_t m = int64_t{1} << 22;
+  size_t refused = 0, bytes = 0;
+  for (const flexq_kernel_info& info : kernels_for(gpu.cuda, desc, 8, m)) {
+    flexq_stream stream = gpu.cuda;
+    stream.kernel = info.name;
+    const flexq_status status = flexq_gemm_workspace_size(&stream, &desc, 8, m, &bytes);
+    if (status == FLEXQ_OK) continue;
+    CHECK(status == FLEXQ_UNSUPPORTED && std::strstr(flexq_last_error(), "65535") != nullptr);
+    ++refused;
+  }
+  CHECK(refused > 0);
+}
+
 // A NaN or Inf poisons its token's outputs, and no other's.
 void test_not_finite(const Gpu& gpu) {
   std::mt19937 rng(12);
@@ -433,6 +465,8 @@ int main(int argc, char** argv) {
   cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const Gpu gpu(stream);
   test_not_finite(gpu);
+  test_errors_of_others(gpu);
+  test_too_large(gpu);
   test_one_sm(gpu);
   test_fused(gpu);
   test_shapes(gpu, quick);
