@@ -13,13 +13,13 @@ namespace flexq::cuda::mma {
 enum class Product { kS8, kB1A6, kB1A8 };
 
 struct Config {
-  int token_tiles;  // of 8 tokens
+  int token_tiles;  // of 8 tokens each, in a CTA's tile
   int warps_n;      // warps side by side along N
-  int warps_k;      // warps that share the groups of a tile's K
-  int blocks;       // of 16 rows a warp has, for the same activations; at most so many, where it loads its own
-  int slots;        // for records in a warp's ring of copies
-  int ctas_per_sm;
-  bool shared_act;  // activations go through shared memory too, read once for all warps side by side
+  int warps_k;      // warps that share K, each taking every warps_k-th group
+  int blocks;       // of 16 rows, a warp's; the most it may have where it loads its own activations
+  int slots;        // records in a warp's ring of copies
+  int ctas_per_sm;  // that registers and shared memory are planned for
+  bool shared_act;  // the CTA copies activations to shared memory once for all warps
   Product product = Product::kS8;
 
   constexpr int threads() const { return 32 * warps_n * warps_k; }
