@@ -36,7 +36,6 @@ constexpr int64_t kMaxChannelK = int64_t{1} << 17;
 // What kernels count in int, and what grids of a thread a few elements hold: more than any GPU's memory.
 constexpr int64_t kMaxSide = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxElements = int64_t{1} << 38;
-constexpr int64_t kMaxGridZ = 65535;
 
 void check_side(const char* name, int64_t size) {
   if (size > kMaxSide) fail(FLEXQ_UNSUPPORTED, name, " must be at most ", kMaxSide, " on CUDA, got ", size);
@@ -286,15 +285,9 @@ class CudaBackend final : public Backend {
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
     const auto candidates = [&] { return Candidates(device_of(stream), desc, act_bits, m); };
     thread_local Choices choices;
-    const GemmPlan chosen = stream.kernel != nullptr
-                                ? candidates().named(stream.kernel).plan
-                                : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
-                                              [&] { return candidates().best().plan; });
-    if (chosen.family == GemmPlan::kMma) {
-      const int64_t most = kMaxGridZ * mma_shape(chosen.config).tokens;
-      if (m > most) fail(FLEXQ_UNSUPPORTED, "m must be at most ", most, " on this GPU, got ", m);
-    }
-    return chosen;
+    return stream.kernel != nullptr ? candidates().named(stream.kernel).plan
+                                    : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
+                                                  [&] { return candidates().best().plan; });
   }
 
   static GemmPlan plan_of(const flexq_stream& stream, const GemmCall& call) {

@@ -7,6 +7,7 @@
 #include "check.h"
 #include "core/error.h"
 #include "cuda/dispatch.h"
+#include "flexq/flexq.hpp"
 
 namespace {
 
@@ -57,7 +58,7 @@ void test_choices() {
     device.clusters = {0, 100, 50, 30, 22};
     for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
       for (const int64_t m : {1, 8, 9, 100, 5000}) {
-        const flexq_weight_desc desc{4096, 4096, 6, scheme, FLEXQ_ROTATION_NONE};
+        const flexq::WeightDesc desc(4096, 4096, scheme, FLEXQ_ROTATION_NONE);
         for (const Candidate& candidate : Candidates(device, desc, 8, m)) {
           CHECK(std::isfinite(candidate.microseconds) && candidate.microseconds > 0);
         }

@@ -28,7 +28,8 @@ Occupied::Occupied(int free_sms) {
   void* flags = nullptr;
   check(cudaHostAlloc(&flags, 2 * sizeof(int), cudaHostAllocMapped));
   started_ = static_cast<volatile int*>(flags);
-  started_[0] = started_[1] = 0;
+  started_[0] = 0;
+  started_[1] = 0;
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   check(cudaFuncSetAttribute(occupy, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   const int ctas = sms - free_sms;  // one to an SM, whose shared memory it takes

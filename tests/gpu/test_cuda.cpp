@@ -398,7 +398,7 @@ void test_one_sm(const Gpu& gpu) {
 
 // An error that other code left behind is not reported as ours, and stays for whoever asks.
 void test_errors_of_others(const Gpu& gpu) {
-  const flexq_activation_desc act{1, 128, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE};
+  const flexq::ActivationDesc act(1, 128, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE);
   const DeviceArray<float> x(128);
   size_t bytes = 0;
   flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
@@ -469,8 +469,8 @@ void test_absurd_shapes(const Gpu& gpu) {
   refused(flexq_linear_workspace_size(&gpu.cuda, &usual, 8, int64_t{1} << 33, &bytes), "m must be at most 2147483647");
 }
 
-// An error that another library left behind is not ours, and ours is not left behind.
-void test_errors_of_others(const Gpu& gpu) {
+// Ours is not left behind for others.
+void test_own_errors(const Gpu& gpu) {
   const flexq::WeightDesc desc(40, 300);
   const std::vector<float> w(40 * 300, 0.5f);
   const flexq::Weight weight = flexq::Weight::quantize(gpu.cpu, desc, w.data());
@@ -510,7 +510,7 @@ int main(int argc, char** argv) {
   test_absurd_shapes(gpu);
   test_errors_of_others(gpu);
   test_not_finite(gpu);
-  test_errors_of_others(gpu);
+  test_own_errors(gpu);
   test_too_large(gpu);
   test_one_sm(gpu);
   test_fused(gpu);
