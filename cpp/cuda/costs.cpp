@@ -1,13 +1,14 @@
 #include "cuda/costs.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
-#include <fstream>
-#include <locale>
 #include <optional>
-#include <sstream>
+#include <string>
 #include <string_view>
+#include <system_error>
 
 #include "core/error.h"
 
@@ -152,20 +153,23 @@ std::string_view trimmed(std::string_view text) {
 
 // False unless all of `text` is a finite number of at least 0. Whatever the process's locale is, 0.5 is a half.
 bool parse_number(std::string_view text, double& value) {
-  std::istringstream in{std::string(text)};
-  in.imbue(std::locale::classic());
-  return in >> value && in.peek() == std::istringstream::traits_type::eof() && std::isfinite(value) && value >= 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc{} && end == text.data() + text.size() && std::isfinite(value) && value >= 0;
 }
 
 std::optional<CostTable> table_of_environment() {
   const char* path = std::getenv("FLEXQ_COSTS");
   if (path == nullptr || *path == '\0') return std::nullopt;
   const std::string source = cat("FLEXQ_COSTS=", path);
-  std::ifstream in(path);
-  require(in.is_open(), source, ": the file cannot be read");
-  std::ostringstream text;
-  text << in.rdbuf();
-  return parse_cost_table(text.str(), source);
+  std::FILE* file = std::fopen(path, "rb");
+  require(file != nullptr, source, ": the file cannot be read");
+  std::string text;
+  char block[4096];
+  while (const size_t count = std::fread(block, 1, sizeof block, file)) text.append(block, count);
+  const bool failed = std::ferror(file) != 0;
+  std::fclose(file);
+  require(!failed, source, ": the file cannot be read");
+  return parse_cost_table(text, source);
 }
 
 // Read once, and the same answer every time: a table, none, or the error.
@@ -197,22 +201,24 @@ NamedCostTable cost_table_for(const DeviceTraits& device) {
 }
 
 std::string cost_table_text(const CostTable& table) {
-  std::ostringstream out;
-  out.imbue(std::locale::classic());
-  out.precision(10);
+  std::string out;
   for_each_field(table, [&](const char* name, const char* unit, const char* meaning, double value) {
-    out << "# " << unit << ": " << meaning << '\n' << name << " = " << value << '\n';
+    char digits[32];
+    const auto [end, error] = std::to_chars(digits, digits + sizeof digits, value, std::chars_format::general, 10);
+    out += cat("# ", unit, ": ", meaning, "\n", name, " = ",
+               std::string_view(digits, static_cast<size_t>(end - digits)), "\n");
   });
-  return out.str();
+  return out;
 }
 
 CostTable parse_cost_table(const std::string& text, const std::string& source) {
   CostTable table;
   for_each_field(table, [](const char*, const char*, const char*, double& value) { value = -1; });
-  std::istringstream lines(text);
-  std::string line;
-  for (int number = 1; std::getline(lines, line); ++number) {
-    const std::string_view whole = trimmed(std::string_view(line).substr(0, line.find('#')));
+  std::string_view rest = text;
+  for (int number = 1; !rest.empty(); ++number) {
+    const std::string_view line = rest.substr(0, rest.find('\n'));
+    rest.remove_prefix(std::min(rest.size(), line.size() + 1));
+    const std::string_view whole = trimmed(line.substr(0, line.find('#')));
     if (whole.empty()) continue;
     const size_t equals = whole.find('=');
     require(equals != std::string_view::npos, source, ", line ", number, ": must be `name = value`, got: ", whole);
