@@ -21,6 +21,14 @@ void bind_linear(nb::module_& m) {
       nb::arg("stream"), nb::arg("desc"), nb::arg("act_bits"), nb::arg("m"),
       "Names and estimated microseconds of the kernels that could run a GEMM, the library's choice first.");
   m.def(
+      "cost_table",
+      [](const Stream& s) {
+        const char *name = nullptr, *text = nullptr;
+        check(flexq_cost_table(&s.stream, &name, &text));
+        return std::pair<std::string, std::string>(name, text);
+      },
+      nb::arg("stream"), "Name of the table that estimates are made from, and the table as a file of FLEXQ_COSTS.");
+  m.def(
       "gemm_workspace_size",
       [](const Stream& s, const flexq_weight_desc& desc, int32_t act_bits, int64_t rows) {
         size_t bytes = 0;

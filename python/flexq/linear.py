@@ -151,7 +151,7 @@ class Linear(nn.Module):
         return ops.dequantize_weight(*self.canonical(), self.in_features, config.scheme, config.rotation, dtype)
 
     def _outputs_of_unit_vectors(self) -> torch.Tensor:
-        """The weight's transpose [K, N], float32, by the device's own kernels: a unit vector, rotated or not, is exact in
+        """The weight's transpose [K, N], float32, by the device's kernels: a unit vector, rotated or not, is exact in
         8-bit codes, since all that is not zero in it has the same magnitude."""
         c, k, rows = self.config, self.in_features, 1024
         packed, device = self._packed, self._packed.device

@@ -54,8 +54,13 @@ class Choice:
 _EXPLAIN_WITHIN = 2.0
 
 
+def cost_table(device: str) -> tuple[str, str]:
+    """Name of the table that the dispatcher's estimates are made from, and its text."""
+    return _core.cost_table(stream_for(torch.device(device)))
+
+
 def _candidates(
-    m: int, n: int, k: int, bits: int, scheme: str, packed: list[torch.Tensor]
+    m: int, n: int, k: int, bits: int, scheme: str, packed: list[torch.Tensor], within: float
 ) -> tuple[list[tuple[str, float]], Kernels]:
     """Names and estimates of what could run the GEMM and is not out of the question, and how to run a layer with it."""
     where = packed[0].device
@@ -64,7 +69,7 @@ def _candidates(
     desc = _core.WeightDesc(n, k, scheme, ROTATION)
     bfloat16 = 2  # FLEXQ_BF16
     candidates = _core.gemm_kernels(stream_for(where), desc, bits, m)
-    candidates = [c for c in candidates if c[1] <= _EXPLAIN_WITHIN * candidates[0][1]]
+    candidates = [c for c in candidates if c[1] <= within * candidates[0][1]]
 
     def runner(name: str) -> Callable[[torch.Tensor], Callable[[], None]]:
         size = _core.linear_workspace_size(stream_for(where).with_kernel(name), desc, bits, m)
@@ -91,11 +96,13 @@ def explain_linear(
     device: str = "cuda",
     configs: Sequence[tuple[int, str]] = DEFAULT_CONFIGS,
     progress: Progress | None = None,
+    within: float = _EXPLAIN_WITHIN,
 ) -> list[Choice]:
     """Measure whole linear layers with every kernel that could run the GEMM: is the choice right on this device?
 
     Args:
-        as for `bench_linear`.
+        shapes, tokens, device, configs, progress: as for `bench_linear`.
+        within: kernels that the model puts further behind the choice than this factor are not measured.
     """
     on_gpu = device != "cpu"
     shapes = shapes or (CUDA_SHAPES if on_gpu else CPU_SHAPES)
@@ -110,7 +117,7 @@ def explain_linear(
                 current = (n, k, scheme)
                 copies = copies_of(n * k * 49 / 64) if on_gpu else 1
                 packed = packed_copies(torch.randn(n, k, device=where) / k**0.5, scheme, copies)
-            candidates, kernels = _candidates(m, n, k, bits, scheme, packed)
+            candidates, kernels = _candidates(m, n, k, bits, scheme, packed, within)
             seconds = graph_seconds(kernels) if on_gpu else cpu_seconds(kernels)
             measured = [(name, estimate, seconds[name] * 1e6) for name, estimate in candidates]
             choices.append(Choice(n, k, m, bits, scheme, measured))

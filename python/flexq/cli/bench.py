@@ -3,10 +3,11 @@
 import argparse
 from typing import Any
 
-from flexq.cli.options import add_device, positive, positive_float, shape
-from flexq.cli.output import note, progress, where_it_ran
+from flexq.cli.options import UsageError, add_device, positive, positive_float, shape
+from flexq.cli.output import note, progress, table, where_it_ran
 
 LINEAR_HELP = "A whole linear layer, quantization included, against PyTorch's."
+HOST_HELP = "What an operator costs the host, a call, beside PyTorch's linear layer."
 DECODE_HELP = "Decode steps and prefills of a whole model with random weights."
 
 
@@ -18,6 +19,8 @@ def add_linear_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=dtypes, help="of x and y (default: float32, on a GPU bfloat16)")
     p.add_argument("--no-peers", action="store_true", help="FlexQ alone")
     p.add_argument("--explain", action="store_true", help="instead: every kernel that could run each GEMM, measured")
+    fit_help = "instead: fit the dispatcher's costs to this GPU, into a file for the variable FLEXQ_COSTS (minutes)"
+    p.add_argument("--fit", metavar="FILE", help=fit_help)
     p.add_argument("--plot", metavar="PNG", help="also draw throughput against M (needs matplotlib)")
 
 
@@ -29,11 +32,14 @@ def run_linear(args: argparse.Namespace) -> dict[str, Any]:
 
     where = where_it_ran(args.device)
     bar = progress("benchmark", args.quiet)
+    if args.fit:
+        return _fit(args, where, bar)
     if args.explain:
         choices = explain.explain_linear(args.shape, args.tokens, args.device, progress=bar)
+        costs = explain.cost_table(args.device)[0]
         if not args.json:
-            print(explain.table(choices))
-        return {"device": where, "choices": [c.to_dict() for c in choices]}
+            print(f"{explain.table(choices)}\n{where}; costs of table {costs}")
+        return {"device": where, "cost_table": costs, "choices": [c.to_dict() for c in choices]}
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     points: list[linear.Point] = []
     try:
@@ -57,6 +63,48 @@ def run_linear(args: argparse.Namespace) -> dict[str, Any]:
         print(report.linear_table(points))
         print(f"{isa}, {where}, x and y in {points[0].dtype}")
     return {"isa": isa, "device": where, "points": [p.to_dict() for p in points]}
+
+
+# Of decoder layers of 7 to 70 billion parameters, and tokens of decode and of prompts.
+_FIT_SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (10240, 8192), (8192, 28672))
+_FIT_TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
+
+
+def _fit(args: argparse.Namespace, where: str, bar) -> dict[str, Any]:
+    from pathlib import Path
+
+    from flexq.bench import explain, fit
+
+    if args.device == "cpu":
+        raise UsageError("--fit is for a GPU: the CPU has one kernel for each shape")
+    configs = ((8, "group"), (8, "channel"))
+    shapes, tokens = args.shape or _FIT_SHAPES, args.tokens or _FIT_TOKENS
+    choices = explain.explain_linear(shapes, tokens, args.device, configs, bar, within=4.0)
+    name, table = explain.cost_table(args.device)
+    found = fit.fit(choices, table, progress=progress("fitting", args.quiet))
+    comment = f"Fitted by `flexq bench linear --fit` to {len(choices)} GEMMs on {where}, beginning with {name}."
+    Path(args.fit).write_text(fit.text_of(found.table, comment))
+    note(
+        args,
+        f"{args.fit}: mean error of the estimates {100 * found.error_before:.0f}% -> {100 * found.error:.0f}%, choices "
+        f"slower than the fastest kernel by {100 * found.regret_before:.1f}% -> {100 * found.regret:.1f}% on average\n"
+        f"use it with FLEXQ_COSTS={args.fit}",
+    )
+    return {"device": where, "file": args.fit, **{k: v for k, v in vars(found).items() if k != "table"}}
+
+
+def add_host_arguments(p: argparse.ArgumentParser) -> None:
+    add_device(p, "to measure")
+
+
+def run_host(args: argparse.Namespace) -> dict[str, Any]:
+    from flexq.bench.host import bench_host
+
+    points, where = bench_host(args.device), where_it_ran(args.device)
+    if not args.json:
+        print(table([["operator", "host us a call"], *([p.operator, f"{p.microseconds:.1f}"] for p in points)]))
+        print(where)
+    return {"device": where, "points": [p.to_dict() for p in points]}
 
 
 def add_decode_arguments(p: argparse.ArgumentParser) -> None:
