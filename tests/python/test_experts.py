@@ -68,7 +68,7 @@ def assert_matches(y, expected, magnitude, doubt):
     error = (y.double() - expected).abs()
     if y.dtype == torch.float32:
         assert (error <= 1e-5 * magnitude + doubt + 1e-12).all()
-    assert (error.norm(dim=1) <= 0.02 * magnitude.norm(dim=1)).all()
+    assert (error.norm(dim=1) <= 0.05 * magnitude.norm(dim=1)).all()
 
 
 def routed(experts, tokens, top_k, kind, seed=0):
