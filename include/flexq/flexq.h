@@ -333,7 +333,8 @@ typedef struct flexq_experts_desc {
    FLEXQ_GATE_UP_CONCATENATED, FLEXQ_GATE_SILU, 1.0f, 0.0f, 0.0f, 0}
 /* clang-format on */
 
-/* Bytes of one projection of all experts, prepacked on `stream`'s device. */
+/* Bytes of one projection of all experts, prepacked on `stream`'s device. Its layout may depend on everything in `desc`
+ * but act_bits, alpha, limit and up_offset. */
 FLEXQ_API flexq_status flexq_experts_prepack_size(const flexq_stream* stream, const flexq_experts_desc* desc,
                                                   flexq_projection projection, size_t* bytes);
 

@@ -333,6 +333,28 @@ void test_prepack_ranges(const flexq::Stream& stream) {
   }
 }
 
+// The same through flexq.hpp.
+void test_cpp_face(const flexq::Stream& stream) {
+  std::mt19937 rng(8);
+  const flexq::ExpertsDesc desc(3, 100, 96);
+  const Experts layer(stream, desc, rng);
+  flexq::Experts experts(stream, desc);
+  for (const int64_t e : {2, 0, 1}) experts.set(stream, e, layer.weights[0][sz(e)], layer.weights[1][sz(e)]);
+  Routing routing(7, 2);
+  randomize(routing, 3, rng);
+  const std::vector<float> x = random_values(700, rng);
+  std::vector<float> y(700);
+  experts(stream, flexq::Routing(7, 2, routing.chosen.data(), routing.scores.data()), x.data(), y.data(),
+          layer.bias[0].data(), layer.bias[1].data());
+  CHECK(y == forward(stream, layer, routing, x, 100, true, 100));
+  try {
+    experts.set(stream, 0, layer.weights[1][0], layer.weights[0][0]);
+    CHECK(false);
+  } catch (const flexq::Exception& e) {
+    CHECK(e.status() == FLEXQ_INVALID_ARGUMENT);
+  }
+}
+
 struct Call {
   explicit Call(const flexq::Stream& s) : stream(s), rng(7), layer(s, desc_of(3, 100, 96), rng), desc(layer.desc) {
     randomize(routing, 3, rng);
@@ -450,6 +472,7 @@ int main() {
     test_not_finite(stream);
     test_weights_on_input(stream);
     test_prepack_ranges(stream);
+    test_cpp_face(stream);
   }
   test_refuses();
   return 0;
