@@ -205,4 +205,15 @@ flexq_status flexq_linear(const flexq_stream* stream, const flexq_weight_desc* d
   });
 }
 
+flexq_status flexq_cost_table(const flexq_stream* stream, const char** name, const char** text) {
+  return guarded([&] {
+    const Target on = target_of(stream);
+    check_result(name, "name");
+    check_result(text, "text");
+    const CostTableText table = on.backend.cost_table(on.stream);
+    *name = table.name;
+    *text = table.text;
+  });
+}
+
 }  // extern "C"

@@ -57,6 +57,11 @@ struct ExpertsCall {
   void* workspace;
 };
 
+struct CostTableText {
+  const char* name;
+  const char* text;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -82,6 +87,8 @@ class Backend {
   // What could run the GEMM, the choice first: at most `capacity` of them into `infos`; returns how many there are.
   virtual int32_t gemm_kernels(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,
                                flexq_kernel_info* infos, int32_t capacity) const = 0;
+  // The table by which it chooses kernels on this device.
+  virtual CostTableText cost_table(const flexq_stream&) const { return {"none", ""}; }
   virtual void gemm(const flexq_stream& stream, const GemmCall& call) const = 0;
 
   // Quantizes `source` into `call.quantized`, then multiplies.

@@ -1,9 +1,10 @@
 // The one exception type inside the library; cpp/api turns it into a status and a message.
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <string>
-#include <utility>
+#include <string_view>
+#include <type_traits>
 
 #include "flexq/flexq.h"
 
@@ -14,11 +15,31 @@ struct Error {
   std::string message;
 };
 
+// Without streams: their facets may come from another C++ runtime in the process, one that does not fit.
+template <typename Part>
+void append(std::string& out, const Part& part) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(part));
+    out += text;
+  } else if constexpr (std::is_same_v<Part, char>) {
+    out += part;
+  } else if constexpr (std::is_arithmetic_v<Part>) {
+    out += std::to_string(part);
+  } else if constexpr (std::is_same_v<Part, const void*>) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%p", part);
+    out += text;
+  } else {
+    out += std::string_view(part);
+  }
+}
+
 template <typename... Parts>
 std::string cat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return std::move(out).str();
+  std::string out;
+  (append(out, parts), ...);
+  return out;
 }
 
 template <typename... Parts>

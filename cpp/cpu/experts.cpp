@@ -96,8 +96,9 @@ void check_ids(const flexq_experts_desc& desc, const flexq_routing& routing) {
   const int64_t known = mapped ? routing.map_size : desc.experts;
   for (int64_t pair = 0; pair < routing.m * routing.top_k; ++pair) {
     const int64_t id = read_id(routing, pair);
-    require(id >= 0 && id < known, "ids[", pair / routing.top_k, "][", pair % routing.top_k, "] is ", id,
-            "; accepted are 0 to ", known - 1, mapped ? ", the entries of expert_map" : "");
+    if (id >= 0 && id < known) continue;
+    fail(FLEXQ_INVALID_ARGUMENT, "ids[", pair / routing.top_k, "][", pair % routing.top_k, "] is ", id,
+         "; accepted are 0 to ", known - 1, mapped ? ", the entries of expert_map" : "");
   }
 }
 

@@ -36,7 +36,6 @@ constexpr int64_t kMaxChannelK = int64_t{1} << 17;
 // What kernels count in int, and what grids of a thread a few elements hold: more than any GPU's memory.
 constexpr int64_t kMaxSide = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxElements = int64_t{1} << 38;
-constexpr int64_t kMaxGridZ = 65535;
 
 void check_side(const char* name, int64_t size) {
   if (size > kMaxSide) fail(FLEXQ_UNSUPPORTED, name, " must be at most ", kMaxSide, " on CUDA, got ", size);
@@ -52,9 +51,6 @@ void check_elements(const char* a_name, int64_t a, const char* b_name, int64_t b
 
 void check_sizes(const flexq_weight_desc& desc) { check_elements("n", desc.n, "k", padded_k(desc.k)); }
 void check_sizes(const flexq_activation_desc& desc) { check_elements("m", desc.m, "k", padded_k(desc.k)); }
-
-// Kernels that ask for the last error after their launch would find one that others left behind.
-void forget_errors() { cudaGetLastError(); }
 
 int attribute(cudaDeviceAttr which, int32_t device) {
   int value = 0;
@@ -83,14 +79,22 @@ class DeviceScope {
 
 Device query_device(int32_t device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  // Two transfers a clock (kHz) of so many bits; of HBM's 94% can be had.
+  // Two transfers a clock (kHz) of so many bits.
   const double peak =
       2e-3 * attribute(cudaDevAttrMemoryClockRate, device) * (attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8.0);
-  Device d{.num_sms = attribute(cudaDevAttrMultiProcessorCount, device),
+  const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  const double clocks = 1e-3 * attribute(cudaDevAttrClockRate, device);
+  const int sm = 10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const auto [name, costs] =
+      cost_table_for({.sm = sm, .num_sms = sms, .memory_bytes_per_us = peak, .clocks_per_us = clocks});
+  Device d{.num_sms = sms,
            .has_sm90 = major >= 9,
            .has_wgmma = kHasWgmma && major == 9,
-           .dram_bytes_per_us = 0.94 * peak,
-           .clocks_per_us = 1e-3 * attribute(cudaDevAttrClockRate, device),
+           .dram_bytes_per_us = costs.bandwidth_share * peak,
+           .clocks_per_us = clocks,
+           .costs = costs,
+           .cost_table_name = name,
+           .cost_table_text = cost_table_text(costs),
            .clusters = {}};
   if (d.has_wgmma) {
     const DeviceScope scope(device);
@@ -202,13 +206,11 @@ class CudaBackend final : public Backend {
   void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales,
                void* prepacked) const override {
     const DeviceScope scope(stream.device_index);
-    forget_errors();
     cuda::prepack(handle(stream), desc, planes, scales, prepacked);
   }
   void unprepack(const flexq_stream& stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
                  uint16_t* scales) const override {
     const DeviceScope scope(stream.device_index);
-    forget_errors();
     cuda::unprepack(handle(stream), desc, prepacked, planes, scales);
   }
 
@@ -224,7 +226,6 @@ class CudaBackend final : public Backend {
   void activation_export(const flexq_stream& stream, const flexq_activation_desc& desc, const void* quantized,
                          int8_t* codes, float* scales) const override {
     const DeviceScope scope(stream.device_index);
-    forget_errors();
     cuda::activation_export(handle(stream), desc, quantized, codes, scales);
   }
 
@@ -233,8 +234,8 @@ class CudaBackend final : public Backend {
     check_gemm(desc, m);
     if (m == 0 || desc.n == 0) return 0;
     const GemmPlan chosen = plan(stream, desc, act_bits, m);
-    if (chosen.family == GemmPlan::kWgmma) return wgmma_workspace_size(device_of(stream), chosen);
-    return mma_workspace_size(chosen.config, desc, m, chosen.splits);
+    if (chosen.family == GemmPlan::kWgmma) return wgmma_workspace_size(device_of(stream), chosen, desc, m);
+    return mma_workspace_size(chosen, desc, m);
   }
 
   int32_t gemm_kernels(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,
@@ -250,6 +251,11 @@ class CudaBackend final : public Backend {
       ++count;
     }
     return count;
+  }
+
+  CostTableText cost_table(const flexq_stream& stream) const override {
+    const Device& device = device_of(stream);
+    return {device.cost_table_name.c_str(), device.cost_table_text.c_str()};
   }
 
   void gemm(const flexq_stream& stream, const GemmCall& call) const override {
@@ -279,15 +285,9 @@ class CudaBackend final : public Backend {
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
     const auto candidates = [&] { return Candidates(device_of(stream), desc, act_bits, m); };
     thread_local Choices choices;
-    const GemmPlan chosen = stream.kernel != nullptr
-                                ? candidates().named(stream.kernel).plan
-                                : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
-                                              [&] { return candidates().best().plan; });
-    if (chosen.family == GemmPlan::kMma) {
-      const int64_t most = kMaxGridZ * mma_shape(chosen.config).tokens;
-      if (m > most) fail(FLEXQ_UNSUPPORTED, "m must be at most ", most, " on this GPU, got ", m);
-    }
-    return chosen;
+    return stream.kernel != nullptr ? candidates().named(stream.kernel).plan
+                                    : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
+                                                  [&] { return candidates().best().plan; });
   }
 
   static GemmPlan plan_of(const flexq_stream& stream, const GemmCall& call) {

@@ -10,11 +10,10 @@ namespace flexq::cuda {
 
 struct Candidate {
   GemmPlan plan;
-  double microseconds;  // by the model of cost, in a linear layer but without its quantizer
+  double microseconds;  // by the model of cost: in a linear layer, its quantizer not counted
 };
 
-// Every plan that could run the GEMM, cheapest first, but for those that nobody would choose. No allocation: this is in
-// the way of every call.
+// The plans that could run a GEMM, cheapest first; plainly bad ones are left out. Every call makes this: no allocation.
 class Candidates {
  public:
   Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m);
@@ -30,8 +29,8 @@ class Candidates {
   size_t count_ = 0;
 };
 
-// E.g. "wgmma-s8 128x32 split2 cast2": the instruction, a tile's rows x tokens, parts of K, blocks sharing activations.
-// "wgmma-s8 128x128 stream": tiles that fill no whole wave are shared evenly along K.
+// E.g. "wgmma-s8 128x32 split2 cast2": the instruction, a tile's rows x tokens, parts of K, CTAs that share
+// activations. "wgmma-s8 128x128 stream": stream-K.
 struct PlanName {
   char text[48];
 };

@@ -1,4 +1,4 @@
-// What goes into the GEMM kernels and comes out: 6-bit codes, 16- and 32-bit floats.
+// Elements of the GEMMs: 6-bit codes in, 16- and 32-bit floats in and out.
 #pragma once
 
 #include <cuda_bf16.h>

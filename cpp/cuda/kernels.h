@@ -6,21 +6,25 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "core/backend.h"
+#include "cuda/costs.h"
 #include "flexq/flexq.h"
 
 namespace flexq::cuda {
 
-constexpr int kMaxSplits = 4;  // of K between the thread blocks of a cluster
+constexpr int kMaxSplits = 4;  // parts of K in a cluster
 
-// What the launches want to know of the device.
+// What launches and the cost model need to know of the device.
 struct Device {
   int num_sms;
   bool has_sm90;   // clusters, and kernels that start before the one ahead of them has finished
   bool has_wgmma;  // sm_90a code runs
   double dram_bytes_per_us, clocks_per_us;
-  std::array<int, kMaxSplits + 1> clusters;  // of so many thread blocks, each with a multiprocessor, that run at once
+  CostTable costs;
+  std::string cost_table_name, cost_table_text;
+  std::array<int, kMaxSplits + 1> clusters;  // [size]: clusters of so many CTAs, one to an SM, that run at once
 };
 
 // Throws FLEXQ_DEVICE_ERROR.
@@ -31,8 +35,8 @@ void prepack(cudaStream_t stream, const flexq_weight_desc& desc, const uint8_t* 
 void unprepack(cudaStream_t stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
                uint16_t* scales);
 
-// Up to so many tokens a quantizer has a warp for each group of one token, and fits beside a GEMM; of more, a warp for
-// tiles of them. More where the whole token decides.
+// Up to so many tokens a quantizer's warp has a group of one token, and the kernel fits beside a GEMM; of more, a warp
+// has a group of 8. The limit is higher where the whole token decides.
 constexpr int64_t max_single_tokens(bool of_tokens) { return of_tokens ? 64 : 32; }
 void quantize_activation(cudaStream_t stream, const Device& device, const flexq_activation_desc& desc,
                          const ActivationSource& source, void* quantized);
@@ -57,19 +61,19 @@ struct GemmPlan {
   enum Family { kMma, kWgmma };
   Family family;
   int config;      // of the family's table
-  int splits;      // parts of K, each a thread block's for each tile
-  int multicast;   // thread blocks of a cluster that share their activations (wgmma)
+  int splits;      // parts of K, each computed by a CTA of its own
+  int multicast;   // CTAs of a cluster that share activations (wgmma)
   int blocks = 0;  // of 16 rows a warp has (mma)
 };
 
-// Both start, and read weights, before what is ahead of them in the stream has finished (launch.h).
+// Both GEMMs start, and read weights, before the kernel ahead of them in the stream has finished (launch.h).
 
-// gemm_mma.cu: mma.sync, s8 or b1; sm_80 and later.
+// mma/: mma.sync, s8 or b1; sm_80 and later.
 struct MmaShape {
   const char* product;
   int act_bits;                // that it takes, 0 for any
   int warps_n;                 // side by side along N
-  int min_blocks, max_blocks;  // of 16 rows that each of them may have; parts of K only with the most
+  int min_blocks, max_blocks;  // of 16 rows for each of them; split-K takes the most
   int tokens;                  // of a tile
   int ctas_per_sm;
   int warps_k;
@@ -77,21 +81,23 @@ struct MmaShape {
 };
 int num_mma_configs();
 MmaShape mma_shape(int config);
-size_t mma_workspace_size(int config, const flexq_weight_desc& desc, int64_t m, int splits);
+// Also throws FLEXQ_UNSUPPORTED for what is too large for a launch.
+size_t mma_workspace_size(const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m);
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
-// gemm_wgmma.cu: warp groups' wgmma on s8; sm_90a. A workspace if it is streamed.
+// wgmma/: wgmma on s8; sm_90a. Stream-K needs a workspace.
 struct WgmmaShape {
-  int rows, tokens;  // of a tile
-  int groups_a_stage;
+  int rows, tokens;     // of a tile
+  int stage_groups;     // groups of 128 k in a stage
   bool group, channel;  // the schemes of scales that it is for
-  bool streamed;        // its tiles that fill no whole wave are shared evenly along K
+  bool stream_k;        // tiles that fill no whole wave are shared along K
 };
 int num_wgmma_configs();
 WgmmaShape wgmma_shape(int config);
 // Device::clusters of the current device.
 std::array<int, kMaxSplits + 1> wgmma_clusters();
-size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan);
+// As mma_workspace_size.
+size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m);
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);
 
 }  // namespace flexq::cuda

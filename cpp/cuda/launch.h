@@ -1,42 +1,64 @@
-// One way to launch a kernel.
+// One way to launch a kernel, and the checks of what goes into a launch.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <tuple>
 #include <utility>
 
+#include "core/error.h"
 #include "cuda/kernels.h"
 
 namespace flexq::cuda {
+
+constexpr int64_t kMaxGridY = 65535, kMaxGridZ = 65535;
+
+// A count that a kernel takes as an int.
+inline int checked_int(const char* what, int64_t count) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  if (count > kMost) {
+    fail(FLEXQ_UNSUPPORTED, what, " must be at most ", kMost, " on a GPU, got ", count, "; split the call");
+  }
+  return static_cast<int>(count);
+}
+
+inline dim3 checked_grid(const char* kernel, int64_t x, int64_t y = 1, int64_t z = 1) {
+  const auto checked = [&](const char* axis, int64_t ctas, int64_t most) {
+    if (ctas > most) {
+      fail(FLEXQ_UNSUPPORTED, kernel, " needs ", ctas, " CTAs along ", axis, " of its grid, a GPU takes ", most,
+           "; split the call");
+    }
+    return static_cast<unsigned>(ctas);
+  };
+  return dim3(checked("x", x, std::numeric_limits<int>::max()), checked("y", y, kMaxGridY), checked("z", z, kMaxGridZ));
+}
 
 struct Launch {
   dim3 grid;
   dim3 block;
   size_t shared_bytes = 0;
-  // The kernel may start before the one ahead of it in the stream has finished (programmatic dependent launch, sm_90),
-  // and itself waits for it before it touches what that one writes or reads. Weights are the exception: GEMMs fill
-  // their pipelines with them at once, perhaps beside the kernel before the last, so that memory does not rest between
-  // two layers. Whatever writes weights (prepack, copies) is launched without this and lets nobody start early.
+  // Programmatic dependent launch (sm_90): the kernel may start before the one ahead of it in the stream has finished,
+  // and waits for it before it touches what that one reads or writes. Weights are the exception: a GEMM fills its
+  // pipeline with them at once. What writes weights (prepack, copies) is launched without this.
   bool overlapped = false;
-  unsigned cluster = 1;  // thread blocks along x that share their shared memory (sm_90)
+  unsigned cluster = 1;  // CTAs along x (sm_90)
 };
 
-// Where fewer thread blocks than the `most` that fit are a multiprocessor's even share, those that come first would
-// crowd the multiprocessors that have room first: each claims so much shared memory that no more fit (sm_90).
+// Where an SM's even share is fewer CTAs than the `most` that fit, early CTAs would crowd the SMs that have room first.
+// So each claims as much shared memory as lets no more than the share fit (sm_90).
 inline void claim_share(Launch& how, int64_t share, int64_t most) {
-  constexpr int64_t kOfMultiprocessor = 228 * 1024, kReserved = 1024;  // of each thread block
+  constexpr int64_t kSharedPerSm = 228 * 1024, kReserved = 1024;  // for each CTA
   if (share >= most) return;
-  const int64_t claim = kOfMultiprocessor / (share + 1) - kReserved + 128;
+  const int64_t claim = kSharedPerSm / (share + 1) - kReserved + 128;
   how.shared_bytes = std::max(how.shared_bytes, static_cast<size_t>(claim));
 }
 
-// Asks for dynamic shared memory: 48 KB need no asking, but what a kernel declares itself counts towards them too. The
-// current device never allows less than was once asked for, since another thread may be about to launch the same kernel
-// with more.
+// Raises a kernel's limit of dynamic shared memory on the current device. It is never lowered: another thread may be
+// about to launch the same kernel with more.
 template <typename... Params>
 void allow_shared(void (*kernel)(Params...), size_t bytes) {
   int device = 0;
@@ -51,7 +73,7 @@ void allow_shared(void (*kernel)(Params...), size_t bytes) {
   most = wanted;
 }
 
-// The configuration and, in `attributes`, what it points to; asks for what the kernel must be allowed.
+// The configuration, which points into `attributes`; also raises the limits that the kernel needs.
 template <typename... Params>
 cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
   constexpr unsigned kPortableCluster = 8;
@@ -75,6 +97,7 @@ cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaL
   return config;
 }
 
+// Reports this launch's own error only, not one that others have left behind.
 template <typename... Params, typename... Args>
 void launch(cudaStream_t stream, const char* what, void (*kernel)(Params...), const Launch& how, Args... args) {
   cudaLaunchAttribute attributes[2] = {};
@@ -83,8 +106,8 @@ void launch(cudaStream_t stream, const char* what, void (*kernel)(Params...), co
   check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
-// How many clusters of such a launch, or single thread blocks, the current device runs at a time: how clusters fit its
-// multiprocessors only the driver knows. Asked once. 0 for clusters that do not fit; at least 1 thread block.
+// How many clusters, or single CTAs, of such a launch the current device runs at a time; 0 if clusters do not fit. Only
+// the driver knows how clusters fit on the SMs, and it is asked once.
 template <typename... Params>
 int clusters_at_once(void (*kernel)(Params...), const Launch& how) {
   int device = 0;
@@ -101,10 +124,10 @@ int clusters_at_once(void (*kernel)(Params...), const Launch& how) {
     check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters at once");
   } else {
     const int threads = static_cast<int>(how.block.x);
-    int multiprocessors = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, how.shared_bytes), "thread blocks");
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-    count = std::max(count * multiprocessors, 1);
+    int sms = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, how.shared_bytes), "CTAs at once");
+    check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "SM count");
+    count = std::max(count * sms, 1);
   }
   return known[key] = count;
 }

@@ -15,11 +15,11 @@ namespace flexq::cuda {
 //   a0 = B0 & 0xfcfcfcfc, a1 = B1 & 0xfcfcfcfc, a2 = B2 & 0xfcfcfcfc,
 //   a3 = bits 7-6 of its bytes from B0's low two bits, 5-4 from B1's, 3-2 from B2's.
 // Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
-// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/kernels.md).
-// Records lie in tiles of 128 rows, [N / 128][G][8], the last one with as many as there are: a tile's groups are one
-// stretch of memory for the copy engine. Scales are fp16, 16 for a record. In scheme group they follow their 8 records,
-// since a second stream of 64 bytes at a time elsewhere costs memory more than their share; in scheme channel, [N /
-// 16], they follow the last record.
+// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/kernels/format.md).
+// Records lie in tiles of 128 rows, [N / 128][G][8], the last tile with as many as there are: a tile's groups are
+// contiguous, for bulk copies. Scales are fp16, 16 to a record. In scheme group they follow their 8 records (a separate
+// stream of 64 bytes at a time would cost more than its share of bandwidth); in scheme channel, [N / 16], they follow
+// the last record.
 inline constexpr int kRecordRows = 16;
 inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;
@@ -64,10 +64,10 @@ struct WeightLayout {
   size_t size;
 };
 
-// Quantized activations: [G][M / 8] tiles of 8 tokens x 128 k, 1 KB each, so that the tokens of a group are one stretch
-// of memory for the copy engine. A tile is [8 chunks][8 tokens][16 codes]: the core matrices of wgmma's K-major layout
-// without swizzle, and eight-by-sixteen-byte matrices for ldmatrix. The tokens that fill up the last tile are not
-// written. Scales fp32: [G][M / 8][8] (group) or [M] (channel).
+// Quantized activations: [G][M / 8] tiles of 8 tokens x 128 k, 1 KB each, so that a group's tokens are contiguous, for
+// bulk copies. A tile is [8 chunks][8 tokens][16 codes]: the core matrices of wgmma's K-major layout
+// without swizzle, and eight-by-sixteen-byte matrices for ldmatrix. Tokens that pad the last tile are not written.
+// Scales fp32: [G][M / 8][8] (group) or [M] (channel).
 inline constexpr int kTokenTile = 8;
 inline constexpr int kChunkBytes = 16;
 inline constexpr int kCoreMatrixBytes = kTokenTile * kChunkBytes;

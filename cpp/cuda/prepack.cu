@@ -1,11 +1,12 @@
-// Canonical planes and scales <-> records (layout.h). Once at load: written to be read.
+// Canonical planes and scales <-> records (layout.h), once at load: written for clarity, not speed.
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "cuda/layout.h"
 
 namespace flexq::cuda {
 namespace {
 
-constexpr int kWarpsPerBlock = 8;
+constexpr int kWarpsPerCta = 8;
 
 struct Args {
   int64_t n;
@@ -46,7 +47,7 @@ __device__ uint32_t load_codes(const Args& a, int64_t row, int64_t group, int k)
 
 __global__ void prepack_kernel(Args a) {
   const int lane = threadIdx.x % 32;
-  const int64_t record = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / 32;
+  const int64_t record = static_cast<int64_t>(blockIdx.x) * kWarpsPerCta + threadIdx.x / 32;
   if (record >= a.row_blocks * a.groups) return;
   const int64_t row_block = record / a.groups;
   const int64_t group = record % a.groups;
@@ -68,8 +69,8 @@ __global__ void prepack_kernel(Args a) {
         scale_row < a.n ? a.scales[scale_row * a.row_scales + (a.per_group ? group : 0)] : uint16_t{0};
     a.record_scales(row_block, group)[lane] = scale;
   }
-  // A GEMM right behind reads weights as soon as the last thread here has ended (launch.h), before the end of a kernel
-  // makes its writes visible.
+  // The GEMM behind reads weights as soon as the last thread here has exited (launch.h), before the kernel's end makes
+  // its writes visible.
   __threadfence();
 }
 
@@ -122,18 +123,18 @@ Args args_of(const flexq_weight_desc& desc, const uint8_t* planes, const uint16_
 void prepack(cudaStream_t stream, const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales,
              void* prepacked) {
   const Args args = args_of(desc, planes, scales, prepacked);
-  const auto blocks = static_cast<unsigned>(ceil_div(args.row_blocks * args.groups, kWarpsPerBlock));
-  prepack_kernel<<<blocks, kWarpsPerBlock * 32, 0, stream>>>(args);
-  check(cudaGetLastError(), "prepack");
+  const int64_t ctas = ceil_div(args.row_blocks * args.groups, kWarpsPerCta);
+  launch(stream, "prepack", prepack_kernel, {.grid = checked_grid("prepack", ctas), .block = dim3(kWarpsPerCta * 32)},
+         args);
 }
 
 void unprepack(cudaStream_t stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
                uint16_t* scales) {
   const Args args = args_of(desc, planes, scales, prepacked);
   constexpr int kThreads = 256;
-  const auto blocks = static_cast<unsigned>(ceil_div(args.n * args.groups * kPlaneBytes, kThreads));
-  unprepack_kernel<<<blocks, kThreads, 0, stream>>>(args);
-  check(cudaGetLastError(), "unprepack");
+  const int64_t ctas = ceil_div(args.n * args.groups * kPlaneBytes, kThreads);
+  launch(stream, "unprepack", unprepack_kernel, {.grid = checked_grid("unprepack", ctas), .block = dim3(kThreads)},
+         args);
 }
 
 }  // namespace flexq::cuda

@@ -1,4 +1,4 @@
-// Inline PTX, one thin function each. What is not there on an architecture does nothing there, and says so.
+// Inline PTX, one thin function for each instruction.
 #pragma once
 
 #include <cstdint>
@@ -20,13 +20,13 @@ __device__ inline void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
-// How L2 treats what is read once: it goes first when there is no more room.
-__device__ inline uint64_t read_once_policy() {
+// L2 cache policies: what is read once is evicted first.
+__device__ inline uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ inline uint64_t usual_policy() {
+__device__ inline uint64_t evict_normal_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
@@ -39,19 +39,19 @@ __device__ inline void cp_async_16(uint32_t shared, const void* global, uint64_t
 
 __device__ inline void prefetch_to_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
-// Of `bytes`, and zeros for the rest.
-__device__ inline void cp_async_16_or_zeros(uint32_t shared, const void* global, int bytes) {
+// Copies `bytes` of 16 and fills the rest with zeros.
+__device__ inline void cp_async_16_zfill(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending groups of this thread are still under way.
+// Waits until at most kPending of this thread's groups are in flight.
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- A word by which thread blocks of the whole GPU wait for each other ----
+// ---- Flags between CTAs of the whole GPU ----
 
 __device__ inline void store_release(uint64_t* p, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
@@ -78,7 +78,7 @@ __device__ inline void mma_m16n8k128_b1(int32_t (&d)[4], uint32_t a0, uint32_t a
                : "r"(a0), "r"(a1), "r"(b));
 }
 
-// Four matrices of 8 rows x 16 bytes; lane i gives the address of row i % 8 of matrix i / 8, and gets bytes
+// Four matrices of 8 rows x 16 bytes; lane i has the address of row i % 8 of matrix i / 8, and gets bytes
 // 4 * (lane % 4) ... + 3 of row lane / 4 of each.
 __device__ inline void ldmatrix_x4(uint32_t* d, uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -94,7 +94,7 @@ __device__ inline float max_magnitude(float a, float b) {
   return largest;
 }
 
-// `threads` threads meet at a barrier of the thread block, 0 to 15.
+// `threads` threads meet at one of the CTA's 16 hardware barriers.
 __device__ inline void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -108,7 +108,7 @@ __device__ inline void launch_dependents() {
 #endif
 }
 
-// Until the kernel before this one has finished and its writes are visible.
+// Waits until the kernel before this one has finished and its writes are visible.
 __device__ inline void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -118,14 +118,14 @@ __device__ inline void wait_for_previous_kernel() {
 #if FLEXQ_SM90A
 
 // Four matrices of 8x8 elements of 16 bits as MMAs leave them, a lane with two neighbours of row lane / 4 of each,
-// turned: lane i gives the address of column i % 8 of matrix i / 8, 16 bytes.
+// transposed: lane i has the address of column i % 8 of matrix i / 8, 16 bytes.
 __device__ inline void stmatrix_x4_trans(uint32_t shared, const uint32_t (&d)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(d[0]),
                "r"(d[1]), "r"(d[2]), "r"(d[3])
                : "memory");
 }
 
-// ---- Barriers in shared memory: they count arrivals and, for bulk copies, bytes ----
+// ---- mbarriers in shared memory: they count arrivals and, for bulk copies, bytes ----
 
 __device__ inline void mbarrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -138,13 +138,13 @@ __device__ inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) 
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// At a barrier of any thread block of the cluster, by its remote_address. Without a scope of the cluster, which would
-// cost a fence of the whole GPU: what the arrival frees is written by the copy engine alone.
+// At an mbarrier of any CTA of the cluster, by its remote_address. Cluster scope would cost a fence of the whole GPU
+// and is not needed: only the copy engine writes what the arrival frees.
 __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Until the phase of this parity is over.
+// Waits until the phase of this parity has completed.
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n\t.reg .pred done;\n\t"
@@ -155,7 +155,7 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- Bulk copies from global to shared memory, which report their bytes to a barrier ----
+// ---- Bulk copies from global to shared memory, which report their bytes to an mbarrier ----
 
 __device__ inline void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
@@ -172,7 +172,7 @@ __device__ inline void bulk_copy(uint32_t shared, const void* global, uint32_t b
       : "memory");
 }
 
-// To the same place of every thread block of the cluster in `mask`, each one's own barrier included.
+// To the same shared address of every CTA of the cluster in `mask`, and to the mbarrier of each.
 __device__ inline void bulk_copy_multicast(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
                                            uint16_t mask) {
   asm volatile(
@@ -190,24 +190,24 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of the cluster meet, and see what each wrote before.
+// All threads of the cluster meet, and see what the others wrote before.
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// They meet, no more: without a fence.
-__device__ inline void cluster_meet() {
+// They meet, without a fence.
+__device__ inline void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// The same shared address in thread block `rank`.
+// The same shared address in CTA `rank`.
 __device__ inline uint32_t remote_address(uint32_t shared, uint32_t rank) {
   uint32_t remote;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
   return remote;
 }
 
-// A word of the same shared address in thread block `rank`.
+// The word at the same shared address in CTA `rank`. Not by way of remote_address: the compiler unrolls worse then.
 __device__ inline uint32_t load_remote(uint32_t shared, uint32_t rank) {
   uint32_t value;
   asm volatile(
@@ -220,22 +220,21 @@ __device__ inline uint32_t load_remote(uint32_t shared, uint32_t rank) {
   return value;
 }
 
-// A word to the shared memory of any thread block of the cluster, whose barrier counts its bytes; both by their
-// remote_address.
+// A word to the shared memory of any CTA of the cluster, whose mbarrier counts its bytes; both are remote_addresses.
 __device__ inline void store_async(uint32_t remote, uint32_t value, uint32_t barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(remote),
                "r"(value), "r"(barrier)
                : "memory");
 }
 
-// ---- Tensor cores: a warp group's asynchronous wgmma ----
+// ---- Tensor cores: a warpgroup's asynchronous wgmma ----
 
 template <int kRegisters>
-__device__ inline void set_more_registers() {
+__device__ inline void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ inline void set_fewer_registers() {
+__device__ inline void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
@@ -247,20 +246,21 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The value, by a way that the compiler cannot look through: it stays in a register, where the compiler would rather
-// compute it again in every turn of a loop.
-__device__ inline int keep(int value) { return __shfl_sync(~0u, value, static_cast<int>(threadIdx.x % 32)); }
+// The value, opaque to the compiler, which would otherwise compute it again in every iteration of a loop.
+__device__ inline int keep_in_register(int value) {
+  return __shfl_sync(~0u, value, static_cast<int>(threadIdx.x % 32));
+}
 
-// Keeps the compiler from moving accesses of registers across a fence or a wait.
+// Keeps the compiler from moving register accesses across a wgmma fence or wait.
 template <int kCount>
-__device__ inline void hold(int32_t (&d)[kCount]) {
+__device__ inline void fence_registers(int32_t (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // d += a * b, or d = a * b without kAdd, for a 64x32 in registers and b 32xN in shared memory, int8; kCount = N / 2 is
-// a thread's part of d. That d is read as well keeps it in the registers where it was: new ones for a product that
-// begins while the sums before it are still being used are more than there are.
+// a thread's part of d. d is read even without kAdd:
+// else the compiler gives a product that starts while its old sums are still in use registers of its own, and spills.
 template <bool kAdd, int kCount>
 __device__ void wgmma_s8(int32_t (&d)[kCount], const uint32_t (&a)[4], uint64_t b);
 

@@ -275,6 +275,12 @@ FLEXQ_API flexq_status flexq_linear(const flexq_stream* stream, const flexq_weig
                                     flexq_dtype x_dtype, int64_t ldx, const void* bias, flexq_dtype bias_dtype, void* y,
                                     flexq_dtype y_dtype, int64_t ldy, void* workspace, size_t workspace_bytes);
 
+/* The cost table by which the device's GEMM kernels are chosen.
+ *   name: "sm_90" for one fitted on such a device, "sm_89 derived" for one derived from the device's properties,
+ * "FLEXQ_COSTS" for the file that this environment variable names, "none" where there is nothing to choose.
+ *   text: lines `name = value`, the format of such a file. Both strings are the library's. */
+FLEXQ_API flexq_status flexq_cost_table(const flexq_stream* stream, const char** name, const char** text);
+
 /* ---- Experts ------------------------------------------------------------------------------------------------ */
 
 /* A mixture-of-experts layer: E experts, of which a router gives each token top_k with a weight for each. A pair is a

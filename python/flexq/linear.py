@@ -146,7 +146,21 @@ class Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in floating point."""
         config = self.config
+        if self._packed is not None and self._packed.is_cuda:
+            return self._outputs_of_unit_vectors().T.to(dtype)
         return ops.dequantize_weight(*self.canonical(), self.in_features, config.scheme, config.rotation, dtype)
+
+    def _outputs_of_unit_vectors(self) -> torch.Tensor:
+        """The weight's transpose [K, N], float32, by the device's own kernels: a unit vector, rotated or not, is exact in
+        8-bit codes, since all that is not zero in it has the same magnitude."""
+        c, k, rows = self.config, self.in_features, 1024
+        packed, device = self._packed, self._packed.device
+        parts = []
+        for begin in range(0, k, rows):
+            x = torch.zeros((min(rows, k - begin), k), device=device)
+            x.diagonal(begin).fill_(1)
+            parts.append(torch.ops.flexq.linear(x, packed, None, self.out_features, 8, c.scheme, c.rotation))
+        return torch.cat(parts)
 
     @property
     def weight(self) -> torch.Tensor:

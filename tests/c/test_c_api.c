@@ -36,6 +36,8 @@ int main(void) {
   uint8_t* planes;
   uint16_t* scales;
   const char* isa = NULL;
+  const char* table = NULL;
+  const char* text = NULL;
   int i, j, k;
 
   desc.n = N;
@@ -46,6 +48,8 @@ int main(void) {
   CHECK(flexq_version_number() == FLEXQ_VERSION_MAJOR * 10000 + FLEXQ_VERSION_MINOR * 100 + FLEXQ_VERSION_PATCH);
   CHECK(strlen(flexq_version()) >= 5);
   CHECK(flexq_device_isa(FLEXQ_CPU, 0, &isa) == FLEXQ_OK && isa != NULL);
+  CHECK(flexq_cost_table(&cpu, &table, &text) == FLEXQ_OK && strcmp(table, "none") == 0 && strcmp(text, "") == 0);
+  CHECK(flexq_cost_table(&cpu, NULL, &text) == FLEXQ_INVALID_ARGUMENT);
 
   for (i = 0; i < N * K; ++i) w[i] = (float)sin(i * 0.7) * 0.1f;
   for (i = 0; i < M * K; ++i) x[i] = (float)cos(i * 0.3);

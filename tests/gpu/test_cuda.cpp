@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../cpp/check.h"
+#include "occupy.h"
 
 namespace {
 
@@ -358,6 +359,74 @@ void test_fused(const Gpu& gpu) {
   }
 }
 
+// CTAs that wait for each other's sums must come to an end where only one of them is resident, with the same bits.
+void test_one_sm(const Gpu& gpu) {
+  std::mt19937 rng(15);
+  const int64_t m = 300, n = 9000, k = 700;
+  const flexq::WeightDesc desc(n, k, FLEXQ_SCHEME_GROUP);
+  std::string streamed;
+  for (const flexq_kernel_info& info : kernels_for(gpu.cuda, desc, 8, m)) {
+    if (std::strstr(info.name, "stream") != nullptr) streamed = info.name;
+  }
+  if (streamed.empty()) return;
+  flexq_stream stream = gpu.cuda;
+  stream.kernel = streamed.c_str();
+  const flexq::Weight weight =
+      flexq::Weight::quantize(gpu.cpu, desc, test::random_values(static_cast<size_t>(n * k), rng).data());
+  const DeviceArray<uint8_t> planes(weight.planes());
+  const DeviceArray<uint16_t> scales(weight.scales());
+  size_t bytes = 0;
+  flexq::check(flexq_prepack_size(&stream, &desc, &bytes));
+  const DeviceArray<uint8_t> packed(bytes);
+  flexq::check(flexq_prepack(&stream, &desc, planes.data(), scales.data(), packed.data(), bytes));
+  const DeviceArray<float> x(test::random_values(static_cast<size_t>(m * k), rng));
+  flexq::check(flexq_linear_workspace_size(&stream, &desc, 8, m, &bytes));
+  const DeviceArray<uint8_t> workspace(bytes);
+  const DeviceArray<float> y(static_cast<size_t>(m * n)), again(static_cast<size_t>(m * n));
+  const auto run = [&](const DeviceArray<float>& out) {
+    flexq::check(flexq_linear(&stream, &desc, packed.data(), packed.size(), 8, m, x.data(), FLEXQ_F32, k, nullptr,
+                              FLEXQ_F32, out.data(), FLEXQ_F32, n, workspace.data(), bytes));
+    cuda_check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream.handle)));
+  };
+  run(y);
+  {
+    const test::Occupied all_but_one(1);
+    run(again);
+  }
+  CHECK(again.host() == y.host());
+}
+
+// An error that other code left behind is not reported as ours.
+void test_errors_of_others(const Gpu& gpu) {
+  const flexq::ActivationDesc act(1, 128, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE);
+  const DeviceArray<float> x(128);
+  size_t bytes = 0;
+  flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
+  const DeviceArray<uint8_t> quantized(bytes);
+  const DeviceArray<int8_t> codes(128);
+  const DeviceArray<float> scales(1);
+  CHECK(cudaSetDevice(1 << 20) == cudaErrorInvalidDevice);
+  flexq::check(flexq_quantize_activation(&gpu.cuda, &act, x.data(), FLEXQ_F32, 128, quantized.data(), bytes));
+  flexq::check(flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, codes.data(), scales.data()));
+  cudaGetLastError();
+}
+
+// Grids that no GPU takes are refused when the workspace is asked for, before anything is queued.
+void test_too_large(const Gpu& gpu) {
+  const flexq::WeightDesc desc(16, 128, FLEXQ_SCHEME_GROUP);
+  const int64_t m = int64_t{1} << 22;
+  size_t refused = 0, bytes = 0;
+  for (const flexq_kernel_info& info : kernels_for(gpu.cuda, desc, 8, m)) {
+    flexq_stream stream = gpu.cuda;
+    stream.kernel = info.name;
+    const flexq_status status = flexq_gemm_workspace_size(&stream, &desc, 8, m, &bytes);
+    if (status == FLEXQ_OK) continue;
+    CHECK(status == FLEXQ_UNSUPPORTED && std::strstr(flexq_last_error(), "65535") != nullptr);
+    ++refused;
+  }
+  CHECK(refused > 0);
+}
+
 // A NaN or Inf poisons its token's outputs, and no other's.
 void test_not_finite(const Gpu& gpu) {
   std::mt19937 rng(12);
@@ -399,8 +468,8 @@ void test_absurd_shapes(const Gpu& gpu) {
   refused(flexq_linear_workspace_size(&gpu.cuda, &usual, 8, int64_t{1} << 33, &bytes), "m must be at most 2147483647");
 }
 
-// An error that another library left behind is not ours, and ours is not left behind.
-void test_errors_of_others(const Gpu& gpu) {
+// Ours is not left behind for others.
+void test_own_errors(const Gpu& gpu) {
   const flexq::WeightDesc desc(40, 300);
   const std::vector<float> w(40 * 300, 0.5f);
   const flexq::Weight weight = flexq::Weight::quantize(gpu.cpu, desc, w.data());
@@ -440,6 +509,9 @@ int main(int argc, char** argv) {
   test_absurd_shapes(gpu);
   test_errors_of_others(gpu);
   test_not_finite(gpu);
+  test_own_errors(gpu);
+  test_too_large(gpu);
+  test_one_sm(gpu);
   test_fused(gpu);
   test_shapes(gpu, quick);
   test_random_draws(gpu, quick ? 20 : 1000);

@@ -245,3 +245,30 @@ def test_model_generates_as_on_the_cpu():
     ids = torch.arange(12).view(1, -1)
     with torch.inference_mode():
         torch.testing.assert_close(gpu(ids.cuda()).logits.cpu(), cpu(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+@pytest.mark.parametrize("rotation", ("none", "hadamard128"))
+@pytest.mark.parametrize("k", (64, 300, 2500))
+def test_dequantized_on_the_device(scheme, rotation, k):
+    layer = flexq.Linear.from_float(torch.nn.Linear(k, 70), flexq.LayerConfig(6, scheme, rotation))
+    expected = layer.dequantize()
+    got = layer.cuda().dequantize()
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_and_scales_that_are_refused():
+    torch.manual_seed(0)
+    layer = flexq.Linear.from_float(torch.nn.Linear(300, 70))
+    x, gradient = torch.randn(9, 300), torch.randn(9, 70)
+    results = []
+    for device in ("cpu", "cuda"):
+        here = x.to(device).requires_grad_(True)
+        layer.to(device)(here).backward(gradient.to(device))
+        results.append(here.grad.cpu())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    planes, scales = layer.canonical()
+    scales[3, 1] = float("nan")
+    broken = flexq.Linear.from_canonical(planes, scales, layer, layer.config, prepack=False)
+    with pytest.raises(ValueError, match="scales must be finite"):
+        broken.prepack()

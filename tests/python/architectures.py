@@ -1,6 +1,6 @@
 """Small random models of every kind that the docs name, made from configurations alone.
 
-    python tests/python/architectures.py     # writes docs/architectures.md from what the models do
+python tests/python/architectures.py     # writes docs/architectures.md from what the models do
 """
 
 import contextlib
@@ -99,7 +99,7 @@ ARCHITECTURES = (
     ),
     Architecture("gptj", overrides={"rotary_dim": 16}),
     Architecture("recurrent_gemma", overrides={"num_hidden_layers": 3}),
-    Architecture("mamba", skip=("*.dt_proj",)),
+    Architecture("mamba"),
     *(Architecture(kind, experts=True) for kind in ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")),
     Architecture("bert", "encoder", "AutoModel"),
     Architecture("bert", "encoder", "AutoModelForMaskedLM"),
@@ -118,7 +118,8 @@ ARCHITECTURES = (
         "suppress_tokens": None, "begin_suppress_tokens": None,
     }),
     Architecture("llava", "vision-language", "AutoModelForImageTextToText", {
-        "text_config": {"model_type": "llama", **_TEXT}, "vision_config": {"model_type": "clip_vision_model", **_VISION},
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {"model_type": "clip_vision_model", **_VISION},
         "image_token_index": 250, "image_token_id": 250,
     }),
     Architecture("gemma3", "vision-language", "AutoModelForImageTextToText", {
@@ -162,8 +163,8 @@ while it loads, in place and from disk to disk, save, load, fuse, calibrate and 
 (`tests/python/test_architectures.py`; this page is written by `python tests/python/architectures.py`).
 
 - *quantized*: the share of the weights outside embeddings and LM head that is quantized by default, in the small model.
-- *merged*: layers with one input become one GEMM in `flexq.fuse_model` (q/k/v, gate/up); *kernels*: norms, SiLU products
-  and sums that it fuses with the quantization.
+- *merged*: layers with one input become one GEMM in `flexq.fuse_model` (q/k/v, gate/up); *kernels*: norms, SiLU
+  products and sums that it fuses with the quantization.
 - *calibrated*: block by block, each on what the quantized blocks before it give; or *whole*: all layers on what the
   unquantized model gives.
 

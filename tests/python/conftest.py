@@ -19,6 +19,19 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**(settings | overrides))
 
 
+def character_tokenizer(bos: bool = False):
+    """A tokenizer of single characters, of 98 ids; with `bos`, one that puts <s> before a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "\n": 96, "<s>": 97}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 97)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)

@@ -278,3 +278,41 @@ def test_blocks_on_a_device_one_at_a_time():
     whole = flexq.calibrate_model(shared_copy(model), text)
     moved = flexq.calibrate_model(shared_copy(model), text, device="cpu")
     assert torch.equal(logits(moved), logits(whole))
+
+
+def test_damaged_or_foreign_blocks_count_as_absent(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    text = windows()
+    whole = flexq.calibrate_model(model_of("llama"), text, "w6a6", resume=tmp_path / "resume")
+    expected = logits(whole)
+    first, second = sorted((tmp_path / "resume").glob("block-*"))
+
+    def change(file, tensors=lambda t: None, metadata=lambda m: m):
+        with safe_open(file, framework="pt") as handle:
+            held = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+            old = handle.metadata()
+        tensors(held)
+        save_file(held, file, metadata=metadata(old))
+
+    def flip(held):
+        next(t for n, t in held.items() if n.endswith("qweight"))[0, 0, 0, 0] ^= 1
+
+    damages = (
+        lambda: change(first, flip),
+        lambda: change(first, metadata=lambda m: {}),
+        lambda: change(first, metadata=lambda m: m | {"flexq.calibration": "{}"}),
+        lambda: first.write_bytes(first.read_bytes()[:1000]),
+        lambda: first.write_bytes(second.read_bytes()),
+        first.unlink,
+    )
+    for damage in damages:
+        damage()
+        again = flexq.calibrate_model(model_of("llama"), text, "w6a6", resume=tmp_path / "resume")
+        assert torch.equal(logits(again), expected)
+    with torch.no_grad():
+        other = model_of("llama")
+        other.model.norm.weight[0] += 1  # no quantized layer's
+    with pytest.raises(ValueError, match="belongs to another calibration"):
+        flexq.calibrate_model(other, text, "w6a6", resume=tmp_path / "resume")

@@ -7,20 +7,15 @@ import sys
 import time
 
 import pytest
+from conftest import character_tokenizer
 from flexq.bench import decode as bench_decode
 from flexq.bench import linear as bench
 from flexq.cli.main import main
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture
 def model(tiny_folder):
-    """A folder with a tokenizer of single characters."""
-    vocabulary = {chr(c): i for i, c in enumerate(range(32, 127))} | {"<unk>": 95, "\n": 96}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tiny_folder)
+    character_tokenizer().save_pretrained(tiny_folder)
     return tiny_folder
 
 
@@ -215,7 +210,7 @@ def test_several_prompts_and_choices(model, tmp_path):
         (["--budget", "0.3"], 2, "give one with --calibrate"),
         (["--plan", "best"], 2, "give one with --calibrate"),
         (["--calibrate", "TEXT", "--window-length", "5000"], 1, "fewer than one window"),
-        (["--calibrate", "TEXT", "--window-length", "32", "--target-kl", "1e-9"], 1, "cannot be met"),
+        (["--calibrate", "TEXT", "--window-length", "32", "--target-ppl", "1.001"], 1, "cannot be met"),
         (["--calibrate", "TEXT", "--window-length", "32", "--budget", "2"], 2, "must be a share from 0 to 1"),
     ),
 )

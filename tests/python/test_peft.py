@@ -1,5 +1,7 @@
 """LoRA adapters on quantized layers."""
 
+import copy
+
 import flexq
 import pytest
 import torch
@@ -41,3 +43,57 @@ def test_what_is_not_possible(adapter):
         model.merge_and_unload()
     with pytest.raises(ValueError, match="type LORA"):
         for_flexq(IA3Config())
+
+
+def test_gradients_are_those_of_the_dequantized_weight():
+    torch.manual_seed(0)
+    layer = flexq.Linear.from_float(torch.nn.Linear(300, 50))
+    x = torch.randn(7, 300, requires_grad=True)
+    reference = x.detach().clone().requires_grad_(True)
+    gradient = torch.randn(7, 50)
+    layer(x).backward(gradient)
+    torch.nn.functional.linear(reference, layer.dequantize(), layer.bias).backward(gradient)
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+
+@pytest.mark.parametrize("fused", (False, True))
+def test_training_an_adapter_reduces_the_loss(tiny_llama, fused):
+    torch.manual_seed(0)
+    reference = copy.deepcopy(tiny_llama)
+    model = flexq.quantize_model(tiny_llama)
+    if fused:
+        flexq.fuse_model(model)  # without kernels: o_proj and down_proj are layers still
+    targets = ["o_proj", "down_proj"] if fused else ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, lora_dropout=0.0)
+    ids = torch.randint(0, 128, (4, 24))
+    losses, gradients = [], []
+    for base, settings in ((model, for_flexq(config)), (reference, config)):
+        torch.manual_seed(1)
+        adapted = get_peft_model(base, settings).train()
+        trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+        history = []
+        for step in range(12):
+            loss = adapted(input_ids=ids, labels=ids).loss
+            loss.backward()
+            if step == 0:
+                gradients.append({n: p.grad.clone() for n, p in trained.items() if "lora_B" in n})
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(loss.item())
+        losses.append(history)
+    assert losses[0][-1] < losses[0][0] - 0.5
+    assert abs(losses[0][-1] - losses[1][-1]) < 0.2
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        assert (gradient - other).norm() < 0.2 * other.norm(), name
+
+
+def test_fused_kernels_refuse_to_train(tiny_llama):
+    model = flexq.quantize_model(tiny_llama)
+    flexq.fuse_model(model, kernels=True)
+    embeddings = model.get_input_embeddings()(torch.arange(5).view(1, 5)).detach().requires_grad_(True)
+    with pytest.raises(RuntimeError, match="pass no gradients"):
+        model(inputs_embeds=embeddings)

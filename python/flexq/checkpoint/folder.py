@@ -26,6 +26,8 @@ _KNOWN_FOLDERS = {"additional_chat_templates"}
 def require_free(path: str | Path, overwrite: bool = False, source: str | Path | None = None) -> None:
     """Raises an OSError where writing a folder at `path` would lose something, in one line that says what to do.
 
+    What killed runs have left of their work on it is cleaned first.
+
     Args:
         path: of the folder to be.
         overwrite: a FlexQ checkpoint there may be replaced, and nothing else.
@@ -36,6 +38,7 @@ def require_free(path: str | Path, overwrite: bool = False, source: str | Path |
         here, there = path.resolve(), Path(source).resolve()
         if here == there or there.is_relative_to(here) or here.is_relative_to(there):
             raise FileExistsError(f"{path} is, holds or lies in the source {source}; choose another output")
+    _clean_leftovers(Path(os.path.abspath(path)))
     if not os.path.lexists(path):
         return
     if not path.is_dir():
@@ -83,7 +86,6 @@ def new_folder(path: str | Path, overwrite: bool = False, source: str | Path | N
     inside = path.is_dir() and _is_empty(path)
     parent = path if inside else path.parent
     parent.mkdir(parents=True, exist_ok=True)
-    _clean_leftovers(path)
     aside = Path(tempfile.mkdtemp(prefix=_ASIDE if inside else f".{path.name}{_ASIDE}", dir=parent))
     with _locked(aside):
         try:

@@ -140,7 +140,10 @@ class FlexQHfQuantizer(HfQuantizer):
             raise ValueError(f"layer {name}: {error}") from None
         self.vanished += ops.count_vanished(weight, scales)
         # Not prepacked yet: the loader makes non-persistent buffers anew.
-        replace_module(model, name, Linear.from_canonical(planes, scales, as_linear(module), config, prepack=False))
+        layer = Linear.from_canonical(planes, scales, as_linear(module), config, prepack=False)
+        if layer.bias is not None and getattr(module.bias, "_is_hf_initialized", False):
+            layer.bias._is_hf_initialized = True  # read already: it must not be initialized again
+        replace_module(model, name, layer)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:

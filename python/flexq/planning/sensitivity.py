@@ -93,7 +93,8 @@ class Divergence:
 
     def of(self, log_q: torch.Tensor, window: int) -> float:
         log_p = self.log_p[window].to(log_q.device)
-        return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item() / len(log_q)
+        total = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+        return max(total, 0.0) / len(log_q)  # below 0 by rounding alone
 
 
 @torch.inference_mode()

@@ -86,7 +86,7 @@ def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, scheme: str) 
     most = torch.finfo(torch.float16).max * _MAX_CODE / _RATIOS[-1]
     if not (largest < most).all():
         raise ValueError(
-            f"float16 scales cannot hold a weight of {largest.max():.3g} (after the rotation, if any); at most {most:.3g}"
+            f"float16 scales cannot hold a weight of {largest.max():.3g} (rotated, if it is); at most {most:.3g}"
         )
     best_error = torch.full_like(largest, torch.inf)
     best = torch.zeros_like(largest)

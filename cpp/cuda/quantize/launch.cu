@@ -1,0 +1,128 @@
+// Host side of the quantizers: instantiations, grid, launch.
+#include <algorithm>
+
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/quantize/groups.cuh"
+#include "cuda/quantize/schedule.h"
+#include "cuda/quantize/tokens.cuh"
+
+namespace flexq::cuda {
+namespace quantize {
+namespace {
+
+template <typename T, ActivationSource::Kind kKind>
+void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
+  constexpr int kInputs = inputs_of(kKind);
+  const bool tiles = takes_tiles(params, true);
+  const int64_t count = tiles ? params.tiles : params.m;
+  const int warps = token_warps(device, kKind == ActivationSource::kPlain, count);
+  const int kept = kept_groups(kKind, tiles ? 4 : 32);
+  const auto kernel = tiles ? quantize_tokens<T, kKind, 4> : quantize_tokens<T, kKind, 32>;
+  Launch how{.overlapped = device.has_sm90};
+  int at_once = 0;
+  // A part of a GPU may be too small for the largest clusters.
+  for (int most = kMaxCluster; at_once == 0; most = static_cast<int>(how.cluster) / 2) {
+    const ClusterShape shape = cluster_shape(device, count, params.groups, warps, kept, most);
+    how.cluster = static_cast<unsigned>(shape.ctas);
+    how.grid = dim3(how.cluster);
+    how.block = dim3(static_cast<unsigned>(32 * shape.warps));
+    how.shared_bytes = tiles && params.vectors ? how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs : 0;
+    at_once = clusters_at_once(kernel, how);
+  }
+  params.cluster = static_cast<int>(how.cluster);
+  params.prefetch = how.shared_bytes > 0 && at_once < count;
+  if (!params.prefetch) how.shared_bytes = 0;
+  how.grid.x *= static_cast<unsigned>(std::min<int64_t>(count, at_once));
+  launch(stream, "quantize_activation", kernel, how, params);
+}
+
+template <typename T, ActivationSource::Kind kKind>
+void launch_groups(cudaStream_t stream, const Device& device, Params params) {
+  constexpr int kStages = 2;
+  const bool tiles = takes_tiles(params, false);
+  const int warps = group_warps(device, tiles, params);
+  const int64_t across = ceil_div(params.groups, warps);
+  int64_t down = std::min(tiles ? params.tiles : params.m, kMaxGridY);
+  const auto kernel = tiles ? quantize_groups<T, kKind, 4> : quantize_groups<T, kKind, 32>;
+  Launch how{.block = dim3(static_cast<unsigned>(32 * warps)), .overlapped = device.has_sm90};
+  if (tiles && params.vectors && device.has_sm90) {
+    Launch persistent = how;
+    persistent.shared_bytes = how.block.x * sizeof(T) * Part<4>::kValues * inputs_of(kKind) * kStages;
+    const int64_t most = clusters_at_once(kernel, persistent) / device.num_sms;
+    const Residency resident = residency(device, params.tiles, across, most);
+    if (resident.iterations > 1) {
+      params.prefetch = true;
+      how = persistent;
+      down = ceil_div(params.tiles, resident.iterations);
+      claim_share(how, resident.ctas_per_sm, most);
+    }
+  }
+  how.grid = checked_grid("quantize_activation", across, down);
+  launch(stream, "quantize_activation", kernel, how, params);
+}
+
+template <typename T, ActivationSource::Kind kKind>
+void launch_for(cudaStream_t stream, const Device& device, const Params& params) {
+  if constexpr (kKind != ActivationSource::kRmsNorm) {
+    if (params.per_group) return launch_groups<T, kKind>(stream, device, params);
+  }
+  launch_tokens<T, kKind>(stream, device, params);
+}
+
+template <typename T>
+void launch_for(cudaStream_t stream, const Device& device, const Params& params) {
+  switch (params.source.kind) {
+    case ActivationSource::kRmsNorm:
+      return launch_for<T, ActivationSource::kRmsNorm>(stream, device, params);
+    case ActivationSource::kSiluMul:
+      return launch_for<T, ActivationSource::kSiluMul>(stream, device, params);
+    default:
+      return launch_for<T, ActivationSource::kPlain>(stream, device, params);
+  }
+}
+
+// 16-byte accesses to all rows are aligned.
+bool rows_are_vectors(const ActivationSource& source) {
+  const int64_t element = source.dtype == FLEXQ_F32 ? 4 : 2;
+  bool vectors = true;
+  for (const void* p : {source.x, source.other, source.weight, static_cast<const void*>(source.sum)}) {
+    vectors = vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  }
+  for (const int64_t ld : {source.ldx, source.ld_other, source.ld_sum}) vectors = vectors && ld * element % 16 == 0;
+  return vectors;
+}
+
+}  // namespace
+}  // namespace quantize
+
+void quantize_activation(cudaStream_t stream, const Device& device, const flexq_activation_desc& desc,
+                         const ActivationSource& source, void* quantized) {
+  const ActivationLayout layout(desc);
+  auto* bytes = static_cast<uint8_t*>(quantized);
+  const quantize::Params params{
+      .source = source,
+      .m = desc.m,
+      .k = desc.k,
+      .groups = num_groups(desc.k),
+      .tiles = layout.tiles,
+      .qmax = act_max_code(desc.act_bits),
+      .rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128,
+      .per_group = desc.scheme == FLEXQ_SCHEME_GROUP,
+      .vectors = quantize::rows_are_vectors(source),
+      .cluster = 1,
+      .prefetch = false,
+      .codes = bytes,
+      .scales = reinterpret_cast<float*>(bytes + layout.scales),
+  };
+  switch (source.dtype) {
+    case FLEXQ_F16:
+      return quantize::launch_for<__half>(stream, device, params);
+    case FLEXQ_BF16:
+      return quantize::launch_for<__nv_bfloat16>(stream, device, params);
+    default:
+      return quantize::launch_for<float>(stream, device, params);
+  }
+}
+
+}  // namespace flexq::cuda

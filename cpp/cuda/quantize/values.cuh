@@ -1,0 +1,73 @@
+// Values of the three input types, and reductions over lanes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cfloat>
+#include <type_traits>
+
+#include "core/format.h"
+#include "cuda/ptx.cuh"
+
+namespace flexq::cuda::quantize {
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+// What an unfused operation would have stored and read back.
+template <typename T>
+__device__ float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
+  T value[kCount];
+};
+
+// Reductions over `kLanes` neighbouring lanes, with the result in all of them.
+template <int kLanes>
+__device__ int largest_of_lanes(int value) {
+  if constexpr (kLanes == 32) {
+    return __reduce_max_sync(~0u, value);
+  } else {
+#pragma unroll
+    for (int stride = kLanes / 2; stride > 0; stride /= 2) value = max(value, __shfl_xor_sync(~0u, value, stride));
+    return value;
+  }
+}
+template <int kLanes>
+__device__ float sum_of_lanes(float value) {
+#pragma unroll
+  for (int stride = kLanes / 2; stride > 0; stride /= 2) value += __shfl_xor_sync(~0u, value, stride);
+  return value;
+}
+
+struct Scale {
+  float scale;
+  float inverse;  // 0 where all codes are 0
+};
+
+// fp32 division rounds as on the CPU: this file is compiled without fast-math.
+__device__ Scale scale_of(int largest_bits, bool rotate, int qmax) {
+  const float largest = __int_as_float(largest_bits);
+  if (!(largest <= FLT_MAX)) return {__int_as_float(0x7fffffff), 0.0f};
+  const float scale = __fdiv_rn(rotate ? __fmul_rn(largest, kHadamardNorm) : largest, static_cast<float>(qmax));
+  if (scale < FLT_MIN) return {0.0f, 0.0f};
+  return {scale, __fdiv_rn(static_cast<float>(qmax), largest)};
+}
+
+}  // namespace flexq::cuda::quantize

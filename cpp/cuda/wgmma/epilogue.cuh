@@ -1,0 +1,187 @@
+// Epilogue: scales, bias and rounding, then stores to y through shared memory, a chunk of tokens at a time. Where a
+// cluster splits K, the parts are first added through distributed shared memory in a fixed order.
+#pragma once
+
+#include "cuda/elements.cuh"
+#include "cuda/wgmma/cta.cuh"
+
+namespace flexq::cuda::wgmma {
+
+#if FLEXQ_SM90A
+
+template <typename Cta>
+struct Epilogue {
+  using Sum = typename Cta::Sum;
+  using Sums = Sum[Cta::kSums];
+  static constexpr int kTokens = Cta::kTokens;
+  static constexpr int kChunkTokens = Cta::kC.chunk_tokens(), kChunks = kTokens / kChunkTokens;
+  static constexpr int kChunkSums = kChunkTokens / 2;
+  static constexpr int kTokenScales = (kTokens + kWarpgroup - 1) / kWarpgroup;  // a thread's
+
+  const Cta& cta;
+
+  __device__ __forceinline__ void run(const Tile& tile, const Sums& sums) const {
+    if (cta.p.splits > 1) return add_parts(tile, sums);
+    const Rows rows = rows_of(tile);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      Sum chunk[kChunkSums];
+#pragma unroll
+      for (int i = 0; i < kChunkSums; ++i) chunk[i] = sums[c * kChunkSums + i];
+      store(tile, rows, c, chunk);
+    }
+  }
+
+  // Scheme channel's token scales: loaded before the mainloop, then shared by the warpgroup where scheme group has
+  // those of the stages.
+  __device__ __forceinline__ void load_token_scales(const Tile& tile, float (&scales)[kTokenScales]) const {
+#pragma unroll
+    for (int i = 0; i < kTokenScales; ++i) {
+      const int64_t token =
+          static_cast<int64_t>(tile.token_tile) * kTokenTile + i * kWarpgroup + threadIdx.x % kWarpgroup;
+      scales[i] = token < cta.p.m ? __ldcg(cta.p.act_scales + token) : 0.0f;
+    }
+  }
+  __device__ __forceinline__ void share_token_scales(const float (&scales)[kTokenScales]) const {
+    static_assert(kConsumers * kTokens * 4 <= Cta::kStages * Cta::kC.scale_bytes(), "room for the tokens' scales");
+    ptx::named_barrier(kWarpgroupBarrier + cta.warp / 4, kWarpgroup);  // the tile before has been stored
+#pragma unroll
+    for (int i = 0; i < kTokenScales; ++i) {
+      const int token = i * kWarpgroup + static_cast<int>(threadIdx.x) % kWarpgroup;
+      if (token < kTokens) shared_token_scales()[token] = scales[i];
+    }
+    ptx::named_barrier(kWarpgroupBarrier + cta.warp / 4, kWarpgroup);
+  }
+
+ private:
+  __device__ float* shared_token_scales() const {
+    return reinterpret_cast<float*>(cta.shared + Cta::kScalesAt) + cta.warp / 4 * kTokens;
+  }
+
+  // Of this lane's two rows.
+  struct Rows {
+    float scale[2], bias[2];
+  };
+  __device__ Rows rows_of(const Tile& tile) const {
+    Rows rows{};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows + cta.lane / 4 + 8 * i;
+      if (row >= cta.p.n) continue;
+      rows.scale[i] = (Cta::kPerGroup ? 1.0f : __half2float(__ushort_as_half(cta.p.scales[row]))) / kCodeFactor;
+      if (cta.p.bias != nullptr) rows.bias[i] = load_float(cta.p.bias, cta.p.bias_dtype, row);
+    }
+    return rows;
+  }
+
+  // Each CTA of the cluster adds and stores every splits-th chunk.
+  __device__ void add_parts(const Tile& tile, const Sums& sums) const {
+    static_assert(Cta::kSums * kConsumerThreads * 4 <= Cta::kScalesAt, "sums overlay the stages");
+    // Past this barrier nobody here reads the stages, and every copy to them has arrived.
+    ptx::named_barrier(kConsumerBarrier, kConsumerThreads);
+    auto* mine = reinterpret_cast<Sum*>(cta.shared) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < Cta::kSums; ++i) mine[i * kConsumerThreads] = sums[i];
+    ptx::cluster_sync();  // the producers meet here too
+    const Rows rows = rows_of(tile);
+    for (int c = cta.part; c < kChunks; c += cta.p.splits) {
+      Sum chunk[kChunkSums] = {};
+      for (int part = 0; part < cta.p.splits; ++part) {
+#pragma unroll
+        for (int i = 0; i < kChunkSums; ++i) {
+          const uint32_t at = cta.base + ((c * kChunkSums + i) * kConsumerThreads + threadIdx.x) * 4;
+          const uint32_t bits = ptx::load_remote(at, static_cast<uint32_t>(part * cta.p.multicast + cta.peer));
+          if constexpr (Cta::kPerGroup) {
+            chunk[i] += __uint_as_float(bits);
+          } else {
+            chunk[i] += static_cast<int32_t>(bits);
+          }
+        }
+      }
+      store(tile, rows, c, chunk);
+    }
+  }
+
+  // Transposes a warp's 16 rows of a chunk in shared memory, so that neighbouring rows of a token are stored together.
+  __device__ __forceinline__ void store(const Tile& tile, const Rows& rows, int chunk,
+                                        const Sum (&sums)[kChunkSums]) const {
+    float values[kChunkSums];
+#pragma unroll
+    for (int j = 0; j < kChunkSums / 4; ++j) {
+      float2 act{1, 1};
+      if constexpr (!Cta::kPerGroup) {
+        const int token = chunk * kChunkTokens + j * kTokenTile + cta.lane % 4 * 2;
+        act = *reinterpret_cast<const float2*>(shared_token_scales() + token);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scale = rows.scale[i / 2] * (i % 2 == 0 ? act.x : act.y);
+        values[4 * j + i] = static_cast<float>(sums[4 * j + i]) * scale + rows.bias[i / 2];
+      }
+    }
+    uint8_t* staging = cta.shared + Cta::kStagingAt + cta.warp * kChunkTokens * kRecordRows * 4;
+    __syncwarp();  // the chunk before has left
+    if (cta.p.y_dtype == FLEXQ_F32) {
+      stage_32_bits(values, reinterpret_cast<float*>(staging));
+      __syncwarp();
+      copy_out<float>(tile, chunk, staging);
+    } else {
+      stage_16_bits(values, ptx::shared_address(staging));
+      __syncwarp();
+      copy_out<uint16_t>(tile, chunk, staging);
+    }
+  }
+
+  // Staged outputs are [tokens][16 rows]. Of 16 bits each, a token's two vectors of 8 rows are swapped in every other
+  // four tokens: a swizzle that puts the vectors of eight tokens into different banks.
+  static __device__ int swizzle(int token) { return token / 4 % 2; }
+
+  __device__ __forceinline__ void stage_16_bits(const float (&values)[kChunkSums], uint32_t staging) const {
+    const int token = cta.lane / 16 * kTokenTile + cta.lane % 8, vector = cta.lane / 8 % 2;  // this lane's address
+    const uint32_t at = staging + token * kRecordRows * 2 + (vector ^ swizzle(token)) * 16;
+#pragma unroll
+    for (int j = 0; j < kChunkSums / 8; ++j) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = to_16_bits(values[8 * j + 2 * i], values[8 * j + 2 * i + 1], cta.p.y_dtype);
+      }
+      ptx::stmatrix_x4_trans(at + j * 2 * kTokenTile * kRecordRows * 2, words);
+    }
+  }
+
+  __device__ __forceinline__ void stage_32_bits(const float (&values)[kChunkSums], float* staging) const {
+#pragma unroll
+    for (int i = 0; i < kChunkSums; ++i) {
+      const int token = i / 4 * kTokenTile + cta.lane % 4 * 2 + i % 2;
+      staging[token * kRecordRows + cta.lane / 4 + i % 4 / 2 * 8] = values[i];
+    }
+  }
+
+  // A warp's staged outputs, elements T, to y.
+  template <typename T>
+  __device__ __forceinline__ void copy_out(const Tile& tile, int chunk, const uint8_t* staging) const {
+    constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kVectors = kRecordRows / kElements;  // of a token
+    const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kChunkTokens;
+    const int64_t row0 = static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows;
+    for (int i = cta.lane; i < kChunkTokens * kVectors; i += 32) {
+      const int64_t token = token0 + i / kVectors;
+      const int64_t row = row0 + i % kVectors * kElements;
+      if (token >= cta.p.m || row >= cta.p.n) continue;
+      const int at = sizeof(T) == 2 ? i ^ swizzle(i / kVectors) : i;
+      const T* from = reinterpret_cast<const T*>(staging + at * 16);
+      T* to = static_cast<T*>(cta.p.y) + token * cta.p.ldy + row;
+      if (cta.p.y_vectors && row + kElements <= cta.p.n) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      } else {
+        const auto count = static_cast<int>(min(static_cast<int64_t>(kElements), cta.p.n - row));
+#pragma unroll 1
+        for (int e = 0; e < count; ++e) to[e] = from[e];
+      }
+    }
+  }
+};
+
+#endif  // FLEXQ_SM90A
+
+}  // namespace flexq::cuda::wgmma

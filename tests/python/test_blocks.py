@@ -1,0 +1,65 @@
+"""Running a model block by block: each block with its own arguments."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from flexq.planning import sensitivity
+from flexq.quantize.blocks import stacks_of, starting_at, trace
+from flexq.quantize.inputs import run
+from flexq.quantize.model import quantize_model
+
+WINDOW = torch.arange(3, 51).view(1, 48)
+# Masks and rotary embeddings that differ from block to block.
+LOCAL = {
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
+    "t5": {},
+    "bart": {},
+    "bert": {},
+    "falcon": {},
+    "gpt2": {},
+}
+
+
+def model_of(kind: str):
+    from dataclasses import replace
+
+    architecture = next(a for a in ARCHITECTURES if a.kind == kind)
+    return replace(architecture, overrides=architecture.overrides | LOCAL[kind]).model()
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_blocks_give_what_the_model_gives(kind):
+    model = model_of(kind)
+    with torch.no_grad():
+        expected = run(model, WINDOW)
+        stacks = stacks_of(model)
+        assert len(stacks) == (2 if kind in ("t5", "bart") else 1)
+        for stack in stacks:
+            traced = trace(model, stack.blocks, WINDOW)
+            hidden = traced.calls[0].hidden
+            for block, call in zip(stack.blocks, traced.calls, strict=True):
+                torch.testing.assert_close(call.hidden, hidden)
+                hidden = call.run(block)
+            torch.testing.assert_close(hidden, traced.last)
+            for index in range(len(stack.blocks) + 1):
+                state = traced.calls[index].hidden if index < len(stack.blocks) else traced.last
+                with starting_at(stack.blocks, index, state, traced.rests):
+                    torch.testing.assert_close(run(model, WINDOW), expected)
+
+
+@pytest.mark.parametrize("kind", ("gemma3_text", "bart"))
+def test_sensitivity_of_models_with_local_layers(kind):
+    model = model_of(kind)
+    quantized = quantize_model(model_of(kind))
+    with torch.no_grad():
+        ranking = sensitivity.measure(quantized, model, [WINDOW])
+        for layer in ranking[:3]:
+            with sensitivity.act_bits(list(sensitivity.quantized_layers(quantized).values()), 8):
+                divergence = sensitivity.Divergence(model, [WINDOW])
+                base = divergence.mean(quantized)
+                with sensitivity.act_bits([quantized.get_submodule(layer.name)], 6):
+                    assert divergence.mean(quantized) - base == pytest.approx(layer.kl, rel=1e-3, abs=1e-6)
