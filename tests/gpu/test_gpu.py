@@ -263,7 +263,7 @@ def test_gradients_and_scales_that_are_refused():
     x, gradient = torch.randn(9, 300), torch.randn(9, 70)
     results = []
     for device in ("cpu", "cuda"):
-        here = x.to(device).requires_grad_(True)
+        here = x.to(device).detach().clone().requires_grad_(True)
         layer.to(device)(here).backward(gradient.to(device))
         results.append(here.grad.cpu())
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ def _mlp_forward(mlp: nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tens
     """down(silu(gate) * up), gate and up from one GEMM."""
     merged, down = mlp.flexq_gate_up, mlp.flexq_down
     _require_no_gradient(x)
-    y = merged.compute(x)
+    y = merged.output_for(x, is_last=True)
     half = merged.out_features // 2
     gate, up = (y[..., :half], y[..., half:]) if mlp.flexq_gate_first else (y[..., half:], y[..., :half])
     c = down.config

@@ -38,6 +38,7 @@ class MergedLinear(Linear):
             self.bias = nn.Parameter(torch.cat([b.detach() for b in biases]), requires_grad=False)
         self.sizes = sizes
         self.fed = False  # by a fused norm: its input is quantized already
+        self._traced_input = self._traced_quantized = self._traced_output = None
         self._set_keys()
         self.train(first.training)
         self.prepack()
@@ -48,24 +49,41 @@ class MergedLinear(Linear):
 
     def feed(self, stand_in: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
         """The tensor that the parts will be called with, which now carries their quantized input."""
-        setattr(stand_in, self.quantized_key, quantized)
+        if torch.compiler.is_compiling():
+            self._traced_input, self._traced_quantized, self._traced_output = stand_in, quantized, None
+        else:
+            setattr(stand_in, self.quantized_key, quantized)
         return stand_in
 
     def output_for(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
         """The output [..., N] of all parts for x, computed when the first of them asks, forgotten with the last."""
+        if torch.compiler.is_compiling():
+            return self._output_while_tracing(x, is_last)
         output = getattr(x, self.output_key, None)
         if output is None:
-            output = self.compute(x)
+            output = self._compute(x, getattr(x, self.quantized_key, None))
         setattr(x, self.output_key, None if is_last else output)
         return output
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """The output [..., N] for x.
+    def _output_while_tracing(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
+        """The same with what is remembered on the module: the tracer does not know of tensors' attributes, and what is
+        on the module during a trace is gone from the graph."""
+        if self._traced_input is not x:
+            self._traced_input, self._traced_quantized, self._traced_output = x, None, None
+        output = self._traced_output
+        if output is None:
+            output = self._compute(x, self._traced_quantized)
+        self._traced_output = output
+        if is_last:
+            self._traced_input = self._traced_quantized = self._traced_output = None
+        return output
+
+    def _compute(self, x: torch.Tensor, quantized: torch.Tensor | None) -> torch.Tensor:
+        """The output [..., N] for x, of which `quantized` is the quantized form if a fused norm has made it.
 
         Raises:
             RuntimeError: x should come from a fused norm, and does not.
         """
-        quantized = getattr(x, self.quantized_key, None)
         if quantized is not None:
             y = gemm(self, quantized, x.numel() // x.shape[-1], x.dtype)
             return y.view(*x.shape[:-1], self.out_features)
