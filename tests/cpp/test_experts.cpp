@@ -197,6 +197,7 @@ void test_equals_linears(const flexq::Stream& stream) {
   for (const auto& [experts, hidden, intermediate] : {std::tuple{1, 100, 96}, {3, 576, 200}, {128, 100, 24}}) {
     flexq_experts_desc desc = desc_of(experts, hidden, intermediate);
     for (const int round : {0, 1, 2, 3}) {
+      if (experts == 128 && round % 3 != 0) continue;
       desc.gate_up = {6, round % 2 ? FLEXQ_SCHEME_CHANNEL : FLEXQ_SCHEME_GROUP,
                       round / 2 ? FLEXQ_ROTATION_NONE : FLEXQ_ROTATION_HADAMARD128, round % 2 ? 6 : 8};
       desc.down = {6, round / 2 ? FLEXQ_SCHEME_CHANNEL : FLEXQ_SCHEME_GROUP,
@@ -208,7 +209,7 @@ void test_equals_linears(const flexq::Stream& stream) {
       desc.up_offset = round == 3 ? 1.0f : 0.0f;
       const Experts layer(stream, desc, rng);
       for (const int64_t top_k : {1, 2, 8}) {
-        for (const int64_t m : {0, 1, 7, 40}) {
+        for (const int64_t m : {0, 1, 7, 24}) {
           Routing routing(m, top_k);
           randomize(routing, experts, rng);
           if (m == 7) std::fill(routing.chosen.begin(), routing.chosen.end(), experts / 2);  // all to one expert
