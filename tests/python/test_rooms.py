@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "execution": ("_core",),
     "ops": ("_core", "execution"),
     "linear": ("ops", "plan"),
+    "experts": ("ops", "plan"),
     "quantize": ("linear", "ops", "plan", "progress"),
     "run": ("quantize", "linear", "ops", "plan"),
     "bench": ("run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
