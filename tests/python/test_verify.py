@@ -131,6 +131,13 @@ def test_index_and_files_are_compared_both_ways(folder):
         verify(folder)
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "", ".", 7])
+def test_a_shards_name_is_a_bare_name(folder, name):
+    edit_json(folder, INDEX, lambda index: index["weight_map"].update({"model.norm.weight": name}))
+    with pytest.raises(flexq.ModelError, match=r"bare name of a file|is not a weight index"):
+        flexq.load_model(folder)
+
+
 def test_a_stray_shard(folder):
     shutil.copy(file_of(folder, "model.norm.weight"), folder / "model-00009-of-00009.safetensors")
     with pytest.raises(flexq.CheckpointError, match="is in the folder, but"):

@@ -12,7 +12,6 @@ Environment:
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuant
 
 from flexq import ops
 from flexq.checkpoint.layers import plan_of_settings
+from flexq.checkpoint.source import CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.run.parallel import check_input_split
@@ -73,8 +73,16 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config=None, revision=None) -> None:
         """Refuses a damaged checkpoint before anything is loaded."""
-        if self.is_checkpoint and Path(model_name).is_dir() and os.environ.get("FLEXQ_VERIFY", "1") != "0":
-            verify_files(model_name)
+        if not self.is_checkpoint or os.environ.get("FLEXQ_VERIFY", "1") == "0":
+            return
+        try:
+            folder = find_model(model_name).folder  # a hub id's too, once it is in the cache
+        except CheckpointError:
+            raise
+        except ModelError:
+            return  # where vLLM finds models that we do not
+        if folder is not None:
+            verify_files(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Names of the checkpoint's layers to vLLM's, where a model renames them."""
