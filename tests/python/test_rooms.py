@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "evaluate": ("quantize", "plan", "progress"),
     "planning": ("bench", "quantize", "linear", "plan", "progress"),
     "checkpoint": ("quantize", "linear", "execution", "ops", "plan", "progress"),
-    "integrations": ("checkpoint", "run", "quantize", "linear", "ops", "plan"),
+    "integrations": ("experts", "checkpoint", "run", "quantize", "linear", "ops", "plan"),
     "cli": ("checkpoint", "planning", "evaluate", "bench", "run", "quantize", "execution", "plan", "_core"),
 }
 # Imported for what they register, by names of the importing and the imported module.

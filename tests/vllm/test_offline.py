@@ -5,6 +5,7 @@ import gc
 import flexq
 import pytest
 import torch
+from flexq.experts import Experts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
@@ -35,9 +36,12 @@ def greedy(llm: LLM, prompts, tokens=16) -> list[tuple[list[int], list[float]]]:
 
 
 def assert_same_as_transformers(folder, results, prompts) -> None:
+    assert_same(flexq.load_model(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder), results, prompts)
+
+
+def assert_same(model, tokenizer, results, prompts) -> None:
     """Each token that vLLM chose has the log probability that transformers gives it, and is its choice too, unless
     another is as likely."""
-    model, tokenizer = flexq.load_model(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     for prompt, (tokens, logprobs) in zip(prompts, results, strict=True):
         ids = tokenizer(prompt).input_ids
         with torch.inference_mode():
@@ -80,21 +84,26 @@ def test_tensor_parallel_and_mixed_plans(random_mixed, size, monkeypatch):
         shut(llm)
 
 
-@pytest.mark.parametrize("kind", ["phi3", "qwen3", "mixtral"])
-def test_architectures(random_float, tmp_path, kind):
-    """Layers that are merged on disk already, norms of queries and keys, and experts, which stay in floating point."""
-    tokenizer = AutoTokenizer.from_pretrained(random_float)
+def random_model(kind: str, vocabulary: int, **settings):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        kind, vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=512, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **settings,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    flexq.save_model(flexq.quantize_model(model.eval(), "w6a8"), tmp_path / "model", tokenizer)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["phi3", "qwen3", "mixtral"])
+def test_architectures(random_float, tmp_path, kind):
+    """Layers that are merged on disk already, norms of queries and keys, and experts in floating point."""
+    tokenizer = AutoTokenizer.from_pretrained(random_float)
+    model = flexq.quantize_model(random_model(kind, len(tokenizer)), "w6a8", include=["*_proj"])
+    flexq.save_model(model, tmp_path / "model", tokenizer)
     llm = engine(tmp_path / "model")
     try:
         assert_same_as_transformers(tmp_path / "model", greedy(llm, PROMPTS[:3]), PROMPTS[:3])
@@ -110,3 +119,25 @@ def test_quantizes_a_float_checkpoint(random_float, tmp_path):
         shut(llm)
     flexq.quantize_checkpoint(random_float, tmp_path / "w6a8", "w6a8")
     assert_same_as_transformers(tmp_path / "w6a8", results, PROMPTS)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("mixtral", 1), ("qwen3_moe", 2)])
+def test_quantizes_experts_on_the_way(random_float, tmp_path, kind, size, monkeypatch):
+    """Each device quantizes its part of each expert."""
+    if size > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(rank) for rank in range(size)))
+    tokenizer = AutoTokenizer.from_pretrained(random_float)
+    settings = {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2} if kind == "qwen3_moe" else {}
+    model = random_model(kind, len(tokenizer), **settings)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    llm = engine(tmp_path, quantization="flexq", tensor_parallel_size=size)
+    try:
+        results = greedy(llm, PROMPTS[:3])
+    finally:
+        shut(llm)
+    flexq.quantize_model(model, include=["*_proj"])
+    for block in model.model.layers:
+        experts = block.mlp.experts
+        block.mlp.experts = Experts.from_float(experts.gate_up_proj, experts.down_proj)
+    assert_same(model, tokenizer, results, PROMPTS[:3])

@@ -36,6 +36,8 @@ from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.run.parallel import check_input_split
 
 QUANT_METHOD = "flexq"
+# Layers that choose experts stay in floating point.
+_ROUTERS = ("gate", "router")
 logger = init_logger(__name__)
 
 
@@ -105,8 +107,9 @@ class FlexQVllmConfig(QuantizationConfig):
             config = self.plan.layers.get(prefix)
             return None if config is None else FlexQLinearMethod(self, prefix, [config])
         if not isinstance(layer, LinearBase):
-            self._refuse_experts(layer, prefix)
-            return None
+            return self._method_of_experts(layer, prefix) if _holds_experts(layer) else None
+        if not self.is_checkpoint and prefix.rpartition(".")[2] in _ROUTERS:
+            return UnquantizedLinearMethod()
         configs = self._layer_configs(prefix)
         if all(config is None for config in configs):
             return UnquantizedLinearMethod()
@@ -118,18 +121,30 @@ class FlexQVllmConfig(QuantizationConfig):
             )
         return FlexQLinearMethod(self, prefix, configs)
 
-    def _refuse_experts(self, layer: torch.nn.Module, prefix: str) -> None:
-        """Experts stay in floating point, as FlexQ leaves them; a checkpoint that has them quantized is not served."""
-        if not any(word in type(layer).__name__ for word in ("MoE", "Experts")):
-            return
-        logger.info_once(
-            "FlexQ leaves the experts of MoE layers in floating point: they have no fused 6-bit kernel yet"
-        )
-        if not self.is_checkpoint:
-            return
-        for name, config in self.plan.layers.items():
-            if config is not None and name.startswith(f"{prefix}."):
-                raise ValueError(f"{name}: experts that are quantized are not served by vLLM yet; skip them")
+    def _method_of_experts(self, layer: torch.nn.Module, prefix: str):
+        """Experts of a floating point checkpoint are quantized on the way, those of a FlexQ checkpoint stay as they are.
+        One that has them quantized is not served."""
+        from flexq.integrations.vllm_experts import FlexQMoEMethod, activation_of
+
+        if self.is_checkpoint:
+            for name, config in self.plan.layers.items():
+                if config is not None and (name == prefix or name.startswith(f"{prefix}.")):
+                    raise ValueError(
+                        f"{name}: checkpoints of quantized experts are not served by vLLM yet; serve the floating "
+                        "point model with --quantization flexq, or quantize it with --skip '*.experts*'"
+                    )
+            return None
+        config = self.plan.config_for(prefix)
+        if config is None:
+            return None
+        if activation_of(layer) is None:
+            logger.info_once(f"FlexQ leaves experts in floating point: it has no activation {layer.activation}")
+            return None
+        return FlexQMoEMethod(layer.moe_config, prefix, config)
+
+
+def _holds_experts(layer: torch.nn.Module) -> bool:
+    return any(word in type(layer).__name__ for word in ("FusedMoE", "RoutedExperts"))
 
 
 @register_weight_loader_v2_supported_method
