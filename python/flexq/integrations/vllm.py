@@ -122,7 +122,7 @@ class FlexQVllmConfig(QuantizationConfig):
         return FlexQLinearMethod(self, prefix, configs)
 
     def _method_of_experts(self, layer: torch.nn.Module, prefix: str):
-        """Experts of a floating point checkpoint are quantized on the way, those of a FlexQ checkpoint stay as they are.
+        """Experts of a floating point checkpoint are quantized on the way; a FlexQ checkpoint's stay as they are.
         One that has them quantized is not served."""
         from flexq.integrations.vllm_experts import FlexQMoEMethod, activation_of
 
