@@ -1,6 +1,7 @@
 #include "api/checks.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -15,20 +16,32 @@ constexpr int64_t kMaxElements = int64_t{1} << 46;
 // |sum| <= 32 * 127 * k must fit in int32 where all of K is summed before scaling.
 constexpr int64_t kMaxChannelK = std::numeric_limits<int32_t>::max() / (32 * 127);
 
+void check_format(const char* k_name, int64_t k, flexq_scheme scheme, flexq_rotation rotation) {
+  require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL,
+          "scheme must be 0 (group) or 1 (channel), got ", scheme);
+  require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128,
+          "rotation must be 0 (none) or 1 (hadamard128), got ", rotation);
+  if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > kMaxChannelK) {
+    fail(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32: ", k_name, " must be at most ",
+         kMaxChannelK / kGroup * kGroup, ", got ", k, "; use scheme group");
+  }
+}
+
 void check_shape(int64_t rows, const char* rows_name, int64_t k, flexq_scheme scheme, flexq_rotation rotation) {
   require(rows >= 0, rows_name, " must be 0 or more, got ", rows);
   require(k >= 1, "k must be 1 or more, got ", k);
   require(k <= kMaxElements, "k must be at most 2^46, got ", k);
   require(rows <= kMaxElements / padded_k(k), rows_name, " * k is too large: ", rows, " * ", k,
           " (at most 2^46 elements)");
-  require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL,
-          "scheme must be 0 (group) or 1 (channel), got ", scheme);
-  require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128,
-          "rotation must be 0 (none) or 1 (hadamard128), got ", rotation);
-  if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > kMaxChannelK) {
-    fail(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32: k must be at most ", kMaxChannelK / kGroup * kGroup,
-         ", got ", k, "; use scheme group");
-  }
+  check_format("k", k, scheme, rotation);
+}
+
+void check_bits(int32_t weight_bits) {
+  if (weight_bits != FLEXQ_WEIGHT_BITS) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got ", weight_bits);
+}
+
+void check_act_bits(int32_t act_bits) {
+  if (act_bits != 6 && act_bits != 8) fail(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got ", act_bits);
 }
 
 void check_alignment(const void* p, const char* name, size_t alignment) {
@@ -99,7 +112,7 @@ flexq_weight_desc weight_of(const flexq_weight_desc* given) {
   const flexq_weight_desc desc = read_struct(given, "desc");
   check_reserved(desc.reserved, "desc");
   check_shape(desc.n, "n", desc.k, desc.scheme, desc.rotation);
-  if (desc.weight_bits != FLEXQ_WEIGHT_BITS) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got ", desc.weight_bits);
+  check_bits(desc.weight_bits);
   return desc;
 }
 
@@ -107,9 +120,7 @@ flexq_activation_desc activation_of(const flexq_activation_desc* given) {
   const flexq_activation_desc desc = read_struct(given, "activation desc");
   check_reserved(desc.reserved, "activation desc");
   check_shape(desc.m, "m", desc.k, desc.scheme, desc.rotation);
-  if (desc.act_bits != 6 && desc.act_bits != 8) {
-    fail(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got ", desc.act_bits);
-  }
+  check_act_bits(desc.act_bits);
   return desc;
 }
 
@@ -117,6 +128,69 @@ flexq_activation_desc activation_of(const flexq_weight_desc& weight, int32_t act
   const flexq_activation_desc desc{
       sizeof(flexq_activation_desc), m, weight.k, act_bits, weight.scheme, weight.rotation, 0};
   return activation_of(&desc);
+}
+
+flexq_experts_desc experts_of(const flexq_experts_desc* given) {
+  const flexq_experts_desc desc = read_struct(given, "desc");
+  check_reserved(desc.reserved, "desc");
+  const auto check_size = [](const char* name, int64_t size) {
+    require(size >= 1, name, " must be 1 or more, got ", size);
+    require(size <= kMaxElements / kGroup, name, " must be at most 2^39, got ", size);
+  };
+  check_size("experts", desc.experts);
+  check_size("hidden", desc.hidden);
+  check_size("intermediate", desc.intermediate);
+  const int64_t of_an_expert = 2 * padded_k(desc.intermediate);
+  require(of_an_expert <= kMaxElements / padded_k(desc.hidden) &&
+              desc.experts <= kMaxElements / (of_an_expert * padded_k(desc.hidden)),
+          "experts * 2 * intermediate * hidden is too large: ", desc.experts, " * 2 * ", desc.intermediate, " * ",
+          desc.hidden, " (at most 2^46 elements)");
+  for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
+    const bool up = projection == FLEXQ_GATE_UP;
+    const flexq_projection_format& format = format_of(desc, projection);
+    check_format(up ? "hidden" : "intermediate", up ? desc.hidden : desc.intermediate, format.scheme, format.rotation);
+    check_bits(format.weight_bits);
+    check_act_bits(format.act_bits);
+  }
+  require(desc.layout == FLEXQ_GATE_UP_CONCATENATED || desc.layout == FLEXQ_GATE_UP_INTERLEAVED,
+          "layout must be 0 (concatenated) or 1 (interleaved), got ", desc.layout);
+  if (desc.function != FLEXQ_GATE_SILU && desc.function != FLEXQ_GATE_GELU && desc.function != FLEXQ_GATE_GELU_TANH) {
+    fail(FLEXQ_UNSUPPORTED, "function must be 0 (silu), 1 (gelu) or 2 (gelu_tanh), got ", desc.function);
+  }
+  require(std::isfinite(desc.alpha), "alpha must be finite, got ", desc.alpha);
+  require(desc.limit >= 0.0f, "limit must be 0 (none) or more, got ", desc.limit);
+  require(std::isfinite(desc.up_offset), "up_offset must be finite, got ", desc.up_offset);
+  return desc;
+}
+
+flexq_routing routing_of(const flexq_routing* given) {
+  const flexq_routing routing = read_struct(given, "routing");
+  check_reserved(routing.reserved, "routing");
+  require(routing.ids_type == FLEXQ_I32 || routing.ids_type == FLEXQ_I64,
+          "ids_type must be 0 (int32) or 1 (int64), got ", routing.ids_type);
+  check_dtype(routing.weights_dtype, "weights_dtype");
+  require(routing.weights_on_input == 0 || routing.weights_on_input == 1, "weights_on_input must be 0 or 1, got ",
+          routing.weights_on_input);
+  require(routing.map_size >= 0, "map_size must be 0 or more, got ", routing.map_size);
+  require((routing.expert_map == nullptr) == (routing.map_size == 0), "expert_map and map_size go together: one is ",
+          routing.expert_map == nullptr ? "null" : "given", ", the other is ", routing.map_size);
+  if (routing.expert_map != nullptr) check_alignment(routing.expert_map, "expert_map", sizeof(int32_t));
+  return routing;
+}
+
+void check_projection(flexq_projection projection) {
+  require(projection == FLEXQ_GATE_UP || projection == FLEXQ_DOWN, "projection must be 0 (gate_up) or 1 (down), got ",
+          projection);
+}
+
+void check_pairs(const flexq_experts_desc& desc, int64_t m, int64_t top_k) {
+  constexpr int64_t kMaxTopK = 65536;
+  require(m >= 0, "m must be 0 or more, got ", m);
+  require(top_k >= 1 && top_k <= kMaxTopK, "top_k must be 1 to ", kMaxTopK, ", got ", top_k);
+  const int64_t of_a_pair = padded_k(std::max(desc.hidden, 2 * desc.intermediate));
+  require(m <= kMaxElements / (of_a_pair * top_k),
+          "m * top_k * the larger of hidden and 2 * intermediate is too large: ", m, " * ", top_k, " * ",
+          std::max(desc.hidden, 2 * desc.intermediate), " (at most 2^46 elements)");
 }
 
 void check_output_shape(int64_t m, int64_t n) {

@@ -25,6 +25,12 @@ flexq_activation_desc activation_of(const flexq_activation_desc* desc);
 // The activation of `m` tokens that goes with a weight.
 flexq_activation_desc activation_of(const flexq_weight_desc& weight, int32_t act_bits, int64_t m);
 
+flexq_experts_desc experts_of(const flexq_experts_desc* desc);
+flexq_routing routing_of(const flexq_routing* routing);
+void check_projection(flexq_projection projection);
+// Tokens, their experts and all that is as large as either.
+void check_pairs(const flexq_experts_desc& desc, int64_t m, int64_t top_k);
+
 // The bytes that a caller's struct says it has, of which this version knows `known`.
 size_t struct_size_of(const void* given, const char* name, size_t known);
 

@@ -10,12 +10,6 @@ namespace {
 using namespace flexq;
 using namespace flexq::api;
 
-size_t planes_size(const flexq_weight_desc& desc) {
-  return static_cast<size_t>(desc.n * num_groups(desc.k)) * kGroupBytes;
-}
-
-size_t num_scales(const flexq_weight_desc& desc) { return static_cast<size_t>(desc.n * scales_per_row(desc)); }
-
 void check_canonical(const flexq_weight_desc& desc, const void* planes, const void* scales) {
   check_array(planes, "planes", planes_size(desc), 1);
   check_array(scales, "scales", num_scales(desc), sizeof(uint16_t));

@@ -40,6 +40,23 @@ struct ActivationSource {
   int64_t ld_sum = 0;
 };
 
+struct ExpertsCall {
+  const flexq_experts_desc& desc;
+  const void* gate_up;
+  const void* down;
+  const flexq_routing& routing;
+  const void* x;
+  flexq_dtype x_dtype;
+  int64_t ldx;
+  const void* gate_up_bias;  // or null
+  const void* down_bias;     // or null
+  flexq_dtype bias_dtype;
+  void* y;
+  flexq_dtype y_dtype;
+  int64_t ldy;
+  void* workspace;
+};
+
 struct CostTableText {
   const char* name;
   const char* text;
@@ -79,6 +96,22 @@ class Backend {
     quantize_activation(stream, call.act_desc, source, const_cast<void*>(call.quantized));
     gemm(stream, call);
   }
+
+  // Experts [first, first + count) of a projection. Unless a backend has its own, the layout is one prepacked weight
+  // after another, expert_bytes apart.
+  virtual size_t experts_prepack_size(const flexq_experts_desc& desc, flexq_projection projection) const;
+  virtual void experts_prepack(const flexq_stream& stream, const flexq_experts_desc& desc, flexq_projection projection,
+                               int64_t first, int64_t count, const uint8_t* planes, const uint16_t* scales,
+                               void* prepacked) const;
+  virtual void experts_unprepack(const flexq_stream& stream, const flexq_experts_desc& desc,
+                                 flexq_projection projection, int64_t first, int64_t count, const void* prepacked,
+                                 uint8_t* planes, uint16_t* scales) const;
+  size_t expert_bytes(const flexq_experts_desc& desc, flexq_projection projection) const;
+
+  // FLEXQ_UNSUPPORTED in a backend without them.
+  virtual size_t experts_workspace_size(const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m,
+                                        int64_t top_k, flexq_dtype x_dtype) const;
+  virtual void experts_forward(const flexq_stream& stream, const ExpertsCall& call) const;
 };
 
 const Backend& cpu_backend();

@@ -35,6 +35,33 @@ inline int64_t scales_per_token(const flexq_activation_desc& desc) {
 }
 inline int act_max_code(int32_t act_bits) { return act_bits == 6 ? 31 : 127; }
 
+inline size_t planes_size(const flexq_weight_desc& desc) {
+  return static_cast<size_t>(desc.n * num_groups(desc.k)) * kGroupBytes;
+}
+inline size_t num_scales(const flexq_weight_desc& desc) { return static_cast<size_t>(desc.n * scales_per_row(desc)); }
+
+// One expert's projection as a weight, and its input as an activation of `m` tokens.
+inline const flexq_projection_format& format_of(const flexq_experts_desc& desc, flexq_projection projection) {
+  return projection == FLEXQ_GATE_UP ? desc.gate_up : desc.down;
+}
+inline flexq_weight_desc weight_of_expert(const flexq_experts_desc& desc, flexq_projection projection) {
+  const bool up = projection == FLEXQ_GATE_UP;
+  const flexq_projection_format& format = format_of(desc, projection);
+  return {sizeof(flexq_weight_desc),
+          up ? 2 * desc.intermediate : desc.hidden,
+          up ? desc.hidden : desc.intermediate,
+          format.weight_bits,
+          format.scheme,
+          format.rotation,
+          0};
+}
+inline flexq_activation_desc activation_of_expert(const flexq_experts_desc& desc, flexq_projection projection,
+                                                  int64_t m) {
+  const flexq_projection_format& format = format_of(desc, projection);
+  const int64_t k = projection == FLEXQ_GATE_UP ? desc.hidden : desc.intermediate;
+  return {sizeof(flexq_activation_desc), m, k, format.act_bits, format.scheme, format.rotation, 0};
+}
+
 // One group: 128 codes <-> 6 planes of 16 bytes.
 void pack_group(const int8_t* codes, uint8_t* planes);
 void unpack_group(const uint8_t* planes, int8_t* codes);

@@ -5,31 +5,14 @@
 
 #include "core/error.h"
 #include "core/executor.h"
+#include "cpu/activation.h"
+#include "cpu/experts.h"
 #include "cpu/kernels.h"
 #include "cpu/prepack.h"
 
 namespace flexq {
 namespace cpu {
 namespace {
-
-// Codes, then scales, then offsets, each aligned.
-struct ActivationLayout {
-  explicit ActivationLayout(const flexq_activation_desc& desc) {
-    const auto groups = static_cast<size_t>(num_groups(desc.k));
-    const auto m = static_cast<size_t>(desc.m);
-    scales = groups * m * kGroup;
-    offsets = scales + align_up(static_cast<size_t>(scales_per_token(desc)) * m * sizeof(float));
-    size = offsets + align_up(groups * m * sizeof(int32_t));
-  }
-  Activation at(void* quantized) const {
-    auto* bytes = static_cast<uint8_t*>(quantized);
-    return {reinterpret_cast<int8_t*>(bytes), reinterpret_cast<float*>(bytes + scales),
-            reinterpret_cast<int32_t*>(bytes + offsets)};
-  }
-  size_t scales;
-  size_t offsets;
-  size_t size;
-};
 
 class CpuBackend final : public Backend {
  public:
@@ -119,6 +102,22 @@ class CpuBackend final : public Backend {
         kernels().gemm(args, row, std::min(blocks, row + row_grain), token, std::min(args.m, token + token_grain));
       }
     });
+  }
+
+  void experts_prepack(const flexq_stream& stream, const flexq_experts_desc& desc, flexq_projection projection,
+                       int64_t first, int64_t count, const uint8_t* planes, const uint16_t* scales,
+                       void* prepacked) const override {
+    check_expert_scales(desc, projection, first, count, scales);  // all of them, before anything is written
+    Backend::experts_prepack(stream, desc, projection, first, count, planes, scales, prepacked);
+  }
+
+  size_t experts_workspace_size(const flexq_stream&, const flexq_experts_desc& desc, int64_t m, int64_t top_k,
+                                flexq_dtype x_dtype) const override {
+    return cpu::experts_workspace_size(desc, m, top_k, x_dtype);
+  }
+  void experts_forward(const flexq_stream& stream, const ExpertsCall& call) const override {
+    cpu::experts_forward(stream.executor, call, expert_bytes(call.desc, FLEXQ_GATE_UP),
+                         expert_bytes(call.desc, FLEXQ_DOWN));
   }
 };
 

@@ -54,16 +54,16 @@ bool scale_ok(uint16_t bits) {
   return bits < kInf || bits == kMinusZero;
 }
 
-void check_scales(const flexq_weight_desc& desc, const uint16_t* scales) {
+}  // namespace
+
+void check_scales(const flexq_weight_desc& desc, const uint16_t* scales, const std::string& where) {
   const int64_t row_scales = scales_per_row(desc), count = desc.n * row_scales;
   const int64_t bad = std::find_if_not(scales, scales + count, scale_ok) - scales;
   if (bad == count) return;
-  fail(FLEXQ_BAD_VALUE, "the scale of row ", bad / row_scales,
+  fail(FLEXQ_BAD_VALUE, "the scale of ", where, "row ", bad / row_scales,
        desc.scheme == FLEXQ_SCHEME_GROUP ? cat(", group ", bad % row_scales) : std::string(), " is ",
        to_float(Half{scales[bad]}), "; scales must be finite and 0 or more");
 }
-
-}  // namespace
 
 size_t prepack_size(const flexq_weight_desc& desc) {
   const size_t scales = static_cast<size_t>(num_blocks(desc) * scales_per_row(desc)) * kBlockRows * sizeof(uint16_t);
@@ -77,7 +77,7 @@ PackedWeight packed_weight(const flexq_weight_desc& desc, const void* prepacked)
 
 void prepack(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes,
              const uint16_t* scales, void* prepacked) {
-  check_scales(desc, scales);
+  check_scales(desc, scales, "");
   const int64_t groups = num_groups(desc.k);
   const int64_t row_scales = scales_per_row(desc);
   auto* out = static_cast<uint8_t*>(prepacked);

@@ -57,6 +57,39 @@ inline flexq_rotation rotation_of(std::string_view name) {
   refuse("rotation must be 'none' or 'hadamard128', got '" + std::string(name) + "'");
 }
 
+inline flexq_projection projection_of(std::string_view name) {
+  if (name == "gate_up") return FLEXQ_GATE_UP;
+  if (name == "down") return FLEXQ_DOWN;
+  refuse("projection must be 'gate_up' or 'down', got '" + std::string(name) + "'");
+}
+
+inline flexq_gate_function gate_function_of(std::string_view name) {
+  if (name == "silu") return FLEXQ_GATE_SILU;
+  if (name == "gelu") return FLEXQ_GATE_GELU;
+  if (name == "gelu_tanh") return FLEXQ_GATE_GELU_TANH;
+  refuse("function must be 'silu', 'gelu' or 'gelu_tanh', got '" + std::string(name) + "'");
+}
+
+// In the order of flexq.ops.ExpertsDesc.
+inline flexq_experts_desc experts_desc(int64_t experts, int64_t hidden, int64_t intermediate,
+                                       std::string_view gate_up_scheme, std::string_view gate_up_rotation,
+                                       int32_t gate_up_act_bits, std::string_view down_scheme,
+                                       std::string_view down_rotation, int32_t down_act_bits, std::string_view function,
+                                       float alpha, float limit, float up_offset, bool interleaved) {
+  flexq_experts_desc desc = FLEXQ_EXPERTS_DESC_INIT;
+  desc.experts = experts;
+  desc.hidden = hidden;
+  desc.intermediate = intermediate;
+  desc.gate_up = {FLEXQ_WEIGHT_BITS, scheme_of(gate_up_scheme), rotation_of(gate_up_rotation), gate_up_act_bits};
+  desc.down = {FLEXQ_WEIGHT_BITS, scheme_of(down_scheme), rotation_of(down_rotation), down_act_bits};
+  desc.layout = interleaved ? FLEXQ_GATE_UP_INTERLEAVED : FLEXQ_GATE_UP_CONCATENATED;
+  desc.function = gate_function_of(function);
+  desc.alpha = alpha;
+  desc.limit = limit;
+  desc.up_offset = up_offset;
+  return desc;
+}
+
 // A row-major matrix, possibly a slice of a larger one: rows `ld` elements apart.
 struct Matrix {
   Matrix(const nb::ndarray<>& t, const char* name) {
@@ -107,6 +140,7 @@ void bind_stream(nb::module_& m);
 void bind_weight(nb::module_& m);
 void bind_activation(nb::module_& m);
 void bind_linear(nb::module_& m);
+void bind_experts(nb::module_& m);
 void bind_torch_ops(nb::module_& m);
 
 using NoGil = nb::gil_scoped_release;

@@ -11,5 +11,6 @@ NB_MODULE(_core, m) {
   flexq::python::bind_weight(m);
   flexq::python::bind_activation(m);
   flexq::python::bind_linear(m);
+  flexq::python::bind_experts(m);
   flexq::python::bind_torch_ops(m);
 }

@@ -281,6 +281,119 @@ FLEXQ_API flexq_status flexq_linear(const flexq_stream* stream, const flexq_weig
  *   text: lines `name = value`, the format of such a file. Both strings are the library's. */
 FLEXQ_API flexq_status flexq_cost_table(const flexq_stream* stream, const char** name, const char** text);
 
+/* ---- Experts ------------------------------------------------------------------------------------------------ */
+
+/* A mixture-of-experts layer: E experts, of which a router gives each token top_k with a weight for each. A pair is a
+ * token and one of its experts.
+ *   u = x * gate_up[e]^T + gate_up_bias[e]              [2I], rounded to x's type
+ *   h = f(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)    [I], of the two halves of u
+ *   y = sum over the token's pairs, in their order, of router weight * (h * down[e]^T + down_bias[e])    [H]
+ * Each projection is a flexq_linear with the numerics of one: x is quantized once for all experts, h once for each
+ * pair. The sum is fp32 and rounded once to y's type; docs/numerics.md has every step.
+ *
+ * Canonical weights are those of single experts one after another: planes [E][N][G][6][16] and scales [E][N][G] or
+ * [E][N][1], with N = 2I, K = H for gate_up and N = H, K = I for down. All experts of a projection are one prepacked
+ * object. */
+
+/* How one projection is quantized, as the fields of a flexq_weight_desc. Part of flexq_experts_desc, of fixed size. */
+typedef struct flexq_projection_format {
+  int32_t weight_bits;     /* 6 */
+  flexq_scheme scheme;     /* of the weight's scales and of the activations it is multiplied with */
+  flexq_rotation rotation; /* of the weight and of the activations it is multiplied with */
+  int32_t act_bits;        /* 6 or 8 */
+} flexq_projection_format;
+
+#define FLEXQ_PROJECTION_FORMAT_INIT {FLEXQ_WEIGHT_BITS, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, 8}
+
+/* Which projection of the experts. */
+typedef int32_t flexq_projection;
+enum { FLEXQ_GATE_UP = 0, FLEXQ_DOWN = 1 };
+
+/* f. silu: g * sigmoid(alpha * g). gelu: g * Phi(g), Phi by erf. gelu_tanh: its approximation by tanh. */
+typedef int32_t flexq_gate_function;
+enum { FLEXQ_GATE_SILU = 0, FLEXQ_GATE_GELU = 1, FLEXQ_GATE_GELU_TANH = 2 };
+
+/* The order of the 2I rows of gate_up. concatenated: the gate's I, then up's I. interleaved: the gate's at even rows,
+ * up's at odd ones. */
+typedef int32_t flexq_gate_layout;
+enum { FLEXQ_GATE_UP_CONCATENATED = 0, FLEXQ_GATE_UP_INTERLEAVED = 1 };
+
+typedef struct flexq_experts_desc {
+  size_t struct_size;   /* sizeof(flexq_experts_desc) */
+  int64_t experts;      /* E, those of the prepacked weights, >= 1 */
+  int64_t hidden;       /* H, features of x and y, >= 1 */
+  int64_t intermediate; /* I, features of h, >= 1 */
+  flexq_projection_format gate_up;
+  flexq_projection_format down;
+  flexq_gate_layout layout;     /* of gate_up's rows and of its bias */
+  flexq_gate_function function; /* f */
+  float alpha;                  /* 1; of silu. 1.702 in gpt-oss */
+  float limit;                  /* 0: none; else gates are clamped from above, ups to both sides. 7 in gpt-oss */
+  float up_offset;              /* 0; added to clamped ups. 1 in gpt-oss */
+  int32_t reserved;             /* 0 */
+} flexq_experts_desc;
+
+/* clang-format off */
+#define FLEXQ_EXPERTS_DESC_INIT                                                                       \
+  {sizeof(flexq_experts_desc), 0, 0, 0, FLEXQ_PROJECTION_FORMAT_INIT, FLEXQ_PROJECTION_FORMAT_INIT, \
+   FLEXQ_GATE_UP_CONCATENATED, FLEXQ_GATE_SILU, 1.0f, 0.0f, 0.0f, 0}
+/* clang-format on */
+
+/* Bytes of one projection of all experts, prepacked on `stream`'s device. Its layout may depend on everything in `desc`
+ * but act_bits, alpha, limit and up_offset. */
+FLEXQ_API flexq_status flexq_experts_prepack_size(const flexq_stream* stream, const flexq_experts_desc* desc,
+                                                  flexq_projection projection, size_t* bytes);
+
+/* Canonical -> prepacked, and back without loss, of the experts [first, first + count): a loader may fill the object
+ * one expert at a time, in any order. planes and scales are those of these experts alone; `prepacked` is the whole
+ * object of `bytes`, of which the other experts stay as they are. Scales are looked at as by flexq_prepack. */
+FLEXQ_API flexq_status flexq_experts_prepack(const flexq_stream* stream, const flexq_experts_desc* desc,
+                                             flexq_projection projection, int64_t first, int64_t count,
+                                             const uint8_t* planes, const uint16_t* scales, void* prepacked,
+                                             size_t bytes);
+FLEXQ_API flexq_status flexq_experts_unprepack(const flexq_stream* stream, const flexq_experts_desc* desc,
+                                               flexq_projection projection, int64_t first, int64_t count,
+                                               const void* prepacked, size_t bytes, uint8_t* planes, uint16_t* scales);
+
+typedef int32_t flexq_index_type;
+enum { FLEXQ_I32 = 0, FLEXQ_I64 = 1 };
+
+/* What a router decided. A token may name its experts in any order, and one of them more than once.
+ * Without a map, ids are 0..E-1. With one, they are indices of it: expert_map[id] is 0..E-1, or -1 for an expert that
+ * is not here, whose pairs add nothing to y. Other ids and map entries are FLEXQ_INVALID_ARGUMENT on CPU streams; on
+ * CUDA streams, where ids are device memory, they count as not here. */
+typedef struct flexq_routing {
+  size_t struct_size;  /* sizeof(flexq_routing) */
+  int64_t m;           /* tokens, >= 0 */
+  int64_t top_k;       /* experts of each token, 1..65536 */
+  const void* ids;     /* [m][top_k] of ids_type */
+  const void* weights; /* [m][top_k] of weights_dtype */
+  flexq_index_type ids_type;
+  flexq_dtype weights_dtype;
+  const int32_t* expert_map; /* [map_size], or NULL */
+  int64_t map_size;          /* experts of all devices together; 0 without a map */
+  int32_t weights_on_input;  /* 1: the router's weights multiply x * gate_up[e]^T instead (Llama 4). Else 0 */
+  int32_t reserved;          /* 0 */
+} flexq_routing;
+
+#define FLEXQ_ROUTING_INIT {sizeof(flexq_routing), 0, 1, NULL, NULL, FLEXQ_I32, FLEXQ_F32, NULL, 0, 0, 0}
+
+/* Bytes of workspace for flexq_experts_forward on m tokens of x_dtype with top_k experts each, wherever they go. */
+FLEXQ_API flexq_status flexq_experts_workspace_size(const flexq_stream* stream, const flexq_experts_desc* desc,
+                                                    int64_t m, int64_t top_k, flexq_dtype x_dtype, size_t* bytes);
+
+/* The layer. A token's result depends on nothing but that token: a NaN or Inf in x poisons its own row of y alone, and
+ * results are the same bits on every run, for any number of threads and whichever tokens come together.
+ *   gate_up, down: prepacked.  x: [m][hidden] of `x_dtype`, rows ldx apart.  gate_up_bias: [E][2I] in the order of
+ * gate_up's rows, down_bias: [E][H], both of `bias_dtype`, each may be NULL.  y: [m][hidden] of `y_dtype`, rows ldy
+ * apart, written; it may be x, if types and strides agree. */
+FLEXQ_API flexq_status flexq_experts_forward(const flexq_stream* stream, const flexq_experts_desc* desc,
+                                             const void* gate_up, size_t gate_up_bytes, const void* down,
+                                             size_t down_bytes, const flexq_routing* routing, const void* x,
+                                             flexq_dtype x_dtype, int64_t ldx, const void* gate_up_bias,
+                                             const void* down_bias, flexq_dtype bias_dtype, void* y,
+                                             flexq_dtype y_dtype, int64_t ldy, void* workspace, size_t workspace_bytes);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -183,6 +184,78 @@ class Linear {
   WeightDesc desc_;
   int32_t act_bits_;
   Buffer packed_;
+  Buffer workspace_;
+};
+
+struct ExpertsDesc : flexq_experts_desc {
+  ExpertsDesc(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size)
+      : flexq_experts_desc(FLEXQ_EXPERTS_DESC_INIT) {
+    experts = num_experts;
+    hidden = hidden_size;
+    intermediate = intermediate_size;
+  }
+  // What one expert's weight of a projection is.
+  WeightDesc weight(flexq_projection projection) const {
+    const bool up = projection == FLEXQ_GATE_UP;
+    const flexq_projection_format& format = up ? gate_up : down;
+    return WeightDesc(up ? 2 * intermediate : hidden, up ? hidden : intermediate, format.scheme, format.rotation);
+  }
+};
+
+// What a router decided for `tokens` tokens; does not own what it names.
+struct Routing : flexq_routing {
+  Routing(int64_t tokens, int64_t experts_of_each, const int32_t* chosen, const float* router_weights)
+      : flexq_routing(FLEXQ_ROUTING_INIT) {
+    m = tokens;
+    top_k = experts_of_each;
+    ids = chosen;
+    weights = router_weights;
+  }
+};
+
+// Prepacked experts for the CPU, with the workspace their calls need: one call at a time. Fill in each expert's weights
+// before the first.
+class Experts {
+ public:
+  Experts(const Stream& stream, const ExpertsDesc& desc) : desc_(desc) {
+    for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
+      size_t bytes = 0;
+      check(flexq_experts_prepack_size(&stream, &desc_, projection, &bytes));
+      packed_[projection].reserve(bytes);
+    }
+  }
+
+  void set(const Stream& stream, int64_t expert, const Weight& gate_up, const Weight& down) {
+    for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
+      const Weight& weight = projection == FLEXQ_GATE_UP ? gate_up : down;
+      const WeightDesc wanted = desc_.weight(projection);
+      if (weight.desc().n != wanted.n || weight.desc().k != wanted.k || weight.desc().scheme != wanted.scheme ||
+          weight.desc().rotation != wanted.rotation) {
+        throw Exception(FLEXQ_INVALID_ARGUMENT, "an expert's weights must be as the experts' desc says");
+      }
+      check(flexq_experts_prepack(&stream, &desc_, projection, expert, 1, weight.planes().data(),
+                                  weight.scales().data(), packed_[projection].data(), packed_[projection].size()));
+    }
+  }
+
+  // y[m][hidden] of x[m][hidden]. Biases: [E][2I] and [E][H], or null. ldx and ldy default to hidden.
+  template <typename X, typename Y>
+  void operator()(const Stream& stream, const Routing& routing, const X* x, Y* y, const X* gate_up_bias = nullptr,
+                  const X* down_bias = nullptr, int64_t ldx = 0, int64_t ldy = 0) {
+    size_t bytes = 0;
+    check(flexq_experts_workspace_size(&stream, &desc_, routing.m, routing.top_k, dtype_of<X>(), &bytes));
+    workspace_.reserve(bytes);
+    check(flexq_experts_forward(&stream, &desc_, packed_[FLEXQ_GATE_UP].data(), packed_[FLEXQ_GATE_UP].size(),
+                                packed_[FLEXQ_DOWN].data(), packed_[FLEXQ_DOWN].size(), &routing, x, dtype_of<X>(),
+                                ldx == 0 ? desc_.hidden : ldx, gate_up_bias, down_bias, dtype_of<X>(), y, dtype_of<Y>(),
+                                ldy == 0 ? desc_.hidden : ldy, workspace_.data(), workspace_.size()));
+  }
+
+  const ExpertsDesc& desc() const noexcept { return desc_; }
+
+ private:
+  ExpertsDesc desc_;
+  Buffer packed_[2];
   Buffer workspace_;
 };
 

@@ -25,6 +25,8 @@ int main(void) {
   const flexq_stream cpu = FLEXQ_STREAM_INIT;
   flexq_weight_desc desc = FLEXQ_WEIGHT_DESC_INIT;
   flexq_activation_desc act = FLEXQ_ACTIVATION_DESC_INIT;
+  flexq_experts_desc experts = FLEXQ_EXPERTS_DESC_INIT;
+  const flexq_routing routing = FLEXQ_ROUTING_INIT;
   flexq_executor executor = FLEXQ_EXECUTOR_INIT;
   flexq_kernel_info info = FLEXQ_KERNEL_INFO_INIT;
   int32_t count = 0;
@@ -78,6 +80,16 @@ int main(void) {
   CHECK(executor.struct_size == sizeof executor && executor.num_threads == 1);
   CHECK(flexq_gemm_kernels(&cpu, &desc, 8, M, &info, 1, &count) == FLEXQ_OK && count == 1);
   CHECK(strcmp(info.name, isa) == 0);
+
+  CHECK(experts.struct_size == sizeof experts && experts.down.weight_bits == FLEXQ_WEIGHT_BITS);
+  CHECK(experts.gate_up.act_bits == 8 && experts.alpha == 1.0f && experts.limit == 0.0f);
+  CHECK(routing.struct_size == sizeof routing && routing.top_k == 1);
+  experts.experts = 3;
+  experts.hidden = K;
+  experts.intermediate = N;
+  CHECK(flexq_experts_prepack_size(&cpu, &experts, FLEXQ_DOWN, &packed_bytes) == FLEXQ_OK && packed_bytes > 0);
+  CHECK(flexq_experts_workspace_size(&cpu, &experts, M, 2, FLEXQ_F16, &workspace_bytes) == FLEXQ_OK);
+  CHECK(workspace_bytes >= M * 2 * K * sizeof(float));
 
   desc.weight_bits = 4;
   CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_UNSUPPORTED);

@@ -59,3 +59,44 @@ def product(
     w = w_codes.double().view(len(w_codes), groups, GROUP) * w_scales.double().unsqueeze(-1)
     terms = torch.einsum("mgk,ngk->mng", a, w)
     return terms.sum(-1), terms.abs().sum(-1)
+
+
+def gated(u: torch.Tensor, dtype: torch.dtype, function, alpha, limit, up_offset, interleaved) -> torch.Tensor:
+    """h [P, I] of gate and up values [P, 2I], each step rounded to `dtype`; float64."""
+
+    def rounded(x):
+        return x.to(dtype).double()
+
+    gate, up = (u[:, 0::2], u[:, 1::2]) if interleaved else u.chunk(2, 1)
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if function == "silu":
+        activated = gate * torch.sigmoid(alpha * gate)
+    else:
+        activated = torch.nn.functional.gelu(gate, approximate="tanh" if function == "gelu_tanh" else "none")
+    return rounded(rounded(activated) * rounded(up + up_offset))
+
+
+def experts(x_codes, x_scales, ids, weights, gate_up, down, biases, dtype, desc, on_input):
+    """y [M, H] in float64, the sum of its terms' magnitudes, and what values of h add or take that are so close to the
+    border between two codes that fp32 may put them on its other side; as docs/numerics.md has it. `gate_up` and `down`
+    are codes [E, N, Kp] and scales [E, N, ...], `biases` are [E, N] or None, `ids` below 0 are not here."""
+    y = torch.zeros(len(ids), desc.hidden, dtype=torch.float64)
+    magnitude, doubt = torch.zeros_like(y), torch.zeros_like(y)
+    for token, k in ((ids >= 0).nonzero()).tolist():
+        expert, weight = ids[token, k], weights[token, k].double()
+        u, _ = product(x_codes[token : token + 1], x_scales[token : token + 1], *(t[expert] for t in gate_up))
+        u = u * weight if on_input else u
+        u = u if biases[0] is None else u + biases[0][expert].double()
+        h = gated(u.to(dtype).double(), dtype, *desc[9:])
+        codes, scales = quantize_activation(h, desc.down_act_bits, desc.down_scheme, desc.down_rotation)
+        term, size = product(codes.flatten(1), scales, *(t[expert] for t in down))
+        if biases[1] is not None:
+            term, size = term + biases[1][expert].double(), size + biases[1][expert].double().abs()
+        factor = 1.0 if on_input else weight
+        y[token] += factor * term[0]
+        magnitude[token] += abs(factor) * size[0]
+        exact = groups_of(h, desc.down_rotation) / scales.unsqueeze(-1).clamp(min=1e-300)
+        close = ((exact.abs() % 1 - 0.5).abs() < 1e-3).double()
+        doubt[token] += abs(factor) * product(close.flatten(1), scales, down[0][expert].abs(), down[1][expert])[0][0]
+    return y, magnitude, doubt

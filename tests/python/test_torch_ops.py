@@ -39,7 +39,9 @@ def same(results, expected) -> None:
 def test_there_is_a_kernel_in_cpp():
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         pytest.skip("PyTorch's C shim is too old")
-    for name in ("linear", "gemm", "quantize_activation", "rms_norm_quantize", "silu_mul_quantize"):
+    for name in (
+        "linear", "gemm", "quantize_activation", "rms_norm_quantize", "silu_mul_quantize", "experts_forward",
+    ):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flexq::{name}", "CPU")
         assert "torch_ops.cpp" in torch._C._dispatch_dump(f"flexq::{name}")
     assert not _core.implement_operator("prepack", "CPU")
@@ -114,18 +116,81 @@ def test_refuses_alike(packed):
     both_refuse("gemm", quantized, packed, None, 2, -N, K, 8, *FORMAT, torch.float32)
 
 
+@pytest.fixture(scope="module")
+def experts():
+    desc = ops.ExpertsDesc(3, K, 40, down_scheme="channel", limit=7.0, up_offset=1.0, alpha=1.702, interleaved=True)
+    packed = []
+    for projection in ("gate_up", "down"):
+        n, k = desc.shape(projection)
+        planes, scales = flexq.quantize_weight(values(3 * n, k, seed=n) * 0.1, desc.scheme(projection))
+        packed.append(ops.experts_prepack(planes.unflatten(0, (3, n)), scales.unflatten(0, (3, n)), projection, desc))
+    return desc, packed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_of_every_view(experts, dtype):
+    desc, packed = experts
+    up_bias, down_bias = values(3, 80, seed=4), values(3, K, seed=5)
+    expert_map = torch.tensor([2, -1, 0], dtype=torch.int32)
+    for x in views(dtype):
+        ids = torch.arange(x.numel() // K * 6).remainder(3).view(*x.shape[:-1], 6)[..., ::3]
+        weights = (ids - 0.5).to(dtype)
+        for rest in (
+            (None, None, None, False),
+            (up_bias, None, expert_map, True),
+            (None, down_bias.to(dtype), None, True),
+            (up_bias, down_bias, expert_map, False),
+        ):
+            arguments = (x, ids, weights, *packed, *rest, *desc)
+            same(torch.ops.flexq.experts_forward(*arguments), ops._experts_forward(*arguments))
+
+
+def test_experts_refuse_alike(experts):
+    desc, (gate_up, down) = experts
+    x, ids, weights = torch.zeros(2, K), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)
+    biases, wide = (None, torch.zeros(3, K), None, False), torch.zeros(2, K, dtype=torch.float64)
+    for given in (
+        (wide, ids, weights, gate_up, down, *biases, *desc),
+        (x[:, 1:], ids, weights, gate_up, down, *biases, *desc),
+        (x, ids.short(), weights, gate_up, down, *biases, *desc),
+        (x, ids[:1], weights, gate_up, down, *biases, *desc),
+        (x[0], ids, weights, gate_up, down, *biases, *desc),
+        (x, ids[:, :0], weights[:, :0], gate_up, down, *biases, *desc),
+        (x, ids + 3, weights, gate_up, down, *biases, *desc),
+        (x, ids, weights[:1], gate_up, down, *biases, *desc),
+        (x, ids, weights.double(), gate_up, down, *biases, *desc),
+        (x, ids, weights, gate_up[1:], down, *biases, *desc),
+        (x, ids, weights, gate_up, down.float(), *biases, *desc),
+        (x, ids, weights, gate_up, down, torch.zeros(3, 79), None, None, False, *desc),
+        (x, ids, weights, gate_up, down, None, torch.zeros(K), None, False, *desc),
+        (x, ids, weights, gate_up, down, torch.zeros(3, 80).half(), torch.zeros(3, K), None, False, *desc),
+        (x, ids, weights, gate_up, down, None, None, torch.zeros(3), False, *desc),
+        (x, ids, weights, gate_up, down, None, None, torch.full((3,), 3, dtype=torch.int32), False, *desc),
+        (x, ids, weights, gate_up, down, *biases, *desc._replace(function="relu")),
+        (x, ids, weights, gate_up, down, *biases, *desc._replace(down_act_bits=7)),
+        (x, ids, weights, gate_up, down, *biases, *desc._replace(limit=-1.0)),
+        (x, ids, weights, gate_up, down, *biases, *desc._replace(gate_up_scheme="row")),
+    ):
+        both_refuse("experts_forward", *given)
+
+
 def resident_kilobytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4
 
 
-def test_nothing_leaks(packed):
+def test_nothing_leaks(packed, experts):
+    desc, expert_weights = experts
+    ids = torch.arange(12).remainder(3).view(3, 4)[:, ::2]
     x, residual, weight = values(3, K), values(3, K), torch.ones(K)
 
     def calls():
         for _ in range(2000):
             torch.ops.flexq.linear(x.T.contiguous().T, packed, torch.zeros(N), N, 8, *FORMAT)
             torch.ops.flexq.rms_norm_quantize(x, residual, weight, 1e-5, 8, *FORMAT)
+            torch.ops.flexq.experts_forward(
+                x, ids, ids.float(), *expert_weights, None, torch.zeros(3, K), None, False, *desc
+            )
             with pytest.raises(ValueError):
                 torch.ops.flexq.linear(x, packed, torch.zeros(N + 1), N, 8, *FORMAT)
 

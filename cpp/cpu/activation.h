@@ -1,0 +1,28 @@
+// The bytes of a quantized activation on the CPU.
+#pragma once
+
+#include "core/format.h"
+#include "cpu/kernels.h"
+
+namespace flexq::cpu {
+
+// Codes, then scales, then offsets, each aligned.
+struct ActivationLayout {
+  explicit ActivationLayout(const flexq_activation_desc& desc) {
+    const auto groups = static_cast<size_t>(num_groups(desc.k));
+    const auto m = static_cast<size_t>(desc.m);
+    scales = groups * m * kGroup;
+    offsets = scales + align_up(static_cast<size_t>(scales_per_token(desc)) * m * sizeof(float));
+    size = offsets + align_up(groups * m * sizeof(int32_t));
+  }
+  Activation at(void* quantized) const {
+    auto* bytes = static_cast<uint8_t*>(quantized);
+    return {reinterpret_cast<int8_t*>(bytes), reinterpret_cast<float*>(bytes + scales),
+            reinterpret_cast<int32_t*>(bytes + offsets)};
+  }
+  size_t scales;
+  size_t offsets;
+  size_t size;
+};
+
+}  // namespace flexq::cpu
