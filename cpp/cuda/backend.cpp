@@ -7,10 +7,11 @@
 #include <deque>
 #include <limits>
 #include <mutex>
-#include <optional>
 
 #include "core/error.h"
+#include "cuda/choices.h"
 #include "cuda/dispatch.h"
+#include "cuda/experts/forward.h"
 #include "cuda/kernels.h"
 #include "cuda/layout.h"
 
@@ -119,42 +120,6 @@ const Device& device_of(const flexq_stream& stream) {
   std::call_once(known.once, [&] { known.device = query_device(stream.device_index); });
   return known.device;
 }
-
-// What the model of cost chose last for a shape, as it asks it of every candidate. A thread's own, so without a lock;
-// shapes whose hashes meet take turns.
-class Choices {
- public:
-  struct Key {
-    int64_t n, k, m;
-    int32_t device, scheme, act_bits;
-    bool operator==(const Key&) const = default;
-  };
-
-  template <typename Choose>
-  const GemmPlan& get(const Key& key, const Choose& choose) {
-    Entry& entry = entries_[hash(key) % entries_.size()];
-    if (!entry.plan || entry.key != key) {
-      entry.plan = choose();
-      entry.key = key;
-    }
-    return *entry.plan;
-  }
-
- private:
-  struct Entry {
-    Key key;
-    std::optional<GemmPlan> plan;
-  };
-  static size_t hash(const Key& key) {
-    uint64_t h = 0;
-    for (const int64_t part : {key.n, key.k, key.m, int64_t{key.device}, int64_t{key.scheme}, int64_t{key.act_bits}}) {
-      h = (h ^ static_cast<uint64_t>(part)) * 0x9e3779b97f4a7c15u;
-      h ^= h >> 29;
-    }
-    return static_cast<size_t>(h >> 32);
-  }
-  std::array<Entry, 256> entries_{};
-};
 
 cudaStream_t handle(const flexq_stream& stream) { return static_cast<cudaStream_t>(stream.handle); }
 
@@ -272,7 +237,30 @@ class CudaBackend final : public Backend {
     run(stream, call, chosen);
   }
 
+  size_t experts_workspace_size(const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m, int64_t top_k,
+                                flexq_dtype x_dtype) const override {
+    check_experts(desc);
+    return m == 0 ? 0 : experts::workspace_size(device_of(stream), stream, desc, m, top_k, x_dtype);
+  }
+
+  void experts_forward(const flexq_stream& stream, const ExpertsCall& call) const override {
+    const Device& device = device_of(stream);
+    const DeviceScope scope(stream.device_index);
+    experts::forward(device, stream, call,
+                     {static_cast<int64_t>(expert_bytes(call.desc, FLEXQ_GATE_UP)),
+                      static_cast<int64_t>(expert_bytes(call.desc, FLEXQ_DOWN))});
+  }
+
  private:
+  static void check_experts(const flexq_experts_desc& desc) {
+    if (desc.experts > experts::kMaxExperts) {
+      fail(FLEXQ_UNSUPPORTED, "experts must be at most ", experts::kMaxExperts, " on CUDA, got ", desc.experts);
+    }
+    for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
+      check_gemm(weight_of_expert(desc, projection), experts::kMaxPairs);
+    }
+  }
+
   static void check_gemm(const flexq_weight_desc& desc, int64_t m) {
     check_sizes(desc);
     check_elements("m", m, "n", desc.n);
@@ -284,7 +272,7 @@ class CudaBackend final : public Backend {
 
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
     const auto candidates = [&] { return Candidates(device_of(stream), desc, act_bits, m); };
-    thread_local Choices choices;
+    thread_local Choices<6, GemmPlan> choices;  // as the model of cost is asked it of every candidate
     return stream.kernel != nullptr ? candidates().named(stream.kernel).plan
                                     : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
                                                   [&] { return candidates().best().plan; });

@@ -12,9 +12,9 @@
 
 namespace flexq::cuda::quantize {
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 __device__ T from_float(float x) {
@@ -62,7 +62,7 @@ struct Scale {
 };
 
 // fp32 division rounds as on the CPU: this file is compiled without fast-math.
-__device__ Scale scale_of(int largest_bits, bool rotate, int qmax) {
+__device__ inline Scale scale_of(int largest_bits, bool rotate, int qmax) {
   const float largest = __int_as_float(largest_bits);
   if (!(largest <= FLT_MAX)) return {__int_as_float(0x7fffffff), 0.0f};
   const float scale = __fdiv_rn(rotate ? __fmul_rn(largest, kHadamardNorm) : largest, static_cast<float>(qmax));

@@ -75,6 +75,12 @@ struct Params : LinearParams {
   float* partials;  // of each CTA: [sums of a thread][consumer threads]
   uint64_t* ready;  // of each CTA: `token` while its partials are there
   uint64_t token;
+
+  // The layer that a tile of tokens is for: of a mixture of experts there are several (experts/gemm_wgmma.cu).
+  template <int kTokens>
+  __device__ const Params& linear_of(int) const {
+    return *this;
+  }
 };
 
 }  // namespace flexq::cuda::wgmma

@@ -20,7 +20,7 @@ struct Tile {
   int token_tile;  // first, of 8 tokens
 };
 
-template <int kConfig, bool kGroupScheme>
+template <int kConfig, bool kGroupScheme, typename P = Params>
 struct Cta {
   static constexpr Config kC = kConfigs[kConfig];
   static constexpr bool kPerGroup = kGroupScheme;
@@ -41,7 +41,7 @@ struct Cta {
   static constexpr int kStagingAt = kScalesAt + kStages * kC.scale_bytes();
   static constexpr int kBarriersAt = kStagingAt + kC.staging_bytes();
 
-  __device__ Cta(const Params& params, uint8_t* shared_memory)
+  __device__ Cta(const P& params, uint8_t* shared_memory)
       : p(params),
         shared(shared_memory),
         base(ptx::shared_address(shared_memory)),
@@ -69,6 +69,7 @@ struct Cta {
     const int row_block = (at.row_tile * p.multicast + peer) * kTileBlocks;
     return {row_block, max(1, min(kTileBlocks, p.row_blocks - row_block)), at.token_tile * (kTokens / kTokenTile)};
   }
+  __device__ decltype(auto) linear(const Tile& tile) const { return p.template linear_of<kTokens>(tile.token_tile); }
   __device__ int groups_of(int step) const { return min(kStageGroups, p.groups - step * kStageGroups); }
 
   // use(work): whole tiles, or this part's share of them, then this CTA's range of the stream-K steps, its last tile
@@ -96,7 +97,7 @@ struct Cta {
     }
   }
 
-  const Params& p;
+  const P& p;
   uint8_t* shared;
   uint32_t base;  // shared memory address of `shared`
   int warp, lane;

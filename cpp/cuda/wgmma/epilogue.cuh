@@ -35,11 +35,12 @@ struct Epilogue {
   // Scheme channel's token scales: loaded before the mainloop, then shared by the warpgroup where scheme group has
   // those of the stages.
   __device__ __forceinline__ void load_token_scales(const Tile& tile, float (&scales)[kTokenScales]) const {
+    const auto& linear = cta.linear(tile);
 #pragma unroll
     for (int i = 0; i < kTokenScales; ++i) {
       const int64_t token =
           static_cast<int64_t>(tile.token_tile) * kTokenTile + i * kWarpgroup + threadIdx.x % kWarpgroup;
-      scales[i] = token < cta.p.m ? __ldcg(cta.p.act_scales + token) : 0.0f;
+      scales[i] = token < linear.m ? __ldcg(linear.act_scales + token) : 0.0f;
     }
   }
   __device__ __forceinline__ void share_token_scales(const float (&scales)[kTokenScales]) const {
@@ -63,13 +64,14 @@ struct Epilogue {
     float scale[2], bias[2];
   };
   __device__ Rows rows_of(const Tile& tile) const {
+    const auto& linear = cta.linear(tile);
     Rows rows{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows + cta.lane / 4 + 8 * i;
-      if (row >= cta.p.n) continue;
-      rows.scale[i] = (Cta::kPerGroup ? 1.0f : __half2float(__ushort_as_half(cta.p.scales[row]))) / kCodeFactor;
-      if (cta.p.bias != nullptr) rows.bias[i] = load_float(cta.p.bias, cta.p.bias_dtype, row);
+      if (row >= linear.n) continue;
+      rows.scale[i] = (Cta::kPerGroup ? 1.0f : __half2float(__ushort_as_half(linear.scales[row]))) / kCodeFactor;
+      if (linear.bias != nullptr) rows.bias[i] = load_float(linear.bias, linear.bias_dtype, row);
     }
     return rows;
   }
@@ -161,20 +163,21 @@ struct Epilogue {
   // A warp's staged outputs, elements T, to y.
   template <typename T>
   __device__ __forceinline__ void copy_out(const Tile& tile, int chunk, const uint8_t* staging) const {
+    const auto& linear = cta.linear(tile);
     constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kVectors = kRecordRows / kElements;  // of a token
     const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kChunkTokens;
     const int64_t row0 = static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows;
     for (int i = cta.lane; i < kChunkTokens * kVectors; i += 32) {
       const int64_t token = token0 + i / kVectors;
       const int64_t row = row0 + i % kVectors * kElements;
-      if (token >= cta.p.m || row >= cta.p.n) continue;
+      if (token >= linear.m || row >= linear.n) continue;
       const int at = sizeof(T) == 2 ? i ^ swizzle(i / kVectors) : i;
       const T* from = reinterpret_cast<const T*>(staging + at * 16);
-      T* to = static_cast<T*>(cta.p.y) + token * cta.p.ldy + row;
-      if (cta.p.y_vectors && row + kElements <= cta.p.n) {
+      T* to = static_cast<T*>(linear.y) + token * linear.ldy + row;
+      if (linear.y_vectors && row + kElements <= linear.n) {
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
       } else {
-        const auto count = static_cast<int>(min(static_cast<int64_t>(kElements), cta.p.n - row));
+        const auto count = static_cast<int>(min(static_cast<int64_t>(kElements), linear.n - row));
 #pragma unroll 1
         for (int e = 0; e < count; ++e) to[e] = from[e];
       }

@@ -23,15 +23,16 @@ struct Producer {
   }
 
  private:
-  // copy(tile, step, stage) for every step of the CTA's work, as stages become empty.
+  // copy(linear, tile, step, stage) for every step of the CTA's work, as stages become empty.
   template <typename Copy>
   __device__ __forceinline__ void for_each_stage(const Copy& copy) const {
     auto state = producer_start<Cta::kStages>();
     cta.for_each_work([&](const Work& work) {
       const Tile tile = cta.tile_at(work.tile);
+      const auto& linear = cta.linear(tile);
       for (int step = work.begin; step < work.end; ++step) {
         cta.barriers().wait_empty(state);
-        copy(tile, step, state.stage);
+        copy(linear, tile, step, state.stage);
         state.advance();
       }
     });
@@ -43,7 +44,7 @@ struct Producer {
     const uint64_t policy = p.tiles == p.row_tiles ? ptx::evict_first_policy() : ptx::evict_normal_policy();
     const int64_t begin = clock64();
     int filled = 0;
-    for_each_stage([&](const Tile& tile, int step, int stage) {
+    for_each_stage([&](const LinearParams& linear, const Tile& tile, int step, int stage) {
       // The first stages are filled at the pace of memory: the quantizer, which still runs, waits behind each load.
       for (; filled < Cta::kStages && clock64() - begin < static_cast<int64_t>(filled) * p.clocks_per_stage;) {
       }
@@ -56,10 +57,10 @@ struct Producer {
       const uint32_t full = cta.barriers().full(stage);
       ptx::mbarrier_arrive_expect(full, static_cast<uint32_t>(bytes + groups * act));
       if (blocks == 0) return;
-      ptx::bulk_copy(
-          cta.weights(stage),
-          p.records + tile_offset(tile.row_block, step * Cta::kStageGroups, p.row_blocks, p.groups, Cta::kPerGroup),
-          static_cast<uint32_t>(bytes), full, policy);
+      ptx::bulk_copy(cta.weights(stage),
+                     linear.records +
+                         tile_offset(tile.row_block, step * Cta::kStageGroups, p.row_blocks, p.groups, Cta::kPerGroup),
+                     static_cast<uint32_t>(bytes), full, policy);
     });
   }
 
@@ -75,7 +76,7 @@ struct Producer {
         ptx::bulk_copy_multicast(to, from, static_cast<uint32_t>(bytes), cta.barriers().full(stage), peers);
       }
     };
-    for_each_stage([&](const Tile& tile, int step, int stage) {
+    for_each_stage([&](const LinearParams&, const Tile& tile, int step, int stage) {
       const int tiles = min(cta.share, p.token_tiles - tile.token_tile - first);
       if (tiles <= 0) return;
 #pragma unroll

@@ -1,0 +1,63 @@
+// y of each token from its pairs' products.
+#include "cuda/elements.cuh"
+#include "cuda/experts/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
+
+namespace flexq::cuda::experts {
+namespace {
+
+constexpr int kThreads = 128;
+
+// A thread has kCount neighbouring columns of a token; roundings as on the CPU. kCount 4: rows are aligned for that.
+template <int kCount>
+__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineArgs a) {
+  ptx::launch_dependents();
+  ptx::wait_for_previous_kernel();
+  const int64_t token = blockIdx.x;
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kCount;
+  if (column >= a.n) return;
+  float sums[kCount] = {};
+#pragma unroll 4
+  for (int64_t pair = token * a.top_k; pair < (token + 1) * a.top_k; ++pair) {
+    const int row = a.places[pair].row;
+    if (row < 0) continue;
+    const float weight = a.weights == nullptr ? 1.0f : load_float(a.weights, a.weights_dtype, pair);
+    const float* from = a.products + row * a.n + column;
+    float products[kCount];
+    if constexpr (kCount == 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from);
+      products[0] = four.x, products[1] = four.y, products[2] = four.z, products[3] = four.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) products[i] = from[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weight, products[i]));
+  }
+  const int64_t at = token * a.ldy + column;
+  if constexpr (kCount == 4) {
+    if (a.y_dtype == FLEXQ_F32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(a.y) + at) = {sums[0], sums[1], sums[2], sums[3]};
+    } else {
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(a.y) + at) = {to_16_bits(sums[0], sums[1], a.y_dtype),
+                                                                     to_16_bits(sums[2], sums[3], a.y_dtype)};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store_float(a.y, a.y_dtype, at + i, sums[i]);
+  }
+}
+
+}  // namespace
+
+void combine(cudaStream_t stream, const Device& device, const CombineArgs& args) {
+  const bool vectors = args.n % 4 == 0 && reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.ldy % 4 == 0;
+  launch(stream, "combine", vectors ? combine_kernel<4> : combine_kernel<1>,
+         {.grid = checked_grid("combine", args.tokens, ceil_div(args.n, kThreads * (vectors ? 4 : 1))),
+          .block = dim3(kThreads),
+          .overlapped = device.has_sm90},
+         args);
+}
+
+}  // namespace flexq::cuda::experts

@@ -1,0 +1,252 @@
+#include "cuda/experts/forward.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+
+#include "core/error.h"
+#include "core/float_types.h"
+#include "core/format.h"
+#include "cuda/choices.h"
+#include "cuda/dispatch.h"
+#include "cuda/layout.h"
+
+namespace flexq::cuda::experts {
+namespace {
+
+constexpr flexq_projection kProjections[] = {FLEXQ_GATE_UP, FLEXQ_DOWN};
+
+// ---- Which kernels run ----
+
+struct Plan {
+  int tile_tokens;
+  GemmPlan gemms[2];
+};
+
+// However pairs are spread: an expert's last tile may hold a single one.
+int64_t most_tiles(int64_t experts, int64_t pairs, int tile_tokens) {
+  const int64_t used = std::min(experts, pairs);
+  return used + (pairs - used) / tile_tokens;
+}
+
+// Where every pair's expert is any of them: an expert has a number of pairs of Poisson's distribution.
+double expected_tiles(int64_t experts, int64_t pairs, int tile_tokens) {
+  const double mean = static_cast<double>(pairs) / static_cast<double>(experts);
+  double tiles = mean / tile_tokens + 0.5;  // of an expert with many
+  if (mean <= 64) {
+    tiles = 0;
+    double probability = std::exp(-mean);
+    for (int count = 0; count < 256; probability *= mean / ++count) {
+      tiles += probability * static_cast<double>(ceil_div(count, tile_tokens));
+    }
+  }
+  return std::clamp(tiles * static_cast<double>(experts), 1.0,
+                    static_cast<double>(most_tiles(experts, pairs, tile_tokens)));
+}
+
+// The cheapest plan with this many tokens in a tile, or the one of this name; none if there is none. To the model of
+// cost the tiles are one tile of a weight with the rows of all of them.
+std::optional<Candidate> gemm_of(const Device& device, flexq_weight_desc desc, int32_t act_bits, int tile_tokens,
+                                 double tiles, const char* kernel) {
+  const int64_t row_blocks = num_row_blocks(desc);
+  desc.n = row_blocks * kRecordRows * std::max<int64_t>(1, std::llround(tiles));
+  std::optional<Candidate> best;
+  for (Candidate candidate : Candidates(device, desc, act_bits, tile_tokens)) {
+    GemmPlan& plan = candidate.plan;
+    if (plan.family == GemmPlan::kMma) {
+      const MmaShape shape = mma_shape(plan.config);
+      if (shape.tokens != tile_tokens || shape.act_bits != 0 || !has_mma(plan.config)) continue;
+      candidate.microseconds *= plan.splits;  // K is not split here
+      plan.splits = 1;
+    } else {
+      if (wgmma_shape(plan.config).tokens != tile_tokens || !has_wgmma(plan.config)) continue;
+      if (plan.splits > 1 || plan.multicast > 1) continue;
+    }
+    if (kernel != nullptr && std::strcmp(name_of(plan).text, kernel) != 0) continue;
+    if (!best || candidate.microseconds < best->microseconds) best = candidate;
+  }
+  return best;
+}
+
+std::optional<Plan> cheapest(const Device& device, const flexq_experts_desc& desc, int64_t pairs, const char* kernel) {
+  std::optional<Plan> best;
+  double least = 0;
+  for (const int tile_tokens : {8, 16, 32, 64, 128}) {
+    const double tiles = expected_tiles(desc.experts, pairs, tile_tokens);
+    Plan plan{tile_tokens, {}};
+    double microseconds = 0;
+    bool complete = true;
+    for (const flexq_projection projection : kProjections) {
+      const auto gemm = gemm_of(device, weight_of_expert(desc, projection), format_of(desc, projection).act_bits,
+                                tile_tokens, tiles, kernel);
+      complete = complete && gemm.has_value();
+      if (!gemm) continue;
+      plan.gemms[projection] = gemm->plan;
+      microseconds += gemm->microseconds;
+    }
+    if (!complete || (best && microseconds >= least)) continue;
+    best = plan;
+    least = microseconds;
+  }
+  return best;
+}
+
+Plan plan_of(const Device& device, const flexq_stream& stream, const flexq_experts_desc& desc, int64_t pairs) {
+  if (stream.kernel != nullptr) {
+    const auto plan = cheapest(device, desc, pairs, stream.kernel);
+    require(plan.has_value(), "stream.kernel ", stream.kernel, " does not run these experts");
+    return *plan;
+  }
+  thread_local Choices<9, Plan> choices;
+  return choices.get({desc.experts, desc.hidden, desc.intermediate, pairs, stream.device_index, desc.gate_up.scheme,
+                      desc.down.scheme, desc.gate_up.act_bits, desc.down.act_bits},
+                     [&] { return *cheapest(device, desc, pairs, nullptr); });
+}
+
+// ---- Where things are ----
+
+int64_t tokens_at_once(int64_t m, int64_t top_k) { return std::min(m, std::max<int64_t>(kMaxPairs / top_k, 1)); }
+
+// Of one batch of tokens.
+struct Workspace {
+  Workspace(const flexq_experts_desc& desc, const Plan& plan, int64_t pairs, flexq_dtype x_dtype) {
+    max_tiles = most_tiles(desc.experts, pairs, plan.tile_tokens);
+    for (const flexq_projection projection : kProjections) {
+      act[projection] = activation_of_expert(desc, projection, max_tiles * plan.tile_tokens);
+    }
+    const auto matrix = [](int64_t rows, int64_t columns, size_t element) {
+      return static_cast<size_t>(rows) * static_cast<size_t>(columns) * element;
+    };
+    num_tiles = add(sizeof(int32_t));
+    tiles = add(matrix(max_tiles, 1, sizeof(ExpertTile)));
+    places = add(matrix(pairs, 1, sizeof(Place)));
+    hidden = add(ActivationLayout(act[FLEXQ_DOWN]).size);
+    // The products lie over what is done with by then.
+    inputs = products = size;
+    add(ActivationLayout(act[FLEXQ_GATE_UP]).size);
+    gate_up = add(matrix(pairs, 2 * desc.intermediate, dtype_size(x_dtype)));
+    size = std::max(size, products + align_up(matrix(pairs, desc.hidden, sizeof(float))));
+  }
+  int64_t max_tiles;
+  flexq_activation_desc act[2];
+  size_t num_tiles, tiles, places;
+  size_t inputs;    // quantized x of each place
+  size_t gate_up;   // [pairs][2I]
+  size_t hidden;    // quantized h of each place
+  size_t products;  // fp32 [pairs][H]
+  size_t size = 0;
+
+ private:
+  size_t add(size_t bytes) {
+    const size_t at = size;
+    size += align_up(bytes);
+    return at;
+  }
+};
+
+const uint8_t* at_element(const void* p, int64_t index, size_t element) {
+  return static_cast<const uint8_t*>(p) + static_cast<size_t>(index) * element;
+}
+
+struct Batch {
+  const Device& device;
+  cudaStream_t stream;
+  const ExpertsCall& call;
+  const Plan& plan;
+  const std::array<int64_t, 2>& weight_strides;
+  int64_t first, tokens;
+
+  void run() const {
+    const flexq_experts_desc& desc = call.desc;
+    const flexq_routing& routing = call.routing;
+    const int64_t first_pair = first * routing.top_k, pairs = tokens * routing.top_k;
+    const Workspace at(desc, plan, pairs, call.x_dtype);
+    auto* workspace = static_cast<uint8_t*>(call.workspace);
+    const Routed routed{reinterpret_cast<int32_t*>(workspace + at.num_tiles),
+                        reinterpret_cast<ExpertTile*>(workspace + at.tiles),
+                        reinterpret_cast<Place*>(workspace + at.places)};
+    const void* weights = at_element(routing.weights, first_pair, dtype_size(routing.weights_dtype));
+    const void* of_inputs = routing.weights_on_input ? weights : nullptr;
+    const void* of_outputs = routing.weights_on_input ? nullptr : weights;
+
+    route(stream, device,
+          {.ids = at_element(routing.ids, first_pair, routing.ids_type == FLEXQ_I64 ? 8 : 4),
+           .ids_type = routing.ids_type,
+           .expert_map = routing.expert_map,
+           .map_size = routing.map_size,
+           .experts = desc.experts,
+           .pairs = pairs,
+           .tile_tokens = plan.tile_tokens,
+           .to = routed});
+    quantize_inputs(stream, device,
+                    {.act = at.act[FLEXQ_GATE_UP],
+                     .quantized = workspace + at.inputs,
+                     .x = at_element(call.x, first * call.ldx, dtype_size(call.x_dtype)),
+                     .dtype = call.x_dtype,
+                     .ldx = call.ldx,
+                     .tokens = tokens,
+                     .top_k = routing.top_k,
+                     .places = routed.places,
+                     .weights = of_inputs,
+                     .weights_dtype = routing.weights_dtype});
+    gemm(FLEXQ_GATE_UP, at, routed, call.gate_up, workspace + at.inputs, call.gate_up_bias, workspace + at.gate_up,
+         call.x_dtype);
+    quantize_hidden(stream, device,
+                    {.desc = desc,
+                     .act = at.act[FLEXQ_DOWN],
+                     .quantized = workspace + at.hidden,
+                     .u = workspace + at.gate_up,
+                     .dtype = call.x_dtype,
+                     .pairs = pairs,
+                     .places = routed.places});
+    gemm(FLEXQ_DOWN, at, routed, call.down, workspace + at.hidden, call.down_bias, workspace + at.products, FLEXQ_F32);
+    combine(stream, device,
+            {.tokens = tokens,
+             .top_k = routing.top_k,
+             .n = desc.hidden,
+             .places = routed.places,
+             .products = reinterpret_cast<const float*>(workspace + at.products),
+             .weights = of_outputs,
+             .weights_dtype = routing.weights_dtype,
+             .y = const_cast<uint8_t*>(at_element(call.y, first * call.ldy, dtype_size(call.y_dtype))),
+             .y_dtype = call.y_dtype,
+             .ldy = call.ldy});
+  }
+
+ private:
+  void gemm(flexq_projection projection, const Workspace& at, const Routed& routed, const void* prepacked,
+            const void* quantized, const void* bias, void* y, flexq_dtype y_dtype) const {
+    const flexq_weight_desc weight = weight_of_expert(call.desc, projection);
+    const ExpertsGemmArgs args{
+        .gemm = {weight, prepacked, at.act[projection], quantized, bias, call.bias_dtype, y, y_dtype, weight.n,
+                 nullptr},
+        .table = {routed.num_tiles, routed.tiles, plan.tile_tokens, weight_strides[static_cast<size_t>(projection)],
+                  weight.n * static_cast<int64_t>(dtype_size(call.bias_dtype))},
+        .max_tiles = at.max_tiles};
+    const GemmPlan& chosen = plan.gemms[projection];
+    (chosen.family == GemmPlan::kMma ? gemm_mma : gemm_wgmma)(stream, device, args, chosen);
+  }
+};
+
+}  // namespace
+
+size_t workspace_size(const Device& device, const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m,
+                      int64_t top_k, flexq_dtype x_dtype) {
+  const int64_t pairs = tokens_at_once(m, top_k) * top_k;
+  return Workspace(desc, plan_of(device, stream, desc, pairs), pairs, x_dtype).size;
+}
+
+void forward(const Device& device, const flexq_stream& stream, const ExpertsCall& call,
+             const std::array<int64_t, 2>& weight_strides) {
+  const flexq_routing& routing = call.routing;
+  const int64_t batch = tokens_at_once(routing.m, routing.top_k);
+  const Plan plan = plan_of(device, stream, call.desc, batch * routing.top_k);
+  for (int64_t first = 0; first < routing.m; first += batch) {
+    Batch{device, static_cast<cudaStream_t>(stream.handle), call, plan, weight_strides,
+          first,  std::min(batch, routing.m - first)}
+        .run();
+  }
+}
+
+}  // namespace flexq::cuda::experts

@@ -1,0 +1,159 @@
+// Sorts pairs by their expert, stably: one CTA, whose warps take a range of pairs each.
+#include <algorithm>
+
+#include "cuda/experts/kernels.h"
+#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
+
+namespace flexq::cuda::experts {
+namespace {
+
+constexpr int kMaxWarps = 32;
+constexpr int64_t kSharedBytes = 96 * 1024;  // that every GPU has
+
+struct RouteParams {
+  const void* ids;
+  bool wide;           // ids are int64
+  const int32_t* map;  // or null
+  int64_t known;       // ids
+  int experts, pairs, tile_tokens;
+  Routed to;
+};
+
+// The expert that is here, or -1.
+__device__ int expert_of(const RouteParams& p, int pair) {
+  const int64_t id = p.wide ? static_cast<const int64_t*>(p.ids)[pair] : static_cast<const int32_t*>(p.ids)[pair];
+  if (id < 0 || id >= p.known) return -1;
+  const int64_t expert = p.map == nullptr ? id : p.map[id];
+  return expert >= 0 && expert < p.experts ? static_cast<int>(expert) : -1;
+}
+
+struct Count {
+  int tiles, rows;
+};
+
+// The sums of all threads before this one.
+__device__ Count exclusive_scan(Count own) {
+  __shared__ Count of_warp[kMaxWarps];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  Count sum = own;
+#pragma unroll
+  for (int stride = 1; stride < 32; stride *= 2) {
+    const int tiles = __shfl_up_sync(~0u, sum.tiles, stride), rows = __shfl_up_sync(~0u, sum.rows, stride);
+    if (lane < stride) continue;
+    sum.tiles += tiles;
+    sum.rows += rows;
+  }
+  if (lane == 31) of_warp[warp] = sum;
+  __syncthreads();
+  Count before{sum.tiles - own.tiles, sum.rows - own.rows};
+  for (int w = 0; w < warp; ++w) {
+    before.tiles += of_warp[w].tiles;
+    before.rows += of_warp[w].rows;
+  }
+  return before;
+}
+
+__global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_constant__ RouteParams p) {
+  extern __shared__ int32_t shared[];
+  const int threads = static_cast<int>(blockDim.x), warps = threads / 32;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  int32_t* first_tile = shared;                     // [experts + 1]
+  int32_t* first_row = first_tile + p.experts + 1;  // [experts + 1]
+  int32_t* next = first_row + p.experts + 1;  // [warps][experts]: a warp's pairs of an expert, then its next one's row
+  int32_t* mine = next + warp * p.experts;
+  for (int i = thread; i < warps * p.experts; i += threads) next[i] = 0;
+  ptx::launch_dependents();
+  ptx::wait_for_previous_kernel();
+  __syncthreads();
+
+  const int share = (p.pairs + threads - 1) / threads * 32;
+  const int begin = min(warp * share, p.pairs), end = min(begin + share, p.pairs);
+#pragma unroll 4
+  for (int pair = begin + lane; pair < end; pair += 32) {
+    const int expert = expert_of(p, pair);
+    if (expert >= 0) atomicAdd(mine + expert, 1);
+  }
+  __syncthreads();
+
+  // A thread has neighbouring experts: their counts, where they begin, and where each warp's pairs of them begin.
+  const int per_thread = (p.experts + threads - 1) / threads;
+  const int begin_expert = min(thread * per_thread, p.experts), end_expert = min(begin_expert + per_thread, p.experts);
+  const auto tiles_of = [&](int rows) { return (rows + p.tile_tokens - 1) / p.tile_tokens; };
+  Count own{0, 0};
+  for (int expert = begin_expert; expert < end_expert; ++expert) {
+    int rows = 0;
+    for (int w = 0; w < warps; ++w) rows += next[w * p.experts + expert];
+    own.tiles += tiles_of(rows);
+    own.rows += rows;
+  }
+  Count before = exclusive_scan(own);
+  for (int expert = begin_expert; expert < end_expert; ++expert) {
+    first_tile[expert] = before.tiles;
+    first_row[expert] = before.rows;
+    int rows = 0;
+    for (int w = 0; w < warps; ++w) {
+      int32_t& of_warp = next[w * p.experts + expert];
+      const int count = of_warp;
+      of_warp = before.rows + rows;
+      rows += count;
+    }
+    before.tiles += tiles_of(rows);
+    before.rows += rows;
+  }
+  if (thread == threads - 1) {  // whose experts, if any, are the last ones
+    first_tile[p.experts] = before.tiles;
+    first_row[p.experts] = before.rows;
+    *p.to.num_tiles = before.tiles;
+  }
+  __syncthreads();
+
+  for (int tile = thread; tile < first_tile[p.experts]; tile += threads) {
+    int expert = 0;  // the last one that begins at this tile or before: those without pairs begin where the next does
+    for (int end_of_search = p.experts; end_of_search - expert > 1;) {
+      const int middle = (expert + end_of_search) / 2;
+      (first_tile[middle] <= tile ? expert : end_of_search) = middle;
+    }
+    const int row = first_row[expert] + (tile - first_tile[expert]) * p.tile_tokens;
+    p.to.tiles[tile] = {expert, min(p.tile_tokens, first_row[expert + 1] - row), row, 0};
+  }
+
+  for (int first = begin; first < end; first += 32) {
+    const int pair = first + lane;
+    const int expert = pair < end ? expert_of(p, pair) : -1;
+    const unsigned same = __match_any_sync(~0u, expert);
+    const int rank = __popc(same & ((1u << lane) - 1));
+    const int row = expert < 0 ? -1 : mine[expert] + rank;
+    __syncwarp();
+    if (expert >= 0 && rank == 0) mine[expert] += __popc(same);
+    __syncwarp();
+    if (pair >= end) continue;
+    p.to.places[pair] =
+        expert < 0 ? Place{-1, -1} : Place{first_tile[expert] * p.tile_tokens + row - first_row[expert], row};
+  }
+}
+
+}  // namespace
+
+void route(cudaStream_t stream, const Device& device, const RouteArgs& args) {
+  const RouteParams params{.ids = args.ids,
+                           .wide = args.ids_type == FLEXQ_I64,
+                           .map = args.expert_map,
+                           .known = args.expert_map == nullptr ? args.experts : args.map_size,
+                           .experts = static_cast<int>(args.experts),
+                           .pairs = static_cast<int>(args.pairs),
+                           .tile_tokens = args.tile_tokens,
+                           .to = args.to};
+  const auto shared_bytes = [&](int64_t warps) { return ((warps + 2) * args.experts + 2) * 4; };
+  // A warp for 32 pairs and a thread for each expert, as far as there is shared memory.
+  int64_t warps = std::clamp<int64_t>(ceil_div(std::max(args.pairs, args.experts), 32), 1, kMaxWarps);
+  while (warps > 1 && shared_bytes(warps) > kSharedBytes) --warps;
+  launch(stream, "route", route_kernel,
+         {.grid = dim3(1),
+          .block = dim3(static_cast<unsigned>(32 * warps)),
+          .shared_bytes = static_cast<size_t>(shared_bytes(warps)),
+          .overlapped = device.has_sm90},
+         params);
+}
+
+}  // namespace flexq::cuda::experts
