@@ -7,6 +7,7 @@ import flexq
 import pytest
 import torch
 from flexq.bench import decode as bench_decode
+from flexq.bench import report
 from flexq.quantize.calibrate import calibrate_model
 from flexq.quantize.layers import shared_copy
 from test_gpu import unusable
@@ -124,7 +125,7 @@ def test_bench_decode(monkeypatch):
     points = bench_decode.bench_decode("tiny", batches=[1], contexts=[16], prefills=[32])
     assert {p.contender for p in points} >= set(bench_decode.DEFAULT_CONTENDERS)
     assert all(p.milliseconds > 0 for p in points)
-    assert "/ floor" in bench_decode.table(points)
+    assert "/ floor" in report.decode_table(points)
 
 
 @pytest.mark.parametrize("model_on_the_gpu", (True, False))
