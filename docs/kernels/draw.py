@@ -158,7 +158,36 @@ def pipeline() -> None:
     d.save()
 
 
+def experts() -> None:
+    d = Drawing("experts.svg", 860, 250, "Pairs of tokens and experts, sorted into tiles")
+    d.text(20, 22, "ids: 5 tokens, top 2")
+    ids = [(2, 0), (0, 3), (2, 3), (0, 2), (2, 3)]
+    for token, chosen in enumerate(ids):
+        d.text(20, 55 + token * 26, f"token {token}")
+        for j, expert in enumerate(chosen):
+            d.box(70 + j * 34, 38 + token * 26, 34, 26, COLORS[expert], text=str(expert))
+    pairs = [(expert, token) for expert in range(4) for token, chosen in enumerate(ids) if expert in chosen]
+    unit, left, tile = 34, 220, 2
+    d.text(left, 22, "quantized activations: each expert begins a tile (here of 2 tokens)")
+    d.text(left, 122, "outputs: no gaps")
+    place = 0
+    for row, (expert, token) in enumerate(pairs):
+        if row and pairs[row - 1][0] != expert:
+            place = (place + tile - 1) // tile * tile
+        d.box(left + place * unit, 38, unit, 26, COLORS[expert], text=f"t{token}")
+        d.line(left + (place + 0.5) * unit, 66, left + (row + 0.5) * unit, 130, arrow=True)
+        d.box(left + row * unit, 132, unit, 26, COLORS[expert], text=f"t{token}")
+        place += 1
+    for number in range((place + tile - 1) // tile):
+        d.box(left + number * tile * unit, 36, tile * unit, 30, stroke="#c1121f")
+        d.text(left + (number + 0.5) * tile * unit, 80, f"tile {number}", anchor="middle", color="#c1121f")
+    d.text(left, 190, "A tile is a linear layer: the weights are its expert's. Expert 1 has no pair and is not read.")
+    d.text(left, 208, "Tokens keep their order within an expert. The sum of a token's outputs goes by its ids again.")
+    d.save()
+
+
 if __name__ == "__main__":
     record()
     tile()
     pipeline()
+    experts()

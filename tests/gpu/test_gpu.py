@@ -8,6 +8,7 @@ import flexq
 import pytest
 import torch
 from flexq import _core, ops
+from flexq.experts import quantize_experts
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,6 +96,62 @@ def test_two_graphs_share_no_workspace(m):
                 graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(y, want) for y, want in zip(outputs, expected, strict=True))
+
+
+def experts_on(device: str, desc: ops.ExpertsDesc) -> list[torch.Tensor]:
+    """The same prepacked gate_up and down, and their biases, on either device."""
+    torch.manual_seed(0)
+    packed, biases = [], []
+    for projection in ("gate_up", "down"):
+        n, k = desc.shape(projection)
+        config = flexq.LayerConfig(scheme=desc.scheme(projection))
+        planes, scales = quantize_experts(torch.randn(desc.experts, n, k) / k**0.5, config)
+        packed.append(ops.experts_prepack(planes.to(device), scales.to(device), projection, desc))
+        biases.append(torch.randn(desc.experts, n).to(device))
+        back = ops.experts_unprepack(packed[-1], projection, desc)
+        assert torch.equal(back[0].cpu(), planes) and torch.equal(back[1].cpu(), scales)
+    return [*packed, *biases]
+
+
+@pytest.mark.parametrize("ids_dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+@pytest.mark.parametrize("shape", ((3, 576, 200), (16, 256, 384)))
+@pytest.mark.parametrize("m", (0, 1, 9, 200))
+def test_experts_equal_the_cpus(m, shape, scheme, ids_dtype):
+    desc = ops.ExpertsDesc(*shape, gate_up_scheme=scheme, down_scheme=scheme, limit=7.0)
+    x = torch.randn(m, desc.hidden)
+    weights, ids = torch.rand(m, shape[0]).topk(2)
+    results = []
+    for device in ("cpu", "cuda"):
+        up, down, up_bias, down_bias = experts_on(device, desc)
+        moved = (t.to(device) for t in (x, ids.to(ids_dtype), weights))
+        results.append(ops.experts_forward(*moved, up, down, desc, up_bias, down_bias).cpu())
+    # A value of h may get a neighbouring code, which is felt in all of its token.
+    error = (results[1] - results[0]).norm(dim=1) / results[0].norm(dim=1)
+    assert (error <= 0.05).all()
+    assert m < 9 or error.median() <= 1e-4
+
+
+def test_experts_in_a_graph_take_any_routing():
+    desc = ops.ExpertsDesc(16, 256, 384)
+    layer = experts_on("cuda", desc)
+    x = torch.randn(12, 256, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(12, 4, device="cuda")
+    ids = torch.randint(16, (12, 4), device="cuda")
+
+    def run():
+        return ops.experts_forward(x, ids, weights, *layer[:2], desc, *layer[2:])
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for _ in range(5):
+        ids.copy_(torch.randint(-1, 16, ids.shape, device="cuda"))  # -1: not here
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, run())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
