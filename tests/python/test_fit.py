@@ -59,6 +59,17 @@ def test_host_times(capsys):
     assert len(points) == 8 and all(0 < us < 10_000 for us in points.values())
 
 
+def test_bench_experts(capsys, monkeypatch):
+    from flexq.bench import experts
+
+    monkeypatch.setitem(experts.SHAPES, "tiny", experts.ExpertsShape(4, 2, 128, 128))
+    assert main(["bench", "experts", "--device", "cpu", "--shape", "tiny", "--tokens", "1", "7", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "flexq W6A8 group" in printed and "bf16 grouped_mm" in printed and "best / floor" in printed
+    assert main(["bench", "experts", "--device", "cpu", "--shape", "gpt-9"]) == 1
+    assert "unknown shape 'gpt-9'; known are qwen3-30b-a3b" in capsys.readouterr().err
+
+
 def test_explain_names_the_table(capsys):
     arguments = ["bench", "linear", "--device", "cpu", "--explain", "--shape", "64x128", "--tokens", "1", "--quiet"]
     assert main(arguments) == 0

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "experts": ("ops", "plan"),
     "quantize": ("linear", "ops", "plan", "progress"),
     "run": ("quantize", "linear", "ops", "plan"),
-    "bench": ("run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
+    "bench": ("experts", "run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
     "evaluate": ("quantize", "plan", "progress"),
     "planning": ("bench", "quantize", "linear", "plan", "progress"),
     "checkpoint": ("quantize", "linear", "execution", "ops", "plan", "progress"),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexq.bench.decode import DecodePoint
+from flexq.bench.experts import ExpertsPoint
 from flexq.bench.linear import Point
 
 
@@ -52,6 +53,27 @@ def plot_linear(points: Sequence[Point], path: str | Path) -> None:
     axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def experts_table(points: Sequence[ExpertsPoint]) -> str:
+    """A row for each number of tokens: the floor, microseconds of each contender, and ratios."""
+    names = list(dict.fromkeys(p.contender for p in points))
+    ours = [name for name in names if name.startswith("flexq")]
+    peers = [name for name in names if name not in ours]
+    rows = [["M", "experts", "floor", *names, "best / floor", *(f"{name} / best" for name in peers)]]
+    for m, group in itertools.groupby(points, key=lambda p: p.m):
+        at = {p.contender: p for p in group}
+        best = min(at[name].microseconds for name in ours)
+        first = next(iter(at.values()))
+        rows.append(
+            [str(m), f"{first.chosen:.1f}", f"{first.floor_microseconds:.1f}"]
+            + [f"{at[name].microseconds:.1f}" if name in at else "-" for name in names]
+            + [f"{best / first.floor_microseconds:.2f}"]
+            + [f"{at[name].microseconds / best:.2f}" if name in at else "-" for name in peers]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, "times in us; experts: distinct ones chosen; best: the faster of FlexQ's two schemes"])
 
 
 def decode_table(points: Sequence[DecodePoint]) -> str:

@@ -7,6 +7,7 @@ from flexq.cli.options import UsageError, add_device, positive, positive_float, 
 from flexq.cli.output import note, progress, table, where_it_ran
 
 LINEAR_HELP = "A whole linear layer, quantization included, against PyTorch's."
+EXPERTS_HELP = "A whole layer of a mixture of experts with random routing, against transformers' in bf16."
 HOST_HELP = "What an operator costs the host, a call, beside PyTorch's linear layer."
 DECODE_HELP = "Decode steps and prefills of a whole model with random weights."
 
@@ -91,6 +92,25 @@ def _fit(args: argparse.Namespace, where: str, bar) -> dict[str, Any]:
         f"use it with FLEXQ_COSTS={args.fit}",
     )
     return {"device": where, "file": args.fit, **{k: v for k, v in vars(found).items() if k != "table"}}
+
+
+def add_experts_arguments(p: argparse.ArgumentParser) -> None:
+    shape_help = "qwen3-30b-a3b (default), mixtral-8x7b, gpt-oss-20b or deepseek-v3"
+    p.add_argument("--shape", default="qwen3-30b-a3b", metavar="NAME", help=shape_help)
+    p.add_argument("--tokens", type=positive, nargs="+", metavar="M", help="tokens (default: 1 4 16 ...)")
+    add_device(p, "to measure")
+    p.add_argument("--no-peers", action="store_true", help="FlexQ alone")
+
+
+def run_experts(args: argparse.Namespace) -> dict[str, Any]:
+    from flexq.bench import experts, report
+
+    bar = progress("benchmark", args.quiet)
+    points = experts.bench_experts(args.shape, args.tokens, args.device, not args.no_peers, bar)
+    where = where_it_ran(args.device)
+    if not args.json:
+        print(f"{args.shape}, {where}\n{report.experts_table(points)}")
+    return {"device": where, "points": [p.to_dict() for p in points]}
 
 
 def add_host_arguments(p: argparse.ArgumentParser) -> None:

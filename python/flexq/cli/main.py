@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     group = commands.add_parser("bench", help="Measure kernels.", description="Measure kernels.", epilog=EXIT_CODES)
     kinds = group.add_subparsers(dest="kind", metavar="WHAT", required=True)
     command(kinds, "linear", bench.LINEAR_HELP, bench.add_linear_arguments, bench.run_linear)
+    command(kinds, "experts", bench.EXPERTS_HELP, bench.add_experts_arguments, bench.run_experts)
     command(kinds, "host", bench.HOST_HELP, bench.add_host_arguments, bench.run_host)
     command(kinds, "decode", bench.DECODE_HELP, bench.add_decode_arguments, bench.run_decode)
     return parser
