@@ -20,16 +20,16 @@ struct Params : wgmma::Params {
   template <int kTokens>
   __device__ LinearParams linear_of(int token_tile) const {
     LinearParams linear = *this;
-    move_to_tile(linear, table, token_tile / (kTokens / kTokenTile));
+    const int tile = token_tile / (kTokens / kTokenTile);
+    move_to_tile(linear, table, tile, load_tile(table, tile));
     return linear;
   }
 };
 using KernelFunction = void (*)(Params);
 
-// Whole tiles of up to 128 tokens, which both schemes have.
 constexpr bool instantiated(size_t config, bool per_group) {
   const wgmma::Config& c = wgmma::kConfigs[config];
-  return !c.stream_k && c.tokens <= 128 && (per_group ? c.group : c.channel);
+  return !c.stream_k && (per_group ? c.group : c.channel);
 }
 
 template <int kConfig, bool kPerGroup>
