@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(65536 / wgmma::kConfigs[kConfig].launch_regist
   Params p = params;
   p.tiles = p.row_tiles * load_num_tiles(params.table);
   p.whole_tiles = p.tiles;
+  p.multicast = p.splits = 1;  // known to the compiler
   wgmma::run(wgmma::Cta<kConfig, kPerGroup, Params>(p, shared));
 #endif
 }
@@ -93,8 +94,6 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs
   params.token_tiles = static_cast<int>(ActivationLayout(args.gemm.act).tiles);
   params.row_tiles = static_cast<int>(row_tiles);
   params.raster_width = static_cast<int>(raster_width);
-  params.multicast = 1;
-  params.splits = 1;
   params.clocks_per_stage = static_cast<int>(c.weight_bytes() * static_cast<double>(how.grid.x) /
                                              device.dram_bytes_per_us * device.clocks_per_us);
   params.table = args.table;
