@@ -8,32 +8,41 @@ namespace flexq::cuda::experts {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kPairs = 8;  // whose products are loaded at once
 
 // A thread has kCount neighbouring columns of a token; roundings as on the CPU. kCount 4: rows are aligned for that.
 template <int kCount>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineArgs a) {
+  struct alignas(4 * kCount) Vector {
+    float value[kCount];
+  };
   ptx::launch_dependents();
-  ptx::wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kCount;
-  if (column >= a.n) return;
+  if (column >= a.n) return ptx::wait_for_previous_kernel();
   float sums[kCount] = {};
-#pragma unroll 4
-  for (int64_t pair = token * a.top_k; pair < (token + 1) * a.top_k; ++pair) {
-    const int row = a.places[pair].row;
-    if (row < 0) continue;
-    const float weight = a.weights == nullptr ? 1.0f : load_float(a.weights, a.weights_dtype, pair);
-    const float* from = a.products + row * a.n + column;
-    float products[kCount];
-    if constexpr (kCount == 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from);
-      products[0] = four.x, products[1] = four.y, products[2] = four.z, products[3] = four.w;
-    } else {
+  for (int64_t first = 0; first < a.top_k; first += kPairs) {
+    // These are known before the GEMM ahead has finished.
+    int rows[kPairs];
+    float weights[kPairs];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) products[i] = from[i];
+    for (int j = 0; j < kPairs; ++j) {
+      const int64_t pair = token * a.top_k + first + j;
+      rows[j] = first + j < a.top_k ? a.places[pair].row : -1;
+      weights[j] = rows[j] < 0 || a.weights == nullptr ? 1.0f : load_float(a.weights, a.weights_dtype, pair);
+    }
+    if (first == 0) ptx::wait_for_previous_kernel();
+    Vector products[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      if (rows[j] >= 0) products[j] = *reinterpret_cast<const Vector*>(a.products + rows[j] * a.n + column);
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weight, products[i]));
+    for (int j = 0; j < kPairs; ++j) {
+      if (rows[j] < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weights[j], products[j].value[i]));
+    }
   }
   const int64_t at = token * a.ldy + column;
   if constexpr (kCount == 4) {

@@ -72,7 +72,7 @@ std::optional<Candidate> gemm_of(const Device& device, flexq_weight_desc desc, i
 std::optional<Plan> cheapest(const Device& device, const flexq_experts_desc& desc, int64_t pairs, const char* kernel) {
   std::optional<Plan> best;
   double least = 0;
-  for (const int tile_tokens : {8, 16, 32, 64, 128}) {
+  for (const int tile_tokens : {8, 16, 32, 64, 128, 256}) {
     const double tiles = expected_tiles(desc.experts, pairs, tile_tokens);
     Plan plan{tile_tokens, {}};
     double microseconds = 0;
@@ -178,6 +178,7 @@ struct Batch {
            .experts = desc.experts,
            .pairs = pairs,
            .tile_tokens = plan.tile_tokens,
+           .max_tiles = at.max_tiles,
            .to = routed});
     quantize_inputs(stream, device,
                     {.act = at.act[FLEXQ_GATE_UP],

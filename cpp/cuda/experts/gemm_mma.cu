@@ -31,12 +31,13 @@ __global__ void __launch_bounds__(mma::kConfigs[kConfig].threads(), mma::kConfig
     experts_mma_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) uint8_t shared[];
   const auto tile = static_cast<int>(blockIdx.z);
-  if (tile >= load_num_tiles(params.table)) {
+  const ExpertTile at = load_tile(params.table, tile);
+  if (at.tokens == 0) {
     ptx::wait_for_previous_kernel();  // no kernel ends before the one ahead of it
     return;
   }
   mma::Params p = params;
-  move_to_tile(p, params.table, tile);
+  move_to_tile(p, params.table, tile, at);
   mma::Warp<kConfig, kPerGroup> warp(p, shared);
   mma::run(warp);
 }

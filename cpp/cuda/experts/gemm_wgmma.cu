@@ -20,16 +20,16 @@ struct Params : wgmma::Params {
   template <int kTokens>
   __device__ LinearParams linear_of(int token_tile) const {
     LinearParams linear = *this;
-    move_to_tile(linear, table, token_tile / (kTokens / kTokenTile));
+    const int tile = token_tile / (kTokens / kTokenTile);
+    move_to_tile(linear, table, tile, load_tile(table, tile));
     return linear;
   }
 };
 using KernelFunction = void (*)(Params);
 
-// Whole tiles of up to 128 tokens, which both schemes have.
 constexpr bool instantiated(size_t config, bool per_group) {
   const wgmma::Config& c = wgmma::kConfigs[config];
-  return !c.stream_k && c.tokens <= 128 && (per_group ? c.group : c.channel);
+  return !c.stream_k && (per_group ? c.group : c.channel);
 }
 
 template <int kConfig, bool kPerGroup>
@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(65536 / wgmma::kConfigs[kConfig].launch_regist
   Params p = params;
   p.tiles = p.row_tiles * load_num_tiles(params.table);
   p.whole_tiles = p.tiles;
+  p.multicast = p.splits = 1;  // known to the compiler
   wgmma::run(wgmma::Cta<kConfig, kPerGroup, Params>(p, shared));
 #endif
 }
@@ -93,8 +94,6 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs
   params.token_tiles = static_cast<int>(ActivationLayout(args.gemm.act).tiles);
   params.row_tiles = static_cast<int>(row_tiles);
   params.raster_width = static_cast<int>(raster_width);
-  params.multicast = 1;
-  params.splits = 1;
   params.clocks_per_stage = static_cast<int>(c.weight_bytes() * static_cast<double>(how.grid.x) /
                                              device.dram_bytes_per_us * device.clocks_per_us);
   params.table = args.table;

@@ -16,6 +16,7 @@ struct RouteArgs {
   int64_t map_size;
   int64_t experts, pairs;
   int tile_tokens;
+  int64_t max_tiles;
   Routed to;
 };
 void route(cudaStream_t stream, const Device& device, const RouteArgs& args);

@@ -18,7 +18,7 @@ struct Place {
 
 struct alignas(16) ExpertTile {
   int32_t expert;
-  int32_t tokens;  // 1 to tile_tokens
+  int32_t tokens;  // up to tile_tokens; 0 past the last tile
   int32_t row;     // of outputs, the first token's
   int32_t unused;
 };
@@ -26,8 +26,8 @@ struct alignas(16) ExpertTile {
 // What routing gives. It stays on the device: the host knows only how many tiles there may be.
 struct Routed {
   int32_t* num_tiles;
-  ExpertTile* tiles;
-  Place* places;  // [pairs]
+  ExpertTile* tiles;  // as many as there may be
+  Place* places;      // [pairs]
 };
 
 // What the GEMMs need of it, and where an expert's part of the weights and biases begins.

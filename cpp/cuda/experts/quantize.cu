@@ -23,8 +23,14 @@ constexpr int kLanes = 32;
 using Lane = Part<kLanes>;
 using Values = float[Lane::kValues];
 
+// A source is what is quantized: `begin` has what is known of an item before the kernel ahead has finished. kEarly:
+// that is all but the places.
+
 // Rows of x: a token's codes go to all its pairs.
 struct Tokens {
+  static constexpr bool kEarly = true;
+  using Item = int64_t;  // token
+
   const void* x;
   int64_t ldx;
   int top_k;
@@ -32,16 +38,17 @@ struct Tokens {
   const void* weights;  // or null
   flexq_dtype weights_dtype;
 
-  __device__ bool exists(int64_t) const { return true; }
+  __device__ Item begin(int64_t token) const { return token; }
+  __device__ bool exists(Item) const { return true; }
 
   template <typename T>
-  __device__ void load(const quantize::Params& p, const Lane& part, int64_t token, int64_t group, Values& v) const {
+  __device__ void load(const quantize::Params& p, const Lane& part, Item token, int64_t group, Values& v) const {
     part.load<T>(p, x, ldx, token, group, v);
   }
 
   // use(place, what the scale is multiplied by)
   template <typename Use>
-  __device__ void for_each_place(int64_t token, const Use& use) const {
+  __device__ void for_each_place(Item token, const Use& use) const {
     for (int j = 0; j < top_k; ++j) {
       const int64_t pair = token * top_k + j;
       const int place = places[pair].act;
@@ -52,6 +59,9 @@ struct Tokens {
 
 // h of pairs, from their rows of gate and up values.
 struct Hidden {
+  static constexpr bool kEarly = false;
+  using Item = Place;
+
   const void* u;
   int64_t intermediate;
   const Place* places;
@@ -59,11 +69,12 @@ struct Hidden {
   bool interleaved;
   float alpha, limit, up_offset;
 
-  __device__ bool exists(int64_t pair) const { return places[pair].row >= 0; }
+  __device__ Item begin(int64_t pair) const { return places[pair]; }
+  __device__ bool exists(Item place) const { return place.row >= 0; }
 
   template <typename T>
-  __device__ void load(const quantize::Params& p, const Lane& part, int64_t pair, int64_t group, Values& v) const {
-    const T* row = static_cast<const T*>(u) + places[pair].row * 2 * intermediate;
+  __device__ void load(const quantize::Params& p, const Lane& part, Item place, int64_t group, Values& v) const {
+    const T* row = static_cast<const T*>(u) + place.row * 2 * intermediate;
     Values up;
     if (interleaved) {
       load_interleaved(p, row, group * kGroup + part.k(0), v, up);
@@ -79,8 +90,8 @@ struct Hidden {
   }
 
   template <typename Use>
-  __device__ void for_each_place(int64_t pair, const Use& use) const {
-    use(places[pair].act, 1.0f);
+  __device__ void for_each_place(Item place, const Use& use) const {
+    use(place.act, 1.0f);
   }
 
  private:
@@ -130,8 +141,8 @@ struct QuantizeParams : quantize::Params {
   int64_t items;
 };
 
-// A GEMM behind reads what routing gave as soon as it starts (table.cuh): so not before this kernel has waited.
-__device__ void start() {
+// What is behind reads what routing gave as soon as it starts (table.cuh): so not before this kernel has waited.
+__device__ void wait() {
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
 }
@@ -139,15 +150,18 @@ __device__ void start() {
 // Scheme group: a warp has a group of an item.
 template <typename T, typename Source>
 __global__ void __launch_bounds__(32 * kGroupWarps) quantize_groups(const __grid_constant__ QuantizeParams<Source> p) {
-  start();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kGroupWarps + threadIdx.x / 32;
-  const int64_t item = index / p.groups, group = index % p.groups;
-  if (item >= p.items || !p.from.exists(item)) return;
+  const int64_t group = index % p.groups;
+  if (index / p.groups >= p.items) return wait();
+  const auto item = p.from.begin(index / p.groups);
+  if constexpr (!Source::kEarly) wait();
+  if (!p.from.exists(item)) return;
   const Lane part(static_cast<int>(threadIdx.x % 32));
   Values v;
   p.from.template load<T>(p, part, item, group, v);
   const int largest = quantize::largest_of_lanes<kLanes>(part.rotate_and_max(p, v));
   const Scale scale = quantize::scale_of(largest, p.rotate, p.qmax);
+  if constexpr (Source::kEarly) wait();
   p.from.for_each_place(item, [&](int place, float factor) {
     part.store_codes(p, place, group, v, scale.inverse);
     if (part.lane == 0) p.scales[group * p.tiles * kTokenTile + place] = __fmul_rn(scale.scale, factor);
@@ -159,8 +173,8 @@ template <typename T, typename Source>
 __global__ void __launch_bounds__(32 * kMaxTokenWarps)
     quantize_tokens(const __grid_constant__ QuantizeParams<Source> p) {
   __shared__ int of_warp[kMaxTokenWarps];
-  start();
-  const int64_t item = blockIdx.x;
+  const auto item = p.from.begin(blockIdx.x);
+  if constexpr (!Source::kEarly) wait();
   if (!p.from.exists(item)) return;
   const Lane part(static_cast<int>(threadIdx.x % 32));
   const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
@@ -184,6 +198,7 @@ __global__ void __launch_bounds__(32 * kMaxTokenWarps)
   __syncthreads();
   for (int w = 0; w < warps; ++w) largest = max(largest, of_warp[w]);
   const Scale scale = quantize::scale_of(largest, p.rotate, p.qmax);
+  if constexpr (Source::kEarly) wait();
   p.from.for_each_place(item, [&](int place, float factor) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {

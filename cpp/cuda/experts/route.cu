@@ -16,7 +16,7 @@ struct RouteParams {
   bool wide;           // ids are int64
   const int32_t* map;  // or null
   int64_t known;       // ids
-  int experts, pairs, tile_tokens;
+  int experts, pairs, tile_tokens, max_tiles;
   Routed to;
 };
 
@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_cons
   int32_t* next = first_row + p.experts + 1;  // [warps][experts]: a warp's pairs of an expert, then its next one's row
   int32_t* mine = next + warp * p.experts;
   for (int i = thread; i < warps * p.experts; i += threads) next[i] = 0;
-  ptx::launch_dependents();
+  // The quantizer behind reads x as soon as it starts: so not before what wrote x has finished.
   ptx::wait_for_previous_kernel();
+  ptx::launch_dependents();
   __syncthreads();
 
   const int share = (p.pairs + threads - 1) / threads * 32;
@@ -117,6 +118,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_cons
     const int row = first_row[expert] + (tile - first_tile[expert]) * p.tile_tokens;
     p.to.tiles[tile] = {expert, min(p.tile_tokens, first_row[expert + 1] - row), row, 0};
   }
+  for (int tile = first_tile[p.experts] + thread; tile < p.max_tiles; tile += threads) p.to.tiles[tile] = {};
 
   for (int first = begin; first < end; first += 32) {
     const int pair = first + lane;
@@ -143,6 +145,7 @@ void route(cudaStream_t stream, const Device& device, const RouteArgs& args) {
                            .experts = static_cast<int>(args.experts),
                            .pairs = static_cast<int>(args.pairs),
                            .tile_tokens = args.tile_tokens,
+                           .max_tiles = static_cast<int>(args.max_tiles),
                            .to = args.to};
   const auto shared_bytes = [&](int64_t warps) { return ((warps + 2) * args.experts + 2) * 4; };
   // A warp for 32 pairs and a thread for each expert, as far as there is shared memory.

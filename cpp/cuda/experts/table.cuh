@@ -15,8 +15,7 @@ __device__ inline ExpertTile load_tile(const ExpertTable& table, int tile) {
 }
 
 // From the layer of expert 0, whose rows of y are all pairs', to that of a tile: tokens count from that of tile 0.
-__device__ inline void move_to_tile(LinearParams& linear, const ExpertTable& table, int tile) {
-  const ExpertTile at = load_tile(table, tile);
+__device__ inline void move_to_tile(LinearParams& linear, const ExpertTable& table, int tile, const ExpertTile& at) {
   const int64_t weights = at.expert * table.weight_stride;
   linear.records += weights;
   linear.scales = reinterpret_cast<const uint16_t*>(reinterpret_cast<const uint8_t*>(linear.scales) + weights);

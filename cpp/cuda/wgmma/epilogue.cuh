@@ -21,14 +21,15 @@ struct Epilogue {
   const Cta& cta;
 
   __device__ __forceinline__ void run(const Tile& tile, const Sums& sums) const {
-    if (cta.p.splits > 1) return add_parts(tile, sums);
-    const Rows rows = rows_of(tile);
+    const auto& linear = cta.linear(tile);
+    if (cta.p.splits > 1) return add_parts(linear, tile, sums);
+    const Rows rows = rows_of(linear, tile);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       Sum chunk[kChunkSums];
 #pragma unroll
       for (int i = 0; i < kChunkSums; ++i) chunk[i] = sums[c * kChunkSums + i];
-      store(tile, rows, c, chunk);
+      store(linear, tile, rows, c, chunk);
     }
   }
 
@@ -63,8 +64,7 @@ struct Epilogue {
   struct Rows {
     float scale[2], bias[2];
   };
-  __device__ Rows rows_of(const Tile& tile) const {
-    const auto& linear = cta.linear(tile);
+  __device__ Rows rows_of(const LinearParams& linear, const Tile& tile) const {
     Rows rows{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -77,7 +77,7 @@ struct Epilogue {
   }
 
   // Each CTA of the cluster adds and stores every splits-th chunk.
-  __device__ void add_parts(const Tile& tile, const Sums& sums) const {
+  __device__ void add_parts(const LinearParams& linear, const Tile& tile, const Sums& sums) const {
     static_assert(Cta::kSums * kConsumerThreads * 4 <= Cta::kScalesAt, "sums overlay the stages");
     // Past this barrier nobody here reads the stages, and every copy to them has arrived.
     ptx::named_barrier(kConsumerBarrier, kConsumerThreads);
@@ -85,7 +85,7 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < Cta::kSums; ++i) mine[i * kConsumerThreads] = sums[i];
     ptx::cluster_sync();  // the producers meet here too
-    const Rows rows = rows_of(tile);
+    const Rows rows = rows_of(linear, tile);
     for (int c = cta.part; c < kChunks; c += cta.p.splits) {
       Sum chunk[kChunkSums] = {};
       for (int part = 0; part < cta.p.splits; ++part) {
@@ -100,12 +100,12 @@ struct Epilogue {
           }
         }
       }
-      store(tile, rows, c, chunk);
+      store(linear, tile, rows, c, chunk);
     }
   }
 
   // Transposes a warp's 16 rows of a chunk in shared memory, so that neighbouring rows of a token are stored together.
-  __device__ __forceinline__ void store(const Tile& tile, const Rows& rows, int chunk,
+  __device__ __forceinline__ void store(const LinearParams& linear, const Tile& tile, const Rows& rows, int chunk,
                                         const Sum (&sums)[kChunkSums]) const {
     float values[kChunkSums];
 #pragma unroll
@@ -126,11 +126,11 @@ struct Epilogue {
     if (cta.p.y_dtype == FLEXQ_F32) {
       stage_32_bits(values, reinterpret_cast<float*>(staging));
       __syncwarp();
-      copy_out<float>(tile, chunk, staging);
+      copy_out<float>(linear, tile, chunk, staging);
     } else {
       stage_16_bits(values, ptx::shared_address(staging));
       __syncwarp();
-      copy_out<uint16_t>(tile, chunk, staging);
+      copy_out<uint16_t>(linear, tile, chunk, staging);
     }
   }
 
@@ -162,8 +162,8 @@ struct Epilogue {
 
   // A warp's staged outputs, elements T, to y.
   template <typename T>
-  __device__ __forceinline__ void copy_out(const Tile& tile, int chunk, const uint8_t* staging) const {
-    const auto& linear = cta.linear(tile);
+  __device__ __forceinline__ void copy_out(const LinearParams& linear, const Tile& tile, int chunk,
+                                           const uint8_t* staging) const {
     constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kVectors = kRecordRows / kElements;  // of a token
     const int64_t token0 = static_cast<int64_t>(tile.token_tile) * kTokenTile + chunk * kChunkTokens;
     const int64_t row0 = static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows;
