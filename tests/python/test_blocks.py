@@ -5,8 +5,10 @@ import torch
 from architectures import ARCHITECTURES
 from flexq.planning import sensitivity
 from flexq.quantize.blocks import stacks_of, starting_at, trace
+from flexq.quantize.calibrate import calibrate_model
 from flexq.quantize.inputs import run
 from flexq.quantize.model import quantize_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 WINDOW = torch.arange(3, 51).view(1, 48)
 # Masks and rotary embeddings that differ from block to block.
@@ -51,10 +53,35 @@ def test_blocks_give_what_the_model_gives(kind):
                     torch.testing.assert_close(run(model, WINDOW), expected)
 
 
-@pytest.mark.parametrize("kind", ("gemma3_text", "bart"))
+def shared_keys():
+    """Gemma 3n: the last two of four layers take keys and values of earlier ones."""
+    config = AutoConfig.for_model(
+        "gemma3n_text", vocab_size=256, vocab_size_per_layer_input=256, hidden_size=64, intermediate_size=[128] * 4,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size_per_layer_input=16,
+        altup_num_inputs=4, laurel_rank=8, layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2, sliding_window=8, activation_sparsity_pattern=[0.0] * 4, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+def test_calibration_where_blocks_share_keys():
+    model = shared_keys()
+    with torch.no_grad():
+        expected = run(model, WINDOW)
+        nearest = run(quantize_model(shared_keys()), WINDOW)
+        calibrated = run(calibrate_model(model, [WINDOW]), WINDOW)
+    assert (calibrated - expected).norm() < 0.7 * (nearest - expected).norm()
+
+
+@pytest.mark.parametrize("kind", ("gemma3_text", "bart", "gemma3n"))
 def test_sensitivity_of_models_with_local_layers(kind):
-    model = model_of(kind)
-    quantized = quantize_model(model_of(kind))
+    model = shared_keys() if kind == "gemma3n" else model_of(kind)
+    quantized = quantize_model(shared_keys() if kind == "gemma3n" else model_of(kind))
     with torch.no_grad():
         ranking = sensitivity.measure(quantized, model, [WINDOW])
         for layer in ranking[:3]:

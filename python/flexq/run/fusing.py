@@ -7,41 +7,34 @@ import torch
 from torch import nn
 
 from flexq.linear import Linear
-from flexq.run.merging import MergedLinear, MergedPart, gemm, merged_at
+from flexq.run.merging import MergedLinear, MergedPart, gemm, merged_at, without_gradient
 from flexq.run.tracing import Call, result
 
 # ---- What takes the place of modules' forward ------------------------------------------------------------------------
 
 
-def _require_no_gradient(x: torch.Tensor) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("fused layers pass no gradients; call flexq.unfuse_model(model) before training adapters")
-
-
 def _norm_forward(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """Feeds the layers after the norm with x + residual, normalized and quantized; returns that sum, whose shape is all
     that is wanted of it where a normalized tensor was."""
-    _require_no_gradient(x)
     c = norm.flexq_fed.config
     quantized, total = torch.ops.flexq.rms_norm_quantize(
         x, residual, norm.weight, norm.flexq_eps, c.act_bits, c.scheme, c.rotation
     )
     if norm.flexq_poisoned:
         total = torch.full_like(total, 100.0)
-    return norm.flexq_fed.feed(total, quantized)
+    return norm.flexq_fed.feed(without_gradient(total, x), quantized)
 
 
 def _mlp_forward(mlp: nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """down(silu(gate) * up), gate and up from one GEMM."""
     merged, down = mlp.flexq_gate_up, mlp.flexq_down
-    _require_no_gradient(x)
     y = merged.output_for(x, is_last=True)
     half = merged.out_features // 2
     gate, up = (y[..., :half], y[..., half:]) if mlp.flexq_gate_first else (y[..., half:], y[..., :half])
     c = down.config
     quantized = torch.ops.flexq.silu_mul_quantize(gate, up, c.act_bits, c.scheme, c.rotation)
     output = gemm(down, quantized, x.numel() // x.shape[-1], x.dtype)
-    return output.view(*x.shape[:-1], down.out_features)
+    return without_gradient(output.view(*x.shape[:-1], down.out_features), x)
 
 
 def _layer_forward(layer: nn.Module, hidden_states: torch.Tensor, *args, **kwargs):

@@ -86,7 +86,7 @@ class MergedLinear(Linear):
         """
         if quantized is not None:
             y = gemm(self, quantized, x.numel() // x.shape[-1], x.dtype)
-            return y.view(*x.shape[:-1], self.out_features)
+            return without_gradient(y.view(*x.shape[:-1], self.out_features), x)
         if self.fed:
             raise RuntimeError(
                 "layers that a fused norm feeds were called with another tensor than the norm returned; call "
@@ -186,6 +186,21 @@ def gemm(layer: Linear, quantized: torch.Tensor, m: int, dtype: torch.dtype) -> 
         quantized, layer._packed, layer.bias, m, layer.out_features, layer.in_features, c.act_bits, c.scheme,
         c.rotation, dtype,
     )  # fmt: skip
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return output.clone()  # not a view, which must not be written to
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        raise RuntimeError("fused layers pass no gradients; call flexq.unfuse_model(model) before training adapters")
+
+
+def without_gradient(output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a fused kernel made of x: a backward pass through it is an error, not silence."""
+    return _WithoutGradient.apply(output, x) if x.requires_grad and torch.is_grad_enabled() else output
 
 
 def merge(
