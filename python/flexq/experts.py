@@ -132,6 +132,10 @@ class ExpertWeights(nn.Module):
         return weight.unflatten(0, (self.num_experts, self.out_features))
 
     @property
+    def num_weights(self) -> int:
+        return self.num_experts * self.out_features * self.in_features
+
+    @property
     def device(self) -> torch.device:
         return self.qweight.device
 
@@ -370,38 +374,16 @@ class Experts(nn.Module):
             *self.desc,
         )  # fmt: skip
 
-    def gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """h [..., I] of gate and up values [..., 2I], in their dtype."""
-        d = self._desc
-        gate, up = (gate_up[..., 0::2], gate_up[..., 1::2]) if d.interleaved else gate_up.chunk(2, -1)
-        if d.limit > 0:
-            gate, up = gate.clamp(max=d.limit), up.clamp(-d.limit, d.limit)
-        if d.function == "silu":
-            activated = gate * torch.sigmoid(d.alpha * gate)
-        else:
-            activated = functional.gelu(gate, approximate="tanh" if d.function == "gelu_tanh" else "none")
-        return activated * (up + d.up_offset)
-
     def float_forward(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, expert_map: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`forward` by the dequantized weights, its activations not quantized: what gradients are of."""
-        up, down = (layer.dequantize(x.dtype) for layer in (self.gate_up_proj, self.down_proj))
-        up_bias, down_bias = (
-            None if layer.bias is None else layer.bias.to(x.dtype) for layer in (self.gate_up_proj, self.down_proj)
-        )
+        layers = (self.gate_up_proj, self.down_proj)
+        tensors = [layer.dequantize(x.dtype) for layer in layers]
+        tensors += [None if layer.bias is None else layer.bias.to(x.dtype) for layer in layers]
         if expert_map is not None:
             ids = expert_map[ids.long()]
-        y = torch.zeros_like(x)
-        for expert in ids[ids >= 0].unique().tolist():
-            token, k = torch.where(ids == expert)
-            scale = weights[token, k].unsqueeze(-1).to(x.dtype)
-            u = x[token] @ up[expert].T
-            u = u * scale if self.weights_on_input else u
-            h = self.gate(u if up_bias is None else u + up_bias[expert])
-            product = functional.linear(h, down[expert], None if down_bias is None else down_bias[expert])
-            y = y.index_add(0, token, product if self.weights_on_input else product * scale)
-        return y
+        return float_experts(self._desc, x, ids, weights, *tensors, weights_on_input=self.weights_on_input)
 
     def extra_repr(self) -> str:
         d = self._desc
@@ -417,6 +399,25 @@ class Experts(nn.Module):
             if value != usual
         )
         return f"function={d.function}{extra}"
+
+
+class ExpertsByRows(Experts):
+    """`Experts` called with rows [E * T, H] alone, the first T of them for expert 0 and so on, as Llama 4 does; rows of
+    zeros, of tokens that were not sent there, give zeros."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        ids, weights, expert_map = by_rows(rows, self.num_experts)
+        return super().forward(rows, ids, weights, expert_map)
+
+
+def by_rows(rows: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Indices [E * T, 1] of the experts that rows [E * T, H] are for, E for a row of zeros; weights of 1; and a map
+    that has no expert for E."""
+    owners = torch.arange(experts, device=rows.device, dtype=torch.int32).repeat_interleave(len(rows) // experts)
+    ids = torch.where(rows.any(-1), owners, experts).unsqueeze(-1)
+    expert_map = torch.arange(experts + 1, device=rows.device, dtype=torch.int32)
+    expert_map[experts] = -1
+    return ids, torch.ones_like(ids, dtype=rows.dtype), expert_map
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -436,6 +437,42 @@ class _StraightThrough(torch.autograd.Function):
             y = ctx.experts.float_forward(x, ids, weights, expert_map)
             gradients = torch.autograd.grad(y, (x, weights), gradient, allow_unused=True)
         return *gradients, None, None, None
+
+
+def gate(desc: ops.ExpertsDesc, gate_up: torch.Tensor) -> torch.Tensor:
+    """h [..., I] of gate and up values [..., 2I], in their dtype."""
+    g, up = (gate_up[..., 0::2], gate_up[..., 1::2]) if desc.interleaved else gate_up.chunk(2, -1)
+    if desc.limit > 0:
+        g, up = g.clamp(max=desc.limit), up.clamp(-desc.limit, desc.limit)
+    if desc.function == "silu":
+        activated = g * torch.sigmoid(desc.alpha * g)
+    else:
+        activated = functional.gelu(g, approximate="tanh" if desc.function == "gelu_tanh" else "none")
+    return activated * (up + desc.up_offset)
+
+
+def float_experts(
+    desc: ops.ExpertsDesc,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    weights_on_input: bool = False,
+) -> torch.Tensor:
+    """[T, H] of what `desc` describes in floating point; indices below 0 add nothing."""
+    y = torch.zeros_like(x)
+    for expert in ids[ids >= 0].unique().tolist():
+        token, k = torch.where(ids == expert)
+        scale = weights[token, k].unsqueeze(-1).to(x.dtype)
+        u = x[token] @ gate_up[expert].T
+        u = u * scale if weights_on_input else u
+        h = gate(desc, u if gate_up_bias is None else u + gate_up_bias[expert])
+        product = functional.linear(h, down[expert], None if down_bias is None else down_bias[expert])
+        y = y.index_add(0, token, product if weights_on_input else product * scale)
+    return y
 
 
 def quantize_experts(weight: torch.Tensor, config: LayerConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -169,6 +169,10 @@ class Linear(nn.Module):
         return DequantizedWeight(self)
 
     @property
+    def num_weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
     def device(self) -> torch.device:
         return self.qweight.device
 

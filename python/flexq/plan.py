@@ -21,7 +21,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """How one linear layer is quantized.
+    """How one linear layer, or one projection of all experts, is quantized.
 
     Args:
         act_bits: 6 or 8, bits of the activations.
@@ -97,21 +97,33 @@ class Plan:
             raise ValueError(f"plan {str(plan)!r} is neither a file nor one of {', '.join(RECIPES)}")
         return cls.load(plan)
 
-    def config_for(self, layer: str) -> LayerConfig | None:
-        """The settings of `layer`; None if it stays as it is."""
-        if layer in self.layers:
-            return self.layers[layer]
+    def config_for(self, layer: str, whole: str | None = None) -> LayerConfig | None:
+        """The settings of `layer`; None if it stays as it is.
+
+        Args:
+            layer: its name.
+            whole: of a projection of experts, the experts' name, which a plan may have in place of both projections.
+        """
+        names = (layer,) if whole is None else (layer, whole)
+        for name in names:
+            if name in self.layers:
+                return self.layers[name]
         for pattern, config in self._patterns.items():
-            if fnmatch.fnmatchcase(layer, pattern):
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 return config
         return self.defaults
 
-    def resolve(self, layers: Iterable[str]) -> dict[str, LayerConfig | None]:
-        """The settings of each of a model's `layers`. ValueError for names and patterns that match none of them."""
-        names = list(layers)
-        known, patterns = set(names), self._patterns
+    def resolve(self, layers: Iterable[str], wholes: Mapping[str, str] | None = None) -> dict[str, LayerConfig | None]:
+        """The settings of each of a model's `layers`. ValueError for names and patterns that match none of them.
+
+        Args:
+            layers: their names.
+            wholes: of those that are projections of experts, the experts' names.
+        """
+        names, wholes = list(layers), wholes or {}
+        known, patterns = {*names, *wholes.values()}, self._patterns
         unused = [name for name in self.layers if name not in known and name not in patterns]
-        unmatched = [p for p in patterns if p not in known and not fnmatch.filter(names, p)]
+        unmatched = [p for p in patterns if p not in known and not fnmatch.filter(known, p)]
         # A recipe's patterns are the names that such a layer has in one model or another: some match.
         if self.produced_by.get("recipe") not in RECIPES:
             unused += unmatched
@@ -122,7 +134,7 @@ class Plan:
             )
         if unused:
             raise ValueError(f"plan names {unused[0]!r}, which matches no linear layer of the model")
-        return {name: self.config_for(name) for name in names}
+        return {name: self.config_for(name, wholes.get(name)) for name in names}
 
     @functools.cached_property
     def _patterns(self) -> dict[str, LayerConfig | None]:

@@ -44,7 +44,6 @@ class Architecture:
         auto: the class of transformers that makes it.
         overrides: of the configuration.
         skip: layers that have to be left in floating point, whose code reads the weight itself.
-        experts: a mixture of them, whose experts stay in floating point.
     """
 
     kind: str
@@ -52,7 +51,6 @@ class Architecture:
     auto: str = "AutoModelForCausalLM"
     overrides: dict[str, Any] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
-    experts: bool = False
 
     @property
     def id(self) -> str:
@@ -75,8 +73,8 @@ class Architecture:
 
         torch.manual_seed(0)
         model = getattr(transformers, self.auto).from_config(self.config(), dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            if parameter.dim() == 2 and parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if (parameter.dim() == 2 or ".experts." in name) and parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.08)
         model.tie_weights()
         return model
@@ -100,7 +98,17 @@ ARCHITECTURES = (
     Architecture("gptj", overrides={"rotary_dim": 16}),
     Architecture("recurrent_gemma", overrides={"num_hidden_layers": 3}),
     Architecture("mamba"),
-    *(Architecture(kind, experts=True) for kind in ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")),
+    *(Architecture(kind) for kind in ("gpt_oss", "granitemoe", "mixtral", "olmoe")),
+    *(Architecture(kind, overrides={"moe_intermediate_size": 64}) for kind in ("qwen2_moe", "qwen3_moe")),
+    Architecture("deepseek_v3", overrides={
+        "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 32,
+        "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "head_dim": 16,
+        "num_key_value_heads": 4,
+    }),
+    Architecture("glm4_moe", overrides={
+        "moe_intermediate_size": 64, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    }),
+    Architecture("llama4_text", overrides={"intermediate_size_mlp": 256, "interleave_moe_layer_step": 1}),
     Architecture("bert", "encoder", "AutoModel"),
     Architecture("bert", "encoder", "AutoModelForMaskedLM"),
     Architecture("bert", "encoder", "AutoModelForSequenceClassification"),
@@ -162,14 +170,16 @@ What FlexQ does with models of transformers, by architecture. Each row is a smal
 while it loads, in place and from disk to disk, save, load, fuse, calibrate and compare
 (`tests/python/test_architectures.py`; this page is written by `python tests/python/architectures.py`).
 
-- *quantized*: the share of the weights outside embeddings and LM head that is quantized by default, in the small model.
+- *quantized*: the share of the weights outside embeddings and LM head that is quantized by default, in the small model;
+  [experts](experts.md) included.
 - *merged*: layers with one input become one GEMM in `flexq.fuse_model` (q/k/v, gate/up); *kernels*: norms, SiLU
   products and sums that it fuses with the quantization.
 - *calibrated*: block by block, each on what the quantized blocks before it give; or *whole*: all layers on what the
   unquantized model gives.
 
-Others work as far as they are made of linear layers; `flexq quantize` and `flexq info` say which share is quantized.
-Of models that combine language with vision or audio the language model is quantized, and the rest stays as it is.
+Others work as far as they are made of linear layers and of experts that are understood; `flexq quantize` and
+`flexq info` say which share is quantized. Of models that combine language with vision or audio the language model is
+quantized, and the rest stays as it is.
 
 """
 
@@ -190,7 +200,7 @@ def row(architecture: Architecture) -> list[str]:
     share = f"{100 * coverage(model).share_inside:.0f}%"
     fusion = flexq.fuse_model(model, kernels=True)
     kernels = len(fusion.mlps) + len(fusion.norms) + len(fusion.layers)
-    note = "experts stay in floating point" if architecture.experts else ""
+    note = ""
     if architecture.skip:
         note = f"needs skip={list(architecture.skip)}: its code reads that weight itself"
     merged = sum(len(names) > 1 for names in fusion.merged)

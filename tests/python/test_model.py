@@ -197,7 +197,7 @@ def test_what_the_command_says(tiny_folder, tmp_path, capsys):
     arguments = ["quantize", str(tiny_folder), "-o", str(out), "--dtype", "bfloat16", "--quiet"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "14 linear layers quantized, 0 left" in printed and "of the weights outside embeddings" in printed
+    assert "14 layers quantized, 0 left" in printed and "of the weights outside embeddings" in printed
     assert "quantized layers" in printed and "embeddings" in printed
     assert flexq.load_model(out).get_input_embeddings().weight.dtype == torch.bfloat16
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"

@@ -14,13 +14,13 @@ MAY_IMPORT = {
     "ops": ("_core", "execution"),
     "linear": ("ops", "plan"),
     "experts": ("ops", "plan"),
-    "quantize": ("linear", "ops", "plan", "progress"),
+    "quantize": ("experts", "linear", "ops", "plan", "progress"),
     "run": ("quantize", "linear", "ops", "plan"),
     "bench": ("experts", "run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
     "evaluate": ("quantize", "plan", "progress"),
-    "planning": ("bench", "quantize", "linear", "plan", "progress"),
-    "checkpoint": ("quantize", "linear", "execution", "ops", "plan", "progress"),
-    "integrations": ("experts", "checkpoint", "run", "quantize", "linear", "ops", "plan"),
+    "planning": ("bench", "quantize", "experts", "linear", "plan", "progress"),
+    "checkpoint": ("quantize", "experts", "linear", "execution", "ops", "plan", "progress"),
+    "integrations": ("checkpoint", "run", "quantize", "experts", "linear", "ops", "plan"),
     "cli": ("checkpoint", "planning", "evaluate", "bench", "run", "quantize", "execution", "plan", "_core"),
 }
 # Imported for what they register, by names of the importing and the imported module.

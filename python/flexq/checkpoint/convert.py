@@ -1,5 +1,6 @@
 """Quantizing a model from disk to disk."""
 
+import functools
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 
 from flexq import ops
 from flexq.checkpoint.folder import new_folder, require_free
-from flexq.checkpoint.keys import Target, targets_of
+from flexq.checkpoint.keys import Target, merged, targets_of
 from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import (
     ModelError,
@@ -29,18 +30,21 @@ from flexq.checkpoint.write import (
     Sizes,
     copy_companions,
     name_of,
+    name_on_disk,
     write_config,
     write_model,
 )
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
+from flexq.quantize.experts import PROJECTIONS, kind_of, round_experts, whole_of
 from flexq.quantize.layers import (
     input_embeddings,
-    linear_layers,
+    left_alone,
     lm_head_name,
     output_embeddings,
     shared_copy,
     untie_lm_head,
+    weight_at,
     weight_of,
 )
 from flexq.quantize.model import quantize_model, resolve_plan
@@ -76,7 +80,8 @@ def quantize_checkpoint(
     loaded=None,
     dtype: torch.dtype | None = None,
 ) -> Plan:
-    """Quantize a model from disk to disk. Safetensors folders go tensor by tensor, in memory of about one shard.
+    """Quantize a model from disk to disk. Safetensors folders go tensor by tensor, in memory of about one shard, or of
+    one layer's experts.
 
     Args:
         source: as for `flexq.checkpoint.source.find_model`; GGUF files and hub ids that are not in the cache are loaded
@@ -117,15 +122,15 @@ def convert(
     weights = Weights.of(source.folder)
     tensors = list(weights.tensors())
     targets = targets_of(model, [name for _, name in tensors])
-    if any(t is not None and t.is_part and _layer_of(t) in resolved for t in targets.values()):
-        # transformers makes a layer's weight of several tensors.
+    if any(t is not None and _is_interwoven(t, resolved) for t in targets.values()):
+        # transformers makes a layer's weight of several tensors, or several layers' experts of the same ones.
         return _convert_loaded(source, folder, plan, include, skip, shard_bytes, overwrite, progress, None, dtype)
     given = Plan.of(plan)
-    every: dict[str, LayerConfig | None] = {**resolved, **{n: None for n in linear_layers(model) if n not in resolved}}
+    every: dict[str, LayerConfig | None] = {**resolved, **{n: None for n in left_alone(model) if n not in resolved}}
     record = Plan(given.defaults, every, {**given.produced_by, "source": source.name})
     with new_folder(folder, overwrite, source.folder) as aside:
         writer = ShardWriter(aside, shard_bytes, record.fingerprint(), dtype)
-        work = _TensorByTensor(source, model, resolved, writer, targets)
+        work = _TensorByTensor(source, model, resolved, writer, tensors, targets)
         for file, name in progress(tensors) if progress else tensors:
             work.take(file, name)
         work.finish(tensors)
@@ -142,28 +147,79 @@ def _layer_of(target: Target) -> str:
     return target.name.removesuffix(".weight")
 
 
+def _is_layer(target: Target | None, resolved) -> bool:
+    """Whether it is the weight of a linear layer to be quantized."""
+    return target is not None and target.name.endswith(".weight") and _layer_of(target) in resolved
+
+
+def _is_interwoven(target: Target, resolved) -> bool:
+    """Whether its layer cannot be quantized with this target's tensors alone in view."""
+    return target.is_part and (_is_layer(target, resolved) or (target.is_split and target.name.endswith(PROJECTIONS)))
+
+
 class _TensorByTensor:
     """Takes a checkpoint's tensors one after the other, and writes what becomes of them."""
 
-    def __init__(self, source, model, resolved, writer: ShardWriter, targets):
+    def __init__(self, source, model, resolved, writer: ShardWriter, tensors, targets):
         self.source, self.model, self.resolved, self.writer, self.targets = source, model, resolved, writer, targets
         self.dtype: torch.dtype | None = None  # of the source
         self.done: set[str] = set()
         self.left_out: list[str] = []
         self.vanished = 0
         self.shared = _shared_names(model, resolved)
+        self.files: dict[str, Path] = {}
+        self.parts: dict[str, list[str]] = {}  # the tensors on disk that an experts' tensor is made of
+        for file, name in tensors:
+            self.files[name] = file
+            target = targets[name]
+            if target is not None and self._experts_of(target) is not None:
+                self.parts.setdefault(target.name, []).append(name)
 
     def take(self, file: Path, name: str) -> None:
-        tensor, target = read_tensor(file, name), self.targets[name]
-        if self.dtype is None and tensor.is_floating_point():
-            self.dtype = tensor.dtype
-        layer = None if target is None or not target.name.endswith(".weight") else _layer_of(target)
-        if layer in self.resolved:
-            self._quantize(layer, name.removesuffix(".weight"), tensor)
+        target = self.targets[name]
+        if target is not None and target.name in self.parts:
+            if name == self.parts[target.name][0]:
+                self._take_experts(target)
+            return
+        tensor = read_tensor(file, name)
+        self._note_dtype(tensor)
+        if _is_layer(target, self.resolved):
+            self._quantize(_layer_of(target), name.removesuffix(".weight"), tensor)
         elif target is None and not _is_ignored(self.model, name):
             self.left_out.append(name)
         else:
             self.writer.add(name, tensor)
+
+    def _note_dtype(self, tensor: torch.Tensor) -> None:
+        if self.dtype is None and tensor.is_floating_point():
+            self.dtype = tensor.dtype
+
+    def _experts_of(self, target: Target) -> str | None:
+        """The projection that a tensor is the weight or bias of, if it is one of experts to be quantized."""
+        layer = target.name.removesuffix("_bias")
+        return layer if layer.endswith(PROJECTIONS) and layer in self.resolved else None
+
+    def _take_experts(self, target: Target) -> None:
+        """A projection's weight, or bias, of all experts at once."""
+        names, layer = self.parts[target.name], self._experts_of(target)
+        if target.is_part:
+            parts = [(name, functools.partial(read_tensor, self.files[name], name)) for name in names]
+            tensor = merged(self.model, target, parts)
+        else:
+            tensor = read_tensor(self.files[names[0]], names[0])
+        self._note_dtype(tensor)
+        module = self.model.get_submodule(whole_of(layer))
+        expected = tuple(getattr(module, target.name.rpartition(".")[2]).shape)
+        if tuple(tensor.shape) != expected:
+            raise ModelError(f"tensor {target.name} is {list(tensor.shape)}, the model's {list(expected)}")
+        made = {"bias": tensor}
+        if target.name == layer:
+            planes, scales, vanished = round_experts(layer, kind_of(module).oriented(tensor), self.resolved[layer])
+            made = {"qweight": planes, "scales": scales}
+            self.vanished += vanished
+            self.done |= {layer, *self.shared.get(layer, ())}
+        for name, value in made.items():
+            self.writer.add(name_on_disk(self.model, f"{layer}.{name}"), value)
 
     def _quantize(self, layer: str, on_disk: str, tensor: torch.Tensor) -> None:
         config, module = self.resolved[layer], self.model.get_submodule(layer)
@@ -198,10 +254,10 @@ class _TensorByTensor:
 
 def _shared_names(model, resolved) -> dict[str, list[str]]:
     """Layers that stand at several names, which files hold once."""
-    by_module: dict[int, list[str]] = {}
+    by_weight: dict[int, list[str]] = {}
     for name in resolved:
-        by_module.setdefault(id(model.get_submodule(name)), []).append(name)
-    return {name: names for names in by_module.values() if len(names) > 1 for name in names}
+        by_weight.setdefault(id(weight_at(model, name)), []).append(name)
+    return {name: names for names in by_weight.values() if len(names) > 1 for name in names}
 
 
 def _is_ignored(model, name: str) -> bool:

@@ -3,12 +3,17 @@
 Names on disk are not always those of modules: transformers renames, merges and splits tensors while it loads them.
 """
 
+import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from flexq.checkpoint.source import CheckpointError, opened
+import torch
+
+from flexq.checkpoint.source import CheckpointError, one_line, opened
+from flexq.quantize.experts import PROJECTIONS
 
 
 @dataclass(frozen=True)
@@ -18,10 +23,14 @@ class Target:
     Args:
         name: in the model's state_dict.
         is_part: transformers merges or splits it on the way.
+        pattern: of transformers' converter that does so, which the name on disk matches.
+        is_split: the converter makes several of the model's tensors, of which `name` is the first.
     """
 
     name: str
     is_part: bool
+    pattern: str | None = None
+    is_split: bool = False
 
 
 def targets_of(model, names: Iterable[str]) -> dict[str, Target | None]:
@@ -31,20 +40,87 @@ def targets_of(model, names: Iterable[str]) -> dict[str, Target | None]:
         model: of transformers, on any device; quantized layers already in their places.
         names: on disk.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings, converters = _conversions_of(model)
     state, prefix = model.state_dict(), model.base_model_prefix
+    splitting = {p for c in converters if len(c.target_patterns) > 1 for p in c.source_patterns}
     result: dict[str, Target | None] = {}
     for name in names:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
-        result[name] = Target(renamed, pattern is not None) if renamed in state or pattern is not None else None
+        found = renamed in state or pattern is not None
+        result[name] = Target(renamed, pattern is not None, pattern, pattern in splitting) if found else None
     return result
+
+
+def _conversions_of(model) -> tuple[list[Any], list[Any]]:
+    """transformers' renamings and converters of the tensors of a model's files."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
+
+
+def merged(model, target: Target, parts: Iterable[tuple[str, Callable[[], torch.Tensor]]]) -> torch.Tensor:
+    """The tensor that transformers makes of several.
+
+    Args:
+        model: whose tensor it is.
+        target: of one of the parts.
+        parts: the name of each on disk, and what reads it.
+
+    Raises:
+        CheckpointError: they do not fit together.
+    """
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    renamings, converters = _conversions_of(model)
+    converter = copy.deepcopy(next(c for c in converters if target.pattern in c.source_patterns))
+    state = model.state_dict()
+    for name, read in sorted(parts, key=lambda part: dot_natural_key(part[0])):
+        _, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        converter.add_tensor(target.name, name, pattern, read)
+    try:
+        made = converter.convert(target.name, model=model, config=model.config)[target.name]
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"tensor {target.name} cannot be made of its parts: {one_line(error)}") from None
+    return made[0] if isinstance(made, list) else made
+
+
+# After a name: it ends here.
+_ENDS = r"(?![\w.])"
+
+
+def keep_experts_whole(model) -> None:
+    """Have transformers leave the tensors of quantized experts as they are when it saves the model.
+
+    What it knows of `experts.gate_up_proj`, that it is stored expert by expert or under another name, it would apply to
+    `experts.gate_up_proj.qweight` too.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # what transformers itself would take
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in every if not isinstance(c, PrefixChange)]
+    model._weight_conversions = [_whole_names_only(c) for c in conversions]
+
+
+def _whole_names_only(conversion):
+    targets = conversion._original_target_patterns
+    if not any("experts" in t and t.endswith(PROJECTIONS) for t in targets):
+        return conversion
+    ended = [t + _ENDS if t.endswith(PROJECTIONS) else t for t in targets]
+    settings = {n: getattr(conversion, n) for n in ("operations", "force_cpu") if hasattr(conversion, n)}
+    return conversion.copy(list(conversion._original_source_patterns), ended, **settings)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from flexq.checkpoint.keys import is_own_class
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, one_line, quantization_of, read_json
 from flexq.linear import Linear
 from flexq.plan import LayerConfig, Plan
+from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, whole_of
 from flexq.quantize.layers import as_linear, is_linear, replace_module
 
 FORMAT_VERSION = 1
@@ -43,7 +44,7 @@ def read_plan(folder: str | Path) -> Plan:
 
 
 def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
-    """Replace the layers that a checkpoint's plan names by empty `flexq.Linear` on the meta device.
+    """Replace the layers that a checkpoint's plan names by empty `flexq.Linear`, and `Experts`, on the meta device.
 
     A base model loads a checkpoint of a model with a head, and the other way round.
 
@@ -52,6 +53,7 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
     """
     inserted: dict[str, LayerConfig] = {}
     done: dict[int, Linear] = {}
+    experts: dict[str, LayerConfig] = {}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     whole = is_own_class(model)
     for name, config in plan.layers.items():
@@ -60,7 +62,7 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
         module, own_name = None, name
         for candidate in (name, name.removeprefix(prefix), prefix + name):
             try:
-                module, own_name = model.get_submodule(candidate), candidate
+                module, own_name = module_of(model, candidate), candidate
                 break
             except AttributeError:
                 continue
@@ -68,6 +70,10 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
             continue  # in a head that this class does not have
         if module is None:
             raise ValueError(f"the checkpoint's plan names layer {name!r}, which the model does not have")
+        inserted[own_name] = config
+        if kind_of(module) is not None:
+            experts[own_name] = config
+            continue
         if not is_linear(module):
             raise ValueError(f"the checkpoint's plan names layer {name!r}, which is a {type(module).__name__}")
         if id(module) not in done:
@@ -81,5 +87,18 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
                 dtype=linear.weight.dtype,
             )
         replace_module(model, own_name, done[id(module)])
-        inserted[own_name] = config
+    _insert_experts(model, experts)
     return inserted
+
+
+def _insert_experts(model, projections: dict[str, LayerConfig]) -> None:
+    for name in projections:
+        whole = whole_of(name)
+        missing = [f"{whole}.{p}" for p in PROJECTIONS if f"{whole}.{p}" not in projections]
+        if missing:
+            raise ValueError(f"the checkpoint's plan names layer {name!r} of experts, and not {missing[0]!r}")
+    for whole in dict.fromkeys(map(whole_of, projections)):
+        module = model.get_submodule(whole)
+        configs = [projections[f"{whole}.{p}"] for p in PROJECTIONS]
+        empty = kind_of(module).empty(*configs, module.down_proj.dtype)
+        replace_module(model, whole, empty.train(module.training))

@@ -158,10 +158,12 @@ def check_plan_hash(plan: Plan, hashes: set[str | None], where: str | Path) -> b
 
 
 def _check_scales(name: str, scales: torch.Tensor) -> None:
-    if scales.dtype != torch.float16 or scales.dim() != 2:
-        raise CheckpointError(f"tensor {name} must be float16 [N, G], got {scales.dtype} {list(scales.shape)}")
+    if scales.dtype != torch.float16 or scales.dim() not in (2, 3):
+        raise CheckpointError(
+            f"tensor {name} must be float16 [N, G], or [E, N, G] of experts, got {scales.dtype} {list(scales.shape)}"
+        )
     try:
-        ops.check_scales(scales)
+        ops.check_scales(scales.reshape(-1, scales.shape[-1]))
     except ValueError as error:
         raise CheckpointError(f"tensor {name}: {error}") from None
 
@@ -180,10 +182,12 @@ def _check_layers(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
         shape, scales = shapes[f"{name}.qweight"], shapes.get(f"{name}.scales")
         if scales is None:
             raise CheckpointError(f"tensor {name}.scales is missing from the checkpoint")
-        if len(shape) != 4 or shape[2:] != (6, 16):
-            raise CheckpointError(f"tensor {name}.qweight must be uint8 [N, G, 6, 16], got {list(shape)}")
-        config = layers.get(name)
-        groups = {shape[1], 1} if config is None else {shape[1] if config.scheme == "group" else 1}
-        if scales not in {(shape[0], g) for g in groups}:
-            expected = " or ".join(str([shape[0], g]) for g in sorted(groups))
+        if len(shape) not in (4, 5) or shape[-2:] != (6, 16):
+            raise CheckpointError(
+                f"tensor {name}.qweight must be uint8 [N, G, 6, 16], or [E, N, G, 6, 16] of experts, got {list(shape)}"
+            )
+        config, (*rows, whole_groups) = layers.get(name), shape[:-2]
+        groups = {whole_groups, 1} if config is None else {whole_groups if config.scheme == "group" else 1}
+        if scales not in {(*rows, g) for g in groups}:
+            expected = " or ".join(str([*rows, g]) for g in sorted(groups))
             raise CheckpointError(f"tensor {name}.scales must be float16 {expected}, got {list(scales)}")

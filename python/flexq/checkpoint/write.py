@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flexq.checkpoint.folder import new_folder
+from flexq.checkpoint.keys import keep_experts_whole
 from flexq.checkpoint.layers import settings_of
 from flexq.checkpoint.source import INDEX, SINGLE, is_own
 from flexq.checkpoint.verify import CHECKSUMS, PLAN_HASH, checksum
@@ -151,7 +152,10 @@ def as_on_disk(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors
+    if not isinstance(model, PreTrainedModel):
+        return tensors
+    keep_experts_whole(model)
+    return revert_weight_conversion(model, tensors)
 
 
 def save_model(
@@ -218,7 +222,7 @@ def _add_tensors(model, writer: ShardWriter) -> None:
                 raise ValueError(f"tensor {name} is not in memory (offloaded, or on the meta device)")
             where = (tensor.data_ptr(), tuple(tensor.shape))
             if getattr(module, "is_flexq_layer", False):
-                writer.add(_on_disk(model, name), tensor)
+                writer.add(name_on_disk(model, name), tensor)
             elif not tensor.numel() or where not in seen:  # else tied, as transformers ties it again
                 seen.add(where)
                 others[name] = tensor
@@ -226,7 +230,8 @@ def _add_tensors(model, writer: ShardWriter) -> None:
         writer.add(name, tensor)
 
 
-def _on_disk(model, name: str) -> str:
+def name_on_disk(model, name: str) -> str:
+    """The name in files of a quantized layer's tensor."""
     (renamed,) = as_on_disk(model, {name: torch.empty(0, device="meta")})
     return renamed
 

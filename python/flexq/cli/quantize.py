@@ -133,7 +133,7 @@ def _report(args: argparse.Namespace, source, output: Path, done, seconds: float
     where = where_it_ran(args.device) if args.calibrate is not None else "CPU"
     note(
         args,
-        f"{source.name}: {len(layers)} linear layers quantized, {kept} left, in {seconds:.1f} s ({where}), peak memory "
+        f"{source.name}: {len(layers)} layers quantized, {kept} left, in {seconds:.1f} s ({where}), peak memory "
         f"{megabytes(peak_memory())}\n{done.coverage.sentence()}\n{output}: {megabytes(size)} ({done.sizes})",
     )
     if done.coverage.warning:
@@ -238,7 +238,7 @@ def _choose_plan(args: argparse.Namespace, model, reference, probes, in_group) -
         in_group,
         progress("measuring layers", args.quiet),
     )
-    sizes = {n: m.in_features * m.out_features for n, m in sensitivity.quantized_layers(model).items()}
+    sizes = {n: m.num_weights for n, m in sensitivity.quantized_layers(model).items()}
     at_8 = sum(sizes[name] for name in choice.at_8) / sum(sizes.values())
     for text in choice.notes:
         note(args, text)

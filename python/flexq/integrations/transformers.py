@@ -14,12 +14,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
-from flexq.checkpoint.keys import compare, shapes_of
+from flexq.checkpoint.keys import compare, keep_experts_whole, shapes_of
 from flexq.checkpoint.layers import FORMAT_VERSION, insert_layers, plan_of_settings, settings_of
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
+from flexq.experts import Experts, ExpertWeights
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, Plan
+from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
 from flexq.quantize.layers import as_linear, lm_head_name, replace_module, weight_of
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
 
@@ -75,13 +77,17 @@ def _quantize_op(quantizer: "FlexQHfQuantizer"):
     from transformers.core_model_loading import ConversionOps
 
     class Quantize(ConversionOps):
-        """What the loader does with the weight of a layer to be quantized: a `flexq.Linear` takes the layer's place."""
+        """What the loader does with the weight of a layer to be quantized: a `flexq.Linear` takes the layer's place,
+        or `Experts` do once all of their tensors are there."""
 
         @torch.no_grad()
         def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
-            (weight,) = input_dict.values()
-            weight = weight[0] if isinstance(weight, list) else weight
-            quantizer.quantize(model, full_layer_name.removesuffix(".weight"), weight)
+            (tensor,) = input_dict.values()
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            if quantizer.is_of_experts(full_layer_name):
+                quantizer.take_experts(model, full_layer_name, tensor)
+            else:
+                quantizer.quantize(model, full_layer_name.removesuffix(".weight"), tensor)
             if missing_keys is not None:
                 missing_keys.discard(full_layer_name)
             return {}
@@ -102,6 +108,7 @@ class FlexQHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self.layers = resolve_plan(model, config.plan, config.include, config.skip)
             self.vanished = 0
+            self.read: dict[str, dict[str, Any]] = {}  # of experts, what has been read so far
             return model
         insert_layers(model, config.plan)
         files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
@@ -120,7 +127,14 @@ class FlexQHfQuantizer(HfQuantizer):
         compare(model, shapes_of(files)).require_none(str(folder))
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        return not self.pre_quantized and param_name.removesuffix(".weight") in self.layers
+        if self.pre_quantized:
+            return False
+        return param_name.removesuffix(".weight") in self.layers or self.is_of_experts(param_name)
+
+    def is_of_experts(self, tensor: str) -> bool:
+        """Whether a tensor is the weight or bias of experts to be quantized."""
+        layer = tensor.removesuffix("_bias")
+        return layer.endswith(PROJECTIONS) and layer in self.layers
 
     @property
     def quantized_element_size(self) -> float:
@@ -145,15 +159,38 @@ class FlexQHfQuantizer(HfQuantizer):
             layer.bias._is_hf_initialized = True  # read already: it must not be initialized again
         replace_module(model, name, layer)
 
+    def take_experts(self, model, name: str, tensor: torch.Tensor) -> None:
+        """A weight or bias of experts, which take their place with the last of them."""
+        whole, key = whole_of(name), name.rpartition(".")[2]
+        module = model.get_submodule(whole)
+        kind, read = kind_of(module), self.read.setdefault(whole, {})
+        if key in PROJECTIONS:
+            *canonical, vanished = round_experts(name, kind.oriented(tensor), self.layers[name])
+            read[key] = (*canonical, tensor.dtype)
+            self.vanished += vanished
+        else:
+            read[key] = tensor
+        if len(read) < len(kind.tensors):
+            return
+        configs = [self.layers[f"{whole}.{p}"] for p in PROJECTIONS]
+        (gate_up, down), dtype = (read[p][:2] for p in PROJECTIONS), read["down_proj"][2]
+        biases = [read.get(f"{p}_bias") for p in PROJECTIONS]
+        experts = kind.from_canonical(gate_up, down, biases, *configs, dtype, prepack=False)
+        for parameter in experts.parameters():
+            parameter._is_hf_initialized = True
+        replace_module(model, whole, experts.train(module.training))
+        del self.read[whole]
+
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
             _prepack(model)
+            keep_experts_whole(model)
             model.flexq_plan = self.quantization_config.plan
             return model
         head = lm_head_name(model)
         if head in self.layers:  # tied: it had no weight of its own in the checkpoint
             self.quantize(model, head, model.get_submodule(head).weight.detach())
-        missing = [name for name in self.layers if not isinstance(model.get_submodule(name), Linear)]
+        missing = [name for name in self.layers if not isinstance(module_of(model, name), (Linear, Experts))]
         if missing:
             raise ValueError(f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more)")
         _prepack(model)
@@ -178,7 +215,7 @@ class FlexQHfQuantizer(HfQuantizer):
 
 def _prepack(model) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, (Linear, ExpertWeights)):
             try:
                 module.prepack()
             except ValueError as error:
@@ -193,6 +230,7 @@ def _attach(model, plan: Plan) -> None:
     config.quantization_config = FlexQConfig(plan)
     model.hf_quantizer = FlexQHfQuantizer(config.quantization_config)
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    keep_experts_whole(model)
 
 
 on_quantized.append(_attach)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import Plan
 from flexq.planning import sensitivity
 from flexq.planning.costs import LayerCost
-from flexq.planning.sensitivity import LayerSensitivity, act_bits, quantized_layers
+from flexq.planning.sensitivity import Layer, LayerSensitivity, act_bits, quantized_layers
 from flexq.progress import Progress
+from flexq.quantize.experts import module_of, whole_of
 from flexq.quantize.layers import record_plan, replace_module
 
 
@@ -98,28 +100,29 @@ def replace_for_target(
     Args:
         model: quantized.
         better: for each name in the ranking what is to take its place: the layer in scheme `group`, or unquantized.
-        ranking: most of what is gained for a parameter first.
+        ranking: most of what is gained for a parameter first, experts as a whole (`with_whole_experts`).
         The others as for `for_target`.
 
     Raises:
         ValueError: not even all of them do; says how near they come, and leaves the model as it was.
     """
-    layers = quantized_layers(model)
+    places = {_place_of(model, name) for name in quantized_layers(model)}
+    now = {layer.name: model.get_submodule(layer.name) for layer in ranking}
 
     def put(count: int) -> None:
         for index, layer in enumerate(ranking):
-            replace_module(model, layer.name, better[layer.name] if index < count else layers[layer.name])
+            replace_module(model, layer.name, better[layer.name] if index < count else now[layer.name])
 
     def with_better(count: int) -> float:
         put(count)
         try:
-            with act_bits([m for m in model.modules() if isinstance(m, Linear)], 8):
+            with act_bits([m for m in model.modules() if isinstance(m, Layer)], 8):
                 return score(model)
         finally:
             put(0)
 
     most = len(ranking)
-    if set(better) >= set(layers) and not any(isinstance(module, Linear) for module in better.values()):
+    if set(better) >= places and not any(isinstance(module, (Linear, Experts)) for module in better.values()):
         most -= 1  # something has to be quantized
     best = with_better(most)
     if best > target:
@@ -127,6 +130,23 @@ def replace_for_target(
     count, reached = _fewest(with_better, target, most, best)
     put(count)
     return [layer.name for layer in ranking[:count]], reached
+
+
+def _place_of(model: nn.Module, layer: str) -> str:
+    """The name of the module that a layer is replaced with: its own or, of a projection, that of the experts."""
+    return whole_of(layer) if isinstance(module_of(model, layer), Experts) else layer
+
+
+def with_whole_experts(model: nn.Module, ranking: Sequence[LayerSensitivity]) -> list[LayerSensitivity]:
+    """A ranking by `estimate(..., of="quantization")` in which experts, whose projections are each estimated as the
+    whole, are one layer; most KL for a parameter first."""
+    wholes: dict[str, LayerSensitivity] = {}
+    for layer in ranking:
+        place = _place_of(model, layer.name)
+        known = wholes.get(place)
+        size = layer.parameters + (known.parameters if known is not None else 0)
+        wholes[place] = replace(layer, name=place, parameters=size)
+    return sorted(wholes.values(), key=lambda layer: -layer.density)
 
 
 def _fewest(score: Callable[[int], float], target: float, most: int, at_most: float) -> tuple[int, float]:
@@ -237,13 +257,15 @@ def choose(
 def _demanding(choice: Choice, model: nn.Module, reference: nn.Module, probes, score, target: float, in_group) -> None:
     """A8 everywhere has missed the target: better layers take places."""
     layers = quantized_layers(model)
-    channel = [name for name, layer in layers.items() if layer.config.scheme == "channel"]
+    places = {name: _place_of(model, name) for name in layers}
+    channel = list(dict.fromkeys(places[n] for n, layer in layers.items() if layer.config.scheme == "channel"))
     if in_group is not None and channel:
         grouped = in_group()
         better = {name: grouped.get_submodule(name) for name in channel}
-        fine = {layer.name: layer.kl for layer in sensitivity.estimate(grouped, reference, probes, "quantization")}
-        coarse = sensitivity.estimate(model, reference, probes, "quantization")
-        gains = [replace(layer, kl=layer.kl - fine[layer.name]) for layer in coarse if layer.name in better]
+        fine = _error_of_quantization(grouped, reference, probes)
+        kl = {layer.name: layer.kl for layer in fine}
+        coarse = _error_of_quantization(model, reference, probes)
+        gains = [replace(layer, kl=layer.kl - kl[layer.name]) for layer in coarse if layer.name in better]
         gains.sort(key=lambda layer: -layer.density)
         try:
             choice.regrouped, choice.reached = replace_for_target(model, better, score, gains, target)
@@ -255,11 +277,15 @@ def _demanding(choice: Choice, model: nn.Module, reference: nn.Module, probes, s
             f"A8 everywhere misses the target: {len(choice.regrouped)} layers change from scheme channel to group"
         )
     if choice.reached is None:
-        worst = sensitivity.estimate(model, reference, probes, "quantization")
+        worst = _error_of_quantization(model, reference, probes)
         floats = {layer.name: reference.get_submodule(layer.name) for layer in worst}
         choice.unquantized, choice.reached = replace_for_target(model, floats, score, worst, target)
         choice.notes.append(f"A8 everywhere misses the target: {len(choice.unquantized)} layers stay unquantized")
-    choice.at_8 = [name for name in layers if name not in choice.unquantized]
+    choice.at_8 = [name for name in layers if places[name] not in choice.unquantized]
+
+
+def _error_of_quantization(model: nn.Module, reference: nn.Module, probes) -> list[LayerSensitivity]:
+    return with_whole_experts(model, sensitivity.estimate(model, reference, probes, "quantization"))
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:

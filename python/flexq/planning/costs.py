@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from flexq.bench.linear import bench_linear
+from flexq.linear import Linear
 from flexq.planning.sensitivity import quantized_layers
 from flexq.progress import Progress
 
@@ -37,6 +38,9 @@ def measure_costs(
 ) -> dict[str, LayerCost]:
     """The cost of every quantized layer, each shape and scheme measured once.
 
+    Experts are not measured: how long they take depends on where a router sends tokens. They count as free at either
+    width, so that A6 saves nothing there and they stay at A8.
+
     Args:
         model: quantized.
         tokens: a layer's.
@@ -47,7 +51,11 @@ def measure_costs(
         ValueError: no quantized layer.
     """
     layers = quantized_layers(model)
-    kinds = {name: (layer.out_features, layer.in_features, layer.config.scheme) for name, layer in layers.items()}
+    kinds = {
+        name: (layer.out_features, layer.in_features, layer.config.scheme)
+        for name, layer in layers.items()
+        if isinstance(layer, Linear)
+    }
     todo = sorted(set(kinds.values()))
     where = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     costs = {}
@@ -55,4 +63,5 @@ def measure_costs(
         points = bench_linear([(n, k)], [tokens], device=device, configs=((6, scheme), (8, scheme)), peers=False)
         times = {point.kernel: point.microseconds for point in points}
         costs[n, k, scheme] = LayerCost(times[f"flexq W6A6 {scheme}"], times[f"flexq W6A8 {scheme}"], where)
-    return {name: costs[kind] for name, kind in kinds.items()}
+    free = LayerCost(0.0, 0.0, where)
+    return {name: costs[kinds[name]] if name in kinds else free for name in layers}

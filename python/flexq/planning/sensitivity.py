@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq.experts import ExpertWeights
 from flexq.linear import Linear
 from flexq.progress import Progress
 from flexq.quantize import fisher
 from flexq.quantize.blocks import Stack, Trace, decoder_stack, starting_at, trace
+from flexq.quantize.experts import kind_of, module_of
 from flexq.quantize.inputs import logits
 from flexq.quantize.layers import is_linear
+
+Layer = Linear | ExpertWeights
 
 FORMAT = "flexq-sensitivity"
 VERSION = 1
@@ -50,22 +54,23 @@ class LayerSensitivity:
         return self.kl / max(self.parameters, 1)
 
 
-def _over_windows(name: str, layer: Linear, kl: Sequence[float]) -> LayerSensitivity:
+def _over_windows(name: str, layer: Layer, kl: Sequence[float]) -> LayerSensitivity:
     """Mean and standard error of a layer's KL on each window."""
     each = torch.tensor(kl, dtype=torch.float64)
     spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
-    return LayerSensitivity(name, layer.in_features * layer.out_features, each.mean().item(), spread)
+    return LayerSensitivity(name, layer.num_weights, each.mean().item(), spread)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, Linear]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+def quantized_layers(model: nn.Module) -> dict[str, Layer]:
+    """Linear layers, and projections of experts."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
     if not layers:
         raise ValueError("the model has no quantized layer; quantize it first")
     return layers
 
 
 @contextlib.contextmanager
-def act_bits(layers: Sequence[Linear], bits: int) -> Iterator[None]:
+def act_bits(layers: Sequence[Layer], bits: int) -> Iterator[None]:
     """Layers with activations of `bits` for a while."""
     before = [layer.config for layer in layers]
     for layer in layers:
@@ -181,7 +186,8 @@ def estimate(
         model: quantized.
         reference: the same model unquantized, its layers by the same names; float32 gives the best gradients.
         windows: token ids [1, L] each.
-        of: "a6" for A6 against A8, "quantization" for A8 against the unquantized layer.
+        of: "a6" for A6 against A8, "quantization" for A8 against the unquantized layer; of both projections of experts
+            this is the same, that of the experts as a whole.
         progress: wraps the loop over windows.
 
     Raises:
@@ -192,37 +198,45 @@ def estimate(
     if of not in ("a6", "quantization"):
         raise ValueError(f'of must be "a6" or "quantization", got {of!r}')
     layers = quantized_layers(model)
-    missing = [name for name in layers if not _is_linear_at(reference, name)]
+    missing = [name for name in layers if not _is_float_at(reference, name)]
     if missing:
         raise ValueError(f"the reference has no linear layer {missing[0]}")
+    callers = {name: module_of(model, name) for name in layers}
     added: dict[str, list[float]] = {name: [] for name in layers}
-    for index, window in enumerate(progress(list(windows)) if progress else windows):
-        for name, value in _fisher(layers, reference, window, of, seed=index).items():
-            added[name].append(value)
+    with act_bits(list(layers.values()), 8):  # an error of experts is of both projections
+        for index, window in enumerate(progress(list(windows)) if progress else windows):
+            for name, value in _fisher(layers, callers, reference, window, of, seed=index).items():
+                added[name].append(value)
     results = [_over_windows(name, layer, added[name]) for name, layer in layers.items()]
     return sorted(results, key=lambda layer: -layer.density)
 
 
-def _is_linear_at(model: nn.Module, name: str) -> bool:
+def _is_float_at(model: nn.Module, name: str) -> bool:
     try:
-        return is_linear(model.get_submodule(name))
+        module = module_of(model, name)
+        return is_linear(module) or kind_of(module) is not None
     except AttributeError:
         return False
 
 
 def _fisher(
-    layers: dict[str, Linear], reference: nn.Module, window: torch.Tensor, of: str, seed: int
+    layers: dict[str, Layer],
+    callers: dict[str, nn.Module],
+    reference: nn.Module,
+    window: torch.Tensor,
+    of: str,
+    seed: int,
 ) -> dict[str, float]:
-    """The estimate of each layer on one window, in nats a token."""
+    """The estimate of each layer on one window, in nats a token. `callers`: what computes each layer."""
     values = dict.fromkeys(layers, 0.0)
 
-    def watcher(name: str, layer: Linear) -> fisher.Watcher:
-        def forward(x: torch.Tensor, output: torch.Tensor):
-            with act_bits([layer], 8):
-                at_8 = layer(x)
+    def watcher(name: str, layer: Layer) -> fisher.Watcher:
+        def forward(args: tuple[torch.Tensor, ...], output: torch.Tensor):
+            call = callers[name]
+            at_8 = call(*args)
             if of == "a6":
                 with act_bits([layer], 6):
-                    error = layer(x) - at_8
+                    error = call(*args) - at_8
             else:
                 error = at_8 - output
             error = error.reshape(-1, error.shape[-1]).float()

@@ -1,10 +1,12 @@
 """`calibrate_model`: quantizes a model block by block, each on the inputs that the already quantized blocks give."""
 
 import contextlib
+import functools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,37 +17,42 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flexq import ops
+from flexq.experts import Experts, ExpertWeights
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
 from flexq.quantize import fisher
 from flexq.quantize.blocks import Call, Reached, Stack, placed, stacks_of, trace
-from flexq.quantize.inputs import arguments, predicts_tokens
+from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
+from flexq.quantize.inputs import arguments, predicts_tokens, run
 from flexq.quantize.layers import as_linear, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
 from flexq.quantize.rounding import Hessian, compensated_round
+from flexq.quantize.routed import Routed, round_routed
 
 DEFAULT_WINDOWS = 16
 # Of layers whose Hessians are gathered at the same time, where a model cannot be worked on block by block.
 _HESSIAN_BYTES = 1 << 30
 
 
-def _stages(block: nn.Module, layers: dict[str, nn.Linear], call: Call) -> list[list[str]]:
-    """The block's layers in the order in which they run, those that share an input together."""
+def _stages(block: nn.Module, layers: dict[str, nn.Module], call: Call) -> list[list[str]]:
+    """The block's layers in the order in which they run, those that share an input together; experts by themselves."""
     stages: list[list[str]] = []
     last: list[torch.Tensor | None] = [None]
 
     def record(name):
-        def hook(_, args):
-            if last[0] is not args[0]:
+        def hook(module, args, kwargs):
+            x = positional(module, args, kwargs)[0]
+            alone = kind_of(module) is not None
+            if alone or last[0] is not x:
                 stages.append([])
-                last[0] = args[0]
+                last[0] = None if alone else x
             if not any(name in stage for stage in stages):
                 stages[-1].append(name)
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(record(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         call.run(block)
     finally:
@@ -123,7 +130,7 @@ class _Finished:
     absent, so that its block is calibrated again.
     """
 
-    _CHECKSUMS, _CALIBRATION = "flexq.crc32", "flexq.calibration"
+    _CHECKSUMS, _CALIBRATION, _EXPERTS = "flexq.crc32", "flexq.calibration", "flexq.experts"
 
     def __init__(self, folder: str | Path | None, about: dict[str, Any]):
         self.folder, self.about = None if folder is None else Path(folder), json.dumps(about, sort_keys=True)
@@ -144,8 +151,8 @@ class _Finished:
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:04}.safetensors"
 
-    def load(self, block: int, layers: Sequence[str]) -> dict[str, torch.Tensor] | None:
-        """A block's canonical tensors, if its file is there and sound."""
+    def load(self, block: int, layers: Sequence[str]) -> tuple[dict[str, torch.Tensor], Counter] | None:
+        """A block's canonical tensors, and how its experts were rounded, if its file is there and sound."""
         if self.folder is None or not self._file(block).exists():
             return None
         wanted = {f"{name}.{tensor}" for name in layers for tensor in ("qweight", "scales")}
@@ -154,12 +161,13 @@ class _Finished:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             checksums = json.loads(metadata.get(self._CHECKSUMS, "{}"))
+            experts = Counter(json.loads(metadata.get(self._EXPERTS, "{}")))
         except (OSError, SafetensorError, ValueError, RecursionError):
             return None
         sound = metadata.get(self._CALIBRATION) == self.about and set(tensors) == wanted
-        return tensors if sound and checksums == {n: _crc32(t) for n, t in tensors.items()} else None
+        return (tensors, experts) if sound and checksums == {n: _crc32(t) for n, t in tensors.items()} else None
 
-    def save(self, block: int, layers: dict[str, Linear]) -> None:
+    def save(self, block: int, layers: dict[str, Linear | ExpertWeights], experts: Counter) -> None:
         if self.folder is None:
             return
         tensors = {}
@@ -168,6 +176,8 @@ class _Finished:
             tensors |= {f"{name}.qweight": planes.cpu().contiguous(), f"{name}.scales": scales.cpu().contiguous()}
         checksums = json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()})
         metadata = {self._CHECKSUMS: checksums, self._CALIBRATION: self.about}
+        if experts:
+            metadata[self._EXPERTS] = json.dumps(experts)
         _write_whole(self._file(block), lambda file: save_file(tensors, file, metadata=metadata))
 
 
@@ -208,9 +218,19 @@ class _Work:
 
     def __init__(self, model: nn.Module, resolved: dict[str, LayerConfig], damping: float, passes: int, step):
         self.model, self.resolved, self.damping, self.passes, self.step = model, resolved, damping, passes, step
+        self.wholes = {n: whole_of(n) for n in resolved if kind_of(module_of(model, n)) is not None}
         self.before: dict[str, nn.Module] = {}
-        self.done: dict[tuple[int, LayerConfig], Linear] = {}
         self.vanished = 0
+        self.experts = Counter()  # how many were rounded how
+
+    def modules(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """The modules that compute these layers and are still in floating point; experts under their own name."""
+        places = dict.fromkeys(self.wholes.get(name, name) for name in names)
+        return {place: self.model.get_submodule(place) for place in places if place not in self.before}
+
+    def configs(self, whole: str) -> tuple[LayerConfig, LayerConfig]:
+        gate_up, down = (self.resolved[f"{whole}.{p}"] for p in PROJECTIONS)
+        return gate_up, down
 
     def put(self, name: str, planes: torch.Tensor, scales: torch.Tensor) -> None:
         """A layer's codes into its place, and into others where the same module stands."""
@@ -220,9 +240,26 @@ class _Work:
         self.vanished += ops.count_vanished(linear.weight, scales)
         layer = Linear.from_canonical(planes.to(on), scales.to(on), linear, config)
         for other, settings in self.resolved.items():
-            if other not in self.before and settings == config and self.model.get_submodule(other) is module:
-                self.before[other] = module
-                replace_module(self.model, other, layer)
+            if other not in self.wholes and settings == config:
+                self._replace(other, module, layer)
+
+    def put_experts(self, whole: str, canonical: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """The same for experts, and planes and scales of each projection."""
+        module, configs = self.model.get_submodule(whole), self.configs(whole)
+        for projection, (_, scales) in zip(PROJECTIONS, canonical, strict=True):
+            weight = kind_of(module).oriented(getattr(module, projection))
+            self.vanished += sum(map(ops.count_vanished, weight, scales))
+        on = module.down_proj.device
+        experts = replacement(module, *((planes.to(on), scales.to(on)) for planes, scales in canonical), configs)
+        for other in dict.fromkeys(self.wholes.values()):
+            if self.configs(other) == configs:
+                self._replace(other, module, experts)
+
+    def _replace(self, place: str, module: nn.Module, by: nn.Module) -> None:
+        if place not in self.before and self.model.get_submodule(place) is module:
+            self.before[place] = module
+            replace_module(self.model, place, by)
+            for _ in PROJECTIONS if isinstance(by, Experts) else (place,):
                 self.step()
 
     def quantize(self, name: str, hessian: Hessian) -> None:
@@ -234,6 +271,25 @@ class _Work:
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
         self.put(name, *rounded)
+
+    def quantize_experts(
+        self, whole: str, runs: Iterable[Callable[[], Any]], weights: dict[str, list[torch.Tensor]] | None
+    ) -> None:
+        """Experts, each with the tokens that it is sent in some runs of what calls them."""
+        if whole in self.before:
+            return
+        module = self.model.get_submodule(whole)
+        of_tokens = None if weights is None else weights[f"{whole}.down_proj"]
+        tokens = Routed.gather(module, runs, of_tokens)
+        canonical = []
+        for projection, config in zip(PROJECTIONS, self.configs(whole), strict=True):
+            try:
+                rounded, how = round_routed(module, projection, tokens, config, self.damping, self.passes)
+            except ValueError as error:
+                raise ValueError(f"layer {whole}.{projection}: {error}") from None
+            canonical.append(rounded)
+            self.experts += how
+        self.put_experts(whole, canonical)
 
     def undo(self) -> None:
         for name, module in self.before.items():
@@ -253,26 +309,55 @@ def _calibrate_stack(
     traces = [trace(work.model, stack.blocks, window, where, first_only=True) for window in windows]
     hidden = [traced.calls[0].hidden for traced in traces]
     for index, block in enumerate(stack.blocks):
-        layers = {n: work.model.get_submodule(n) for n in work.resolved if stack.index_of(n) == index}
+        names = [n for n in work.resolved if stack.index_of(n) == index]
+        modules = work.modules(names)
         calls = [replace(traced.calls[index], hidden=h) for traced, h in zip(traces, hidden, strict=True)]
-        known = finished.load(first_block + index, list(layers))
+        known = finished.load(first_block + index, names)
         home = next(block.parameters()).device
         with placed(block, where):
             if known is not None:
-                for name in layers:
-                    if name not in work.before:
-                        work.put(name, known[f"{name}.qweight"], known[f"{name}.scales"])
+                _put_known(work, modules, *known)
             else:
-                for stage in _stages(block, layers, calls[0]) if layers else ():
-                    stage_layers = {name: layers[name] for name in stage if name not in work.before}
-                    if not stage_layers:
-                        continue
-                    for name, hessian in _hessians(stage_layers, block, calls, weights).items():
-                        work.quantize(name, hessian)
-                finished.save(first_block + index, {name: work.model.get_submodule(name) for name in layers})
-            for layer in layers.values():  # the block goes back without them
-                layer.to(home)
+                before = Counter(work.experts)
+                _calibrate_block(work, block, modules, calls, weights)
+                layers = {name: work.model.get_submodule(name) for name in names}
+                finished.save(first_block + index, layers, work.experts - before)
+            for module in modules.values():  # the block goes back without them
+                module.to(home)
             hidden = [call.run(block) for call in calls]
+
+
+def _put_known(work: _Work, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor], experts: Counter) -> None:
+    def canonical(layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return tensors[f"{layer}.qweight"], tensors[f"{layer}.scales"]
+
+    for place, module in modules.items():
+        if place in work.before:
+            continue
+        if kind_of(module) is None:
+            work.put(place, *canonical(place))
+        else:
+            work.put_experts(place, [canonical(f"{place}.{p}") for p in PROJECTIONS])
+    work.experts += experts
+
+
+def _calibrate_block(
+    work: _Work,
+    block: nn.Module,
+    modules: dict[str, nn.Module],
+    calls: Sequence[Call],
+    weights: dict[str, list[torch.Tensor]] | None,
+) -> None:
+    for stage in _stages(block, modules, calls[0]) if modules else ():
+        todo = {name: modules[name] for name in stage if name not in work.before}
+        first = next(iter(todo), None)
+        if first is None:
+            continue
+        if kind_of(todo[first]) is not None:
+            work.quantize_experts(first, [functools.partial(call.run, block) for call in calls], weights)
+            continue
+        for name, hessian in _hessians(todo, block, calls, weights).items():
+            work.quantize(name, hessian)
 
 
 def calibrate_model(
@@ -288,10 +373,12 @@ def calibrate_model(
     weigh_tokens: bool = True,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Quantize the linear layers of a transformers model in place with compensated rounding, and return it.
+    """Quantize the linear layers and experts of a transformers model in place with compensated rounding, and return it.
 
     Decoders, encoders and encoder-decoders that read text; each block runs with its own arguments (masks, rotary
     embeddings). Where blocks run more than once (ALBERT), all layers are rounded on what the unquantized model gives.
+    Each expert is rounded on the tokens that the router sends it. One with few of them leans on all tokens of its
+    layer, one with none is rounded to nearest; `produced_by["experts"]` of the plan counts them, by projections.
     If anything goes wrong, the model is left as it was.
 
     Args:
@@ -315,7 +402,7 @@ def calibrate_model(
         raise ValueError("calibration needs at least one window of text")
     resolved = resolve_plan(model, plan, include, skip)
     for name in resolved:
-        require_in_memory(name, model.get_submodule(name))
+        require_in_memory(name, module_of(model, name))
     where = None if device is None else torch.device(device)
     stacks = stacks_of(model)
     weigh_tokens = weigh_tokens and bool(stacks) and predicts_tokens(model)
@@ -340,10 +427,13 @@ def calibrate_model(
             for stack in stacks:
                 _calibrate_stack(work, stack, windows, weights, finished, first_block, where)
                 first_block += len(stack.blocks)
-            outside = {name: model.get_submodule(name) for name in resolved if name not in work.before}
+            outside = work.modules(resolved)
             seen = windows if where is None or where == next(model.parameters()).device or not stacks else ()
-            for name, hessian in _hessians_of_whole(model, outside, seen):
+            linear = {name: module for name, module in outside.items() if kind_of(module) is None}
+            for name, hessian in _hessians_of_whole(model, linear, seen):
                 work.quantize(name, hessian)
+            for name in outside.keys() - linear.keys():
+                work.quantize_experts(name, [functools.partial(run, model, window) for window in seen], None)
         next(steps, None)
     except BaseException:
         work.undo()
@@ -353,6 +443,8 @@ def calibrate_model(
         "calibration_tokens": sum(w.numel() for w in windows),
         "weighed_tokens": weigh_tokens,
     }
+    if work.experts:
+        record["experts"] = dict(work.experts)
     if work.vanished:
         record["vanished_scales"] = work.vanished
     return finish_quantized(model, Plan.of(plan), **record)

@@ -14,10 +14,12 @@ from torch import nn
 
 from flexq.progress import Progress
 from flexq.quantize.blocks import decoder_stack, placed, starting_at, trace
+from flexq.quantize.experts import module_of, positional
 from flexq.quantize.inputs import arguments, logits
 
-# Given a layer's input and output in the forward pass, what to do with the gradient at the output in the backward pass.
-Watcher = Callable[[torch.Tensor, torch.Tensor], Callable[[torch.Tensor], None]]
+# Given a layer's arguments and output in the forward pass, what to do with the gradient at the output in the backward
+# pass. Arguments and output of a projection of experts are those of all of the experts.
+Watcher = Callable[[tuple[torch.Tensor, ...], torch.Tensor], Callable[[torch.Tensor], None]]
 
 
 def backward(
@@ -35,7 +37,7 @@ def backward(
     Args:
         model: not quantized; its parameters get no gradient.
         window: token ids [1, L].
-        watchers: by names of the model's linear layers.
+        watchers: by names of the model's linear layers, and projections of experts.
         seed: of the draw, which is the same on every device up to rounding.
         device: where blocks are run, each one moved there and back; None runs them where they are.
     """
@@ -75,15 +77,15 @@ def backward(
 @contextlib.contextmanager
 def _watched(model: nn.Module, watchers: dict[str, Watcher], names: Sequence[str]) -> Iterator[None]:
     def hook(watcher: Watcher):
-        def watch(_, args, output):
+        def watch(module, args, kwargs, output):
             with torch.no_grad():
-                then = watcher(args[0].detach(), output.detach())
+                then = watcher(tuple(t.detach() for t in positional(module, args, kwargs)), output.detach())
             if output.requires_grad:  # else nothing that is watched for depends on it
                 output.register_hook(then)
 
         return watch
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(watchers[name])) for name in names]
+    handles = [module_of(model, name).register_forward_hook(hook(watchers[name]), with_kwargs=True) for name in names]
     try:
         yield
     finally:
@@ -114,7 +116,7 @@ def token_weights(
     Args:
         model: not quantized.
         windows: token ids [1, L] each.
-        names: of linear layers.
+        names: of linear layers and projections of experts.
         progress: wraps the loop over windows.
         device: as for `backward`.
 
@@ -126,10 +128,11 @@ def token_weights(
     def into(name: str, index: int) -> Watcher:
         def keep(gradient: torch.Tensor) -> None:
             mean_square = gradient.float().square().mean(-1).flatten().cpu()
-            if len(mean_square) == len(weights[name][index]):  # an expert that sees some of the tokens is left alone
-                weights[name][index] = mean_square
+            tokens = len(weights[name][index])
+            if len(mean_square) and len(mean_square) % tokens == 0:  # else an expert that sees some of the tokens
+                weights[name][index] = mean_square.view(-1, tokens).mean(0)  # of every expert, where they have rows
 
-        return lambda x, output: keep
+        return lambda args, output: keep
 
     for index, window in enumerate(progress(list(windows)) if progress else windows):
         backward(model, window, {name: into(name, index) for name in names}, index, device)

@@ -1,4 +1,4 @@
-"""Which layers of a model are linear layers that can be quantized, and putting other modules into their places."""
+"""Which layers of a model can be quantized, linear ones and experts, and putting other modules into their places."""
 
 import copy
 import fnmatch
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import LayerConfig, Plan
+from flexq.quantize.experts import PROJECTIONS, experts_of, module_of, routers_of
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -132,8 +134,8 @@ def linear_layers(
     """The layers that `quantize_model` would replace, by name, in the model's order.
 
     These are the modules that are linear (`is_linear`), less the LM head, layers whose weight is an embedding's, and,
-    unless a pattern of `include` names them, the vision and audio parts of models that have such beside a language
-    model.
+    unless a pattern of `include` names them, routers of experts and the vision and audio parts of models that have such
+    beside a language model.
 
     Args:
         model: any module; transformers models say what their LM head is, elsewhere it is a layer named "lm_head".
@@ -143,17 +145,54 @@ def linear_layers(
     """
     kept = _embedding_weights(model)
     beside = _outside_language_model(model) if include is None else ()
+    routers = routers_of(model) if include is None else ()
     layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not is_linear(module) or name.startswith(beside):
+        if not is_linear(module) or name.startswith(beside) or name in routers:
             continue
         if name != lm_head and (id(module.weight) in kept or name.rpartition(".")[2] == "lm_head"):
             continue
-        if include is not None and not any(fnmatch.fnmatchcase(name, p) for p in include):
-            continue
-        if not any(fnmatch.fnmatchcase(name, p) for p in skip):
+        if _wanted((name,), include, skip):
             layers[name] = module
     return layers
+
+
+def expert_layers(
+    model: nn.Module, include: Sequence[str] | None = None, skip: Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """The projections of experts that `quantize_model` would replace, by name, and the module of experts each is of.
+
+    Args:
+        model, include, skip: as for `linear_layers`; a pattern matches a projection's name or that of the experts.
+    """
+    beside = _outside_language_model(model) if include is None else ()
+    return {
+        name: module
+        for whole, module in experts_of(model).items()
+        for name in (f"{whole}.{projection}" for projection in PROJECTIONS)
+        if not whole.startswith(beside) and _wanted((name, whole), include, skip)
+    }
+
+
+def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether a pattern matches one of a layer's names."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _wanted(names: Sequence[str], include: Sequence[str] | None, skip: Sequence[str]) -> bool:
+    return (include is None or matches(names, include)) and not matches(names, skip)
+
+
+def weight_at(model: nn.Module, layer: str) -> torch.Tensor:
+    """A layer's weight: [N, K] or, of a GPT-2 layer or of experts, as it is held."""
+    module = module_of(model, layer)
+    return module.weight if is_linear(module) else getattr(module, layer.rpartition(".")[2])
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """The layers that could be quantized and are not, routers among them, which are quantized only if asked for."""
+    routers = [name for name in sorted(routers_of(model)) if is_linear(model.get_submodule(name))]
+    return list(dict.fromkeys([*linear_layers(model), *routers, *expert_layers(model)]))
 
 
 def some(names: Iterable[str]) -> str:
@@ -172,13 +211,13 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer: patching it leaves `model` as it is."""
     memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    memo |= {id(m): m for m in model.modules() if isinstance(m, Linear)}
+    memo |= {id(m): m for m in model.modules() if isinstance(m, (Linear, Experts))}
     return copy.deepcopy(model, memo)
 
 
 def record_plan(model: nn.Module, plan: Plan) -> Plan:
     """The plan of a quantized model: its layers by name, as they are."""
-    layers: dict[str, LayerConfig | None] = dict.fromkeys(linear_layers(model))
+    layers: dict[str, LayerConfig | None] = dict.fromkeys(left_alone(model))
     for name, module in model.named_modules(remove_duplicate=False):
         config = getattr(module, "config", None)
         if isinstance(config, LayerConfig) and getattr(module, "is_flexq_layer", False):
@@ -187,14 +226,15 @@ def record_plan(model: nn.Module, plan: Plan) -> Plan:
 
 
 def linear_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the linear weights (LM head excluded) as stored on disk and as resident in memory."""
+    """Bytes of the weights of linear layers and experts (LM head excluded) as stored on disk and as resident in
+    memory."""
     stored = resident = 0
     for module in model.modules():
-        if hasattr(module, "weight_bytes"):
+        if hasattr(module, "weight_bytes") and not isinstance(module, Experts):  # whose projections are counted
             stored += module.stored_bytes
             resident += module.weight_bytes
-    for linear in {id(m): m for m in linear_layers(model).values()}.values():
-        size = linear.weight.numel() * linear.weight.element_size()
+    for weight in {id(w): w for w in (weight_at(model, name) for name in left_alone(model))}.values():
+        size = weight.numel() * weight.element_size()
         stored += size
         resident += size
     return stored, resident

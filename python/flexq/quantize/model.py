@@ -1,6 +1,5 @@
-"""`quantize_model`: replaces the linear layers of a model in place."""
+"""`quantize_model`: replaces the linear layers and experts of a model in place."""
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,13 +7,17 @@ from typing import Any
 from torch import nn
 
 from flexq import ops
+from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
+from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, replacement, round_experts, whole_of
 from flexq.quantize.layers import (
     as_linear,
+    expert_layers,
     linear_layers,
     lm_head_name,
+    matches,
     output_embeddings,
     record_plan,
     replace_module,
@@ -41,22 +44,40 @@ def resolve_plan(
     plan, lm_head = Plan.of(plan), lm_head_name(model)
     if lm_head not in plan.layers:
         lm_head = None  # quantized only where a plan names it, not where a pattern matches it
-    named = [name for name, config in plan.layers.items() if config is not None]
-    every = linear_layers(model, lm_head=lm_head)
-    beside = linear_layers(model, ["*"], lm_head=lm_head)  # with vision and audio parts
-    every |= {name: beside[name] for name in named if name in beside}
+    named = {name for name, config in plan.layers.items() if config is not None}
+    wholes = {name: whole_of(name) for name in expert_layers(model, ["*"])}
+
+    def names_of(layer: str) -> tuple[str, ...]:
+        return (layer, wholes[layer]) if layer in wholes else (layer,)
+
+    every = linear_layers(model, lm_head=lm_head) | expert_layers(model)
+    # With vision and audio parts, and routers.
+    beside = linear_layers(model, ["*"], lm_head=lm_head) | expert_layers(model, ["*"])
+    every |= {name: module for name, module in beside.items() if named.intersection(names_of(name))}
     for pattern in (*(include or ()), *skip):
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in beside):
+        if not any(matches(names_of(name), [pattern]) for name in beside):
             raise ValueError(f"pattern {pattern!r} matches no linear layer; the model's are {some(every)}")
-    chosen = linear_layers(model, include, skip, lm_head)
+    chosen = linear_layers(model, include, skip, lm_head) | expert_layers(model, include, skip)
     if include is None:
-        chosen |= {n: m for n, m in every.items() if not any(fnmatch.fnmatchcase(n, p) for p in skip)}
-    resolved = {n: c for n, c in plan.resolve({**every, **chosen}).items() if n in chosen and c is not None}
+        chosen |= {name: module for name, module in every.items() if not matches(names_of(name), skip)}
+    settings = plan.resolve({**every, **chosen}, wholes)
+    resolved = {name: config for name, config in settings.items() if name in chosen and config is not None}
+    _require_both(resolved, wholes)
     if not resolved:
-        quantized = sum(isinstance(m, Linear) for m in model.modules())
+        quantized = sum(getattr(m, "is_flexq_layer", False) for m in model.modules())
         reason = f"{quantized} layers are quantized already" if quantized else f"its linear layers are {some(every)}"
         raise ValueError(f"no layer of the model was left to quantize; {reason}")
     return resolved
+
+
+def _require_both(resolved: dict[str, LayerConfig], wholes: dict[str, str]) -> None:
+    """ValueError for experts of which one projection is to be quantized and the other not."""
+    for name in resolved:
+        if name in wholes and (left := [n for n, w in wholes.items() if w == wholes[name] and n not in resolved]):
+            raise ValueError(
+                f"experts {wholes[name]} are quantized as a whole, and {left[0]} is left out; leave out or include "
+                f"both projections, by a pattern like '*.experts'"
+            )
 
 
 def finish_quantized(model: nn.Module, plan: Plan, **produced_by: Any) -> nn.Module:
@@ -80,7 +101,9 @@ def quantize_model(
     skip: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Quantize the linear layers of `model` in place, and return it: all but the LM head, unless the plan names it.
+    """Quantize the linear layers and experts of `model` in place, and return it.
+
+    The LM head and routers of experts stay as they are, unless the plan names them.
 
     A layer that appears at several names is quantized once and stays shared. If one cannot be quantized, or the work is
     interrupted, the model is left as it was; for that, the float weights are kept until all layers are done.
@@ -106,23 +129,23 @@ def quantize_model(
     """
     resolved = resolve_plan(model, plan, include, skip)
     before: dict[str, nn.Module] = {}
-    done: dict[tuple[int, LayerConfig], Linear] = {}
+    done: dict[tuple[int, LayerConfig | tuple[LayerConfig, ...]], nn.Module] = {}
     vanished = 0
     try:
         for name in progress(list(resolved)) if progress else resolved:
-            module, config = model.get_submodule(name), resolved[name]
+            module = module_of(model, name)
+            if isinstance(module, Experts):
+                continue  # by its other projection
+            require_in_memory(name, module)
+            place = name if kind_of(module) is None else whole_of(name)
+            config = resolved[name] if place == name else tuple(resolved[f"{place}.{p}"] for p in PROJECTIONS)
+            quantized = _quantized if place == name else _quantized_experts
             key = (id(module), config)
             if key not in done:
-                require_in_memory(name, module)
-                linear = as_linear(module)
-                try:
-                    planes, scales = ops.quantize_weight(linear.weight.detach(), config.scheme, config.rotation)
-                except ValueError as error:
-                    raise ValueError(f"layer {name}: {error}") from None
-                vanished += ops.count_vanished(linear.weight, scales)
-                done[key] = Linear.from_canonical(planes, scales, linear, config)
-            before[name] = module
-            replace_module(model, name, done[key])
+                done[key], lost = quantized(place, module, config)
+                vanished += lost
+            before[place] = module
+            replace_module(model, place, done[key])
     except BaseException:
         for name, module in before.items():
             replace_module(model, name, module)
@@ -131,9 +154,31 @@ def quantize_model(
     return finish_quantized(model, Plan.of(plan), **record)
 
 
+def _quantized(name: str, module: nn.Module, config: LayerConfig) -> tuple[Linear, int]:
+    """A linear layer rounded to nearest, and how many scales vanished."""
+    linear = as_linear(module)
+    try:
+        planes, scales = ops.quantize_weight(linear.weight.detach(), config.scheme, config.rotation)
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error}") from None
+    return Linear.from_canonical(planes, scales, linear, config), ops.count_vanished(linear.weight, scales)
+
+
+def _quantized_experts(whole: str, module: nn.Module, configs: tuple[LayerConfig, LayerConfig]) -> tuple[Experts, int]:
+    """Experts rounded to nearest, and how many scales vanished."""
+    canonical, vanished = [], 0
+    for projection, config in zip(PROJECTIONS, configs, strict=True):
+        weight = kind_of(module).oriented(getattr(module, projection))
+        planes, scales, lost = round_experts(f"{whole}.{projection}", weight, config)
+        canonical.append((planes, scales))
+        vanished += lost
+    return replacement(module, *canonical, configs), vanished
+
+
 def require_in_memory(name: str, module: nn.Module) -> None:
     """ValueError for a layer whose weight is on the meta device: offloaded, or never loaded."""
-    if module.weight.device.type == "meta":
+    weights = [module.weight] if kind_of(module) is None else [module.gate_up_proj, module.down_proj]
+    if any(weight.device.type == "meta" for weight in weights):
         raise ValueError(
             f"layer {name}: its weight is not in memory (offloaded, or on the meta device); load the model without "
             "offloading, or quantize the checkpoint from disk to disk with flexq.quantize_checkpoint"

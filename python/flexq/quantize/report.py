@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq.experts import ExpertWeights
 from flexq.linear import Linear
 from flexq.quantize.layers import input_embeddings, output_embeddings
 
@@ -85,13 +86,13 @@ def coverage(model: nn.Module, to_quantize: Iterable[str] = ()) -> Coverage:
     seen: set[int] = set()
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            result.quantized += module.in_features * module.out_features
+        if isinstance(module, (Linear, ExpertWeights)):
+            result.quantized += module.num_weights
         for key, tensor in module.named_parameters(recurse=False):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            if name in counted and key == "weight":
+            if (name in counted and key == "weight") or f"{name}.{key}" in counted:
                 result.quantized += tensor.numel()
             elif id(module) in embeddings:
                 result.embeddings += tensor.numel()

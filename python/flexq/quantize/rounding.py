@@ -39,6 +39,17 @@ class Hessian:
             self.sum.addmm_((rows * weights.reshape(-1, 1)).T, rows)
             self.count += weights.sum().item()
 
+    def leaning_on(self, other: "Hessian", share: float) -> "Hessian":
+        """A share of this one's mean and the rest of another's."""
+        blend = Hessian(len(self.sum), self.sum.device)
+        own = share if self.count > 0 else 0.0
+        if other.count > 0:
+            blend.sum = other.sum * ((1 - own) / other.count)
+            blend.count = 1.0
+        if own > 0:
+            blend.sum += self.sum * (own / self.count)
+        return blend
+
     def mean(self, rotation: str) -> torch.Tensor:
         """[Kp, Kp], Kp = K padded to whole groups, in the basis of the rotation; the identity if nothing was seen."""
         if self.count == 0:
