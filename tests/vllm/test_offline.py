@@ -5,7 +5,6 @@ import gc
 import flexq
 import pytest
 import torch
-from flexq.experts import Experts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
@@ -102,7 +101,7 @@ def random_model(kind: str, vocabulary: int, **settings):
 def test_architectures(random_float, tmp_path, kind):
     """Layers that are merged on disk already, norms of queries and keys, and experts in floating point."""
     tokenizer = AutoTokenizer.from_pretrained(random_float)
-    model = flexq.quantize_model(random_model(kind, len(tokenizer)), "w6a8", include=["*_proj"])
+    model = flexq.quantize_model(random_model(kind, len(tokenizer)), "w6a8", skip=["*.experts"])
     flexq.save_model(model, tmp_path / "model", tokenizer)
     llm = engine(tmp_path / "model")
     try:
@@ -121,23 +120,53 @@ def test_quantizes_a_float_checkpoint(random_float, tmp_path):
     assert_same_as_transformers(tmp_path / "w6a8", results, PROMPTS)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("mixtral", 1), ("qwen3_moe", 2)])
-def test_quantizes_experts_on_the_way(random_float, tmp_path, kind, size, monkeypatch):
-    """Each device quantizes its part of each expert."""
+@pytest.fixture(scope="module")
+def mixtures(random_float, tmp_path_factory):
+    """Folders of random mixture-of-experts models, in floating point, by kind."""
+    tokenizer = AutoTokenizer.from_pretrained(random_float)
+    settings = {"mixtral": {}, "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2}}
+    folders = {}
+    for kind, values in settings.items():
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        random_model(kind, len(tokenizer), **values).save_pretrained(folders[kind])
+        tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+def use_cores(size: int, monkeypatch) -> None:
     if size > 1:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(rank) for rank in range(size)))
-    tokenizer = AutoTokenizer.from_pretrained(random_float)
-    settings = {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2} if kind == "qwen3_moe" else {}
-    model = random_model(kind, len(tokenizer), **settings)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    llm = engine(tmp_path, quantization="flexq", tensor_parallel_size=size)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("mixtral", 1), ("qwen3_moe", 2)])
+def test_quantizes_experts_on_the_way(mixtures, tmp_path, kind, size, monkeypatch):
+    """Each device quantizes its part of each expert."""
+    use_cores(size, monkeypatch)
+    llm = engine(mixtures[kind], quantization="flexq", tensor_parallel_size=size)
     try:
         results = greedy(llm, PROMPTS[:3])
     finally:
         shut(llm)
-    flexq.quantize_model(model, include=["*_proj"])
-    for block in model.model.layers:
-        experts = block.mlp.experts
-        block.mlp.experts = Experts.from_float(experts.gate_up_proj, experts.down_proj)
-    assert_same(model, tokenizer, results, PROMPTS[:3])
+    flexq.quantize_checkpoint(mixtures[kind], tmp_path / "w6a8", "w6a8")
+    assert_same_as_transformers(tmp_path / "w6a8", results, PROMPTS[:3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "size", "by_expert"),
+    [
+        ("mixtral", "w6a8", 1, False),
+        ("qwen3_moe", "w6a8", 2, False),
+        ("mixtral", "w6a8-channel", 2, False),
+        ("qwen3_moe", "w6a8", 2, True),
+    ],
+)
+def test_serves_quantized_experts(mixtures, tmp_path, kind, plan, size, by_expert, monkeypatch):
+    """A checkpoint's experts: all here, each device a part of each, or each device some of them."""
+    use_cores(size, monkeypatch)
+    flexq.quantize_checkpoint(mixtures[kind], tmp_path / "model", plan)
+    llm = engine(tmp_path / "model", tensor_parallel_size=size, enable_expert_parallel=by_expert)
+    try:
+        results = greedy(llm, PROMPTS[:3])
+    finally:
+        shut(llm)
+    assert_same_as_transformers(tmp_path / "model", results, PROMPTS[:3])

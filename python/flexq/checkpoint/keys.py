@@ -120,7 +120,11 @@ def _whole_names_only(conversion):
         return conversion
     ended = [t + _ENDS if t.endswith(PROJECTIONS) else t for t in targets]
     settings = {n: getattr(conversion, n) for n in ("operations", "force_cpu") if hasattr(conversion, n)}
-    return conversion.copy(list(conversion._original_source_patterns), ended, **settings)
+    whole = type(conversion)(list(conversion._original_source_patterns), ended, **settings)
+    for name in ("scope_prefix", "base_model_prefix"):  # of later versions
+        if hasattr(conversion, name):
+            setattr(whole, name, getattr(conversion, name))
+    return whole
 
 
 @dataclass

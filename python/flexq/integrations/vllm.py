@@ -122,25 +122,24 @@ class FlexQVllmConfig(QuantizationConfig):
         return FlexQLinearMethod(self, prefix, configs)
 
     def _method_of_experts(self, layer: torch.nn.Module, prefix: str):
-        """Experts of a floating point checkpoint are quantized on the way; a FlexQ checkpoint's stay as they are.
-        One that has them quantized is not served."""
-        from flexq.integrations.vllm_experts import FlexQMoEMethod, activation_of
+        """Of a floating point checkpoint they are quantized on the way, of a FlexQ checkpoint as it has them."""
+        from flexq.integrations import vllm_experts
 
+        is_known = vllm_experts.activation_of(layer) is not None
         if self.is_checkpoint:
-            for name, config in self.plan.layers.items():
-                if config is not None and (name == prefix or name.startswith(f"{prefix}.")):
-                    raise ValueError(
-                        f"{name}: checkpoints of quantized experts are not served by vLLM yet; serve the floating "
-                        "point model with --quantization flexq, or quantize it with --skip '*.experts*'"
-                    )
-            return None
+            configs = vllm_experts.configs_of_experts(self.plan.layers, prefix)
+            if configs is None:
+                return None
+            if not is_known:
+                raise ValueError(f"{prefix}: its experts are quantized, and FlexQ has no activation {layer.activation}")
+            return vllm_experts.CheckpointExpertsMethod(layer.moe_config, prefix, *configs)
         config = self.plan.config_for(prefix)
         if config is None:
             return None
-        if activation_of(layer) is None:
+        if not is_known:
             logger.info_once(f"FlexQ leaves experts in floating point: it has no activation {layer.activation}")
             return None
-        return FlexQMoEMethod(layer.moe_config, prefix, config)
+        return vllm_experts.QuantizingExpertsMethod(layer.moe_config, prefix, config)
 
 
 def _holds_experts(layer: torch.nn.Module) -> bool:

@@ -1,14 +1,21 @@
-"""Mixture-of-experts layers in vLLM: experts of a floating point checkpoint, quantized once they are loaded.
+"""Mixture-of-experts layers in vLLM, each device with its part of each expert or with some of the experts.
 
-Tensor parallel ranks quantize their part of each expert, expert parallel ones the experts that they have.
+Experts of a floating point checkpoint are quantized once vLLM has loaded them; a FlexQ checkpoint's projections, all
+experts in one tensor, are loaded and sliced here.
 """
+
+import re
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
+from flexq import ops
 from flexq.experts import Experts
 from flexq.plan import LayerConfig
+from flexq.run.parallel import check_input_split
 
 # vLLM's names of activations -> what flexq.ops.ExpertsDesc calls them.
 _ACTIVATIONS = {
@@ -18,20 +25,67 @@ _ACTIVATIONS = {
     "swigluoai": {"function": "silu", "alpha": 1.702, "limit": 7.0, "up_offset": 1.0, "interleaved": True},
     "swigluoai_uninterleave": {"function": "silu", "alpha": 1.702, "limit": 7.0, "up_offset": 1.0},
 }
+# Attributes of vLLM's layers, where they are not None -> fields of flexq.ops.ExpertsDesc.
+_SETTINGS = {"swiglu_alpha": "alpha", "swiglu_limit": "limit", "swiglu_beta": "up_offset"}
+# First part of a tensor's name below the experts -> projection. Some of vLLM's mappers rename down_proj.
+_PROJECTIONS = {"gate_up_proj": "gate_up", "down_proj": "down", "w2": "down"}
 
 
 def activation_of(layer: torch.nn.Module) -> dict[str, object] | None:
     """How `Experts` computes the activation of one of vLLM's layers; None for one that it does not know."""
     activation = getattr(layer, "activation", "silu")
-    return _ACTIVATIONS.get(str(getattr(activation, "value", activation)))
+    known = _ACTIVATIONS.get(str(getattr(activation, "value", activation)))
+    if known is None:
+        return None
+    given = {field: getattr(layer, name, None) for name, field in _SETTINGS.items()}
+    return known | {field: value for field, value in given.items() if value is not None}
 
 
-class FlexQMoEMethod(FusedMoEMethodBase):
-    """Experts with 6-bit weights, made of what vLLM loads in floating point."""
+def configs_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tuple[LayerConfig, LayerConfig] | None:
+    """Settings that a checkpoint's plan has for gate_up and down of the experts `prefix`; None if they are in floating
+    point. vLLM may call the module around them otherwise than transformers (block_sparse_moe, mlp)."""
+    stem = re.escape(prefix.removesuffix(".experts").rpartition(".")[0])
+    found = {}
+    for name, config in layers.items():
+        match = re.fullmatch(rf"{stem}\.[^.]+\.experts\.(gate_up_proj|down_proj)", name)
+        if match and config is not None:
+            found[match[1]] = config
+    return (found["gate_up_proj"], found["down_proj"]) if len(found) == 2 else None
+
+
+class _ExpertsMethod(FusedMoEMethodBase):
+    """Experts with 6-bit weights, however they come about."""
+
+    def __init__(self, moe, prefix: str):
+        super().__init__(moe)
+        self.prefix = prefix
+
+    def _finish(self, layer: torch.nn.Module, make, *args, **settings) -> None:
+        """Puts `make`'s experts where vLLM's parameters were."""
+        settings |= activation_of(layer)
+        settings["weights_on_input"] = bool(getattr(layer, "apply_router_weight_on_input", False))
+        try:
+            layer.flexq_experts = make(*args, **settings)
+        except ValueError as error:
+            raise ValueError(f"{self.prefix}: {error}") from None
+        for name in [name for name in layer._parameters if name.startswith(("w13_", "w2_"))]:
+            delattr(layer, name)
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module):
+        return None  # of vLLM's own kernels
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_, **__
+    ) -> torch.Tensor:
+        return layer.flexq_experts.multiply(x, topk_ids, topk_weights, getattr(layer, "expert_map", None))
+
+
+class QuantizingExpertsMethod(_ExpertsMethod):
+    """Experts made of what vLLM loads in floating point."""
 
     def __init__(self, moe, prefix: str, config: LayerConfig):
-        super().__init__(moe)
-        self.prefix, self.config = prefix, config
+        super().__init__(moe, prefix)
+        self.config = config
 
     def create_weights(
         self,
@@ -56,25 +110,117 @@ class FlexQMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         biases = [getattr(layer, name).data if hasattr(layer, name) else None for name in ("w13_bias", "w2_bias")]
-        try:
-            layer.flexq_experts = Experts.from_float(
-                layer.w13_weight.data,
-                layer.w2_weight.data,
-                *biases,
-                gate_up_config=self.config,
-                weights_on_input=bool(getattr(layer, "apply_router_weight_on_input", False)),
-                **activation_of(layer),
+        if biases[1] is not None and self.moe.tp_rank > 0:
+            biases[1].zero_()  # the outputs of the ranks are added
+        self._finish(
+            layer,
+            Experts.from_float,
+            layer.w13_weight.data,
+            layer.w2_weight.data,
+            *biases,
+            gate_up_config=self.config,
+        )
+
+
+class CheckpointExpertsMethod(_ExpertsMethod):
+    """Experts of a FlexQ checkpoint: `gate_up_proj.qweight`, `down_proj.scales` and so on, of all experts."""
+
+    def __init__(self, moe, prefix: str, gate_up: LayerConfig, down: LayerConfig):
+        super().__init__(moe, prefix)
+        self.configs = {"gate_up": gate_up, "down": down}
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **_,
+    ) -> None:
+        here, splits = intermediate_size_per_partition, self.moe.tp_size
+        if splits > 1:
+            check_input_split(f"{self.prefix}.down_proj", here * splits, splits)
+        sizes = {"gate_up": (2 * here, hidden_size), "down": (hidden_size, here)}
+        for projection, (rows, columns) in sizes.items():
+            groups = ops.num_groups(columns)
+            per_row = groups if self.configs[projection].scheme == "group" else 1
+            tensors = {
+                "qweight": torch.zeros(num_experts, rows, groups, 6, 16, dtype=torch.uint8),
+                "scales": torch.zeros(num_experts, rows, per_row, dtype=torch.float16),
+            }
+            if getattr(self.moe, "has_bias", False):
+                tensors["bias"] = torch.zeros(num_experts, rows, dtype=params_dtype)
+            for name, tensor in tensors.items():
+                parameter = torch.nn.Parameter(tensor, requires_grad=False)
+                layer.register_parameter(_parameter(projection, name), parameter)
+        layer.flexq_missing = {name for name in layer._parameters if name.startswith(("w13_", "w2_"))}
+        # vLLM's own looks for tensors of single experts, and for weights in floating point.
+        layer.load_weights = partial(self._load, layer)
+
+    def _load(self, layer: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        for name, loaded in weights:
+            projection, _, tensor = name.partition(".")
+            parameter = _parameter(_PROJECTIONS.get(projection, projection), tensor)
+            if parameter not in layer._parameters:
+                raise ValueError(f"{self.prefix}.{name}: quantized experts have no such tensor")
+            self._load_part(layer, f"{self.prefix}.{name}", parameter, tensor, loaded)
+            layer.flexq_missing.discard(parameter)
+            yield parameter
+
+    def _load_part(self, layer: torch.nn.Module, name: str, parameter: str, tensor: str, loaded: torch.Tensor) -> None:
+        """This device's experts, or its part of each."""
+        mine = getattr(layer, parameter).data
+        rank, splits = self.moe.tp_rank, self.moe.tp_size
+        whole = [layer.global_num_experts, *mine.shape[1:]]
+        split = 1
+        if parameter.startswith("w2_"):
+            is_by_group = tensor == "qweight" or (tensor == "scales" and self.configs["down"].scheme == "group")
+            split = 2 if is_by_group else None
+        if split is not None:
+            whole[split] *= splits
+        if (loaded.dtype != mine.dtype and tensor != "bias") or list(loaded.shape) != whole:
+            raise ValueError(
+                f"{name} must be {mine.dtype} {whole}, got {loaded.dtype} {list(loaded.shape)}: the checkpoint does "
+                "not fit the model or its plan"
             )
-        except ValueError as error:
-            raise ValueError(f"{self.prefix}: {error}") from None
-        for name in ("w13_weight", "w2_weight", "w13_bias", "w2_bias"):
-            if name in layer._parameters:
-                delattr(layer, name)
+        experts = getattr(layer, "expert_map", None)
+        if experts is not None:
+            here = torch.nonzero(experts >= 0).flatten()
+            loaded = loaded[here[experts[here].argsort()].cpu()]
+        if split == 1 and not activation_of(layer).get("interleaved", False):
+            loaded = torch.cat([half.chunk(splits, 1)[rank] for half in loaded.chunk(2, 1)], 1)
+        elif split is not None:
+            loaded = loaded.chunk(splits, split)[rank]
+        elif tensor == "bias" and rank > 0:
+            loaded = torch.zeros_like(loaded)  # the outputs of the ranks are added
+        mine.copy_(loaded)
 
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module):
-        return None  # of vLLM's own kernels
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if layer.flexq_missing:
+            raise ValueError(
+                f"{self.prefix}: {', '.join(sorted(layer.flexq_missing))} did not come: the checkpoint has no such "
+                "tensors, or vLLM's class of this model reads experts one by one; serve the floating point model with "
+                "--quantization flexq"
+            )
+        canonical = []
+        for projection in ("gate_up", "down"):
+            planes, scales = (getattr(layer, _parameter(projection, name)).data for name in ("qweight", "scales"))
+            ops.check_scales(scales.flatten(0, 1))
+            canonical.append((planes, scales))
+        biases = [getattr(layer, _parameter(projection, "bias"), None) for projection in ("gate_up", "down")]
+        self._finish(
+            layer,
+            Experts.from_canonical,
+            *canonical,
+            layer.moe_config.intermediate_size_per_partition,
+            *biases,
+            gate_up_config=self.configs["gate_up"],
+            down_config=self.configs["down"],
+        )
+        del layer.load_weights
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_, **__
-    ) -> torch.Tensor:
-        return layer.flexq_experts.multiply(x, topk_ids, topk_weights, getattr(layer, "expert_map", None))
+
+def _parameter(projection: str, tensor: str) -> str:
+    """A name like those of vLLM's own parameters of experts."""
+    return ("w2_" if projection == "down" else "w13_" if projection == "gate_up" else f"{projection}_") + tensor
