@@ -23,7 +23,6 @@ export PYTHONPATH=$results/site
 run pytest 180 python3 -m pytest -q -p no:cacheprovider tests/gpu
 run contract 150 "$build/tests/test_cuda"
 run experts 150 "$build/tests/test_experts_cuda"
-run experts 60 "$build/tests/test_experts_cuda"
 run kernels 100 "$build/benchmarks/cuda_linear"
 run layer 60 "$build/benchmarks/cuda_linear" --layer
 run moe 200 "$build/benchmarks/cuda_experts"
@@ -32,9 +31,7 @@ run linear 150 python3 -m flexq bench linear --device cuda --quiet \
 run decode 300 python3 -m flexq bench decode --quiet --side-by-side --contexts 128 \
   --contenders "flexq W6A8" "flexq W6A8 channel" bf16 W8A8 fp8
 run host 30 python3 -m flexq bench host --device cuda
-run moe 100 "$build/benchmarks/cuda_experts" qwen3 mixtral
 # Some tests provoke errors of the API on purpose.
 run memcheck 90 compute-sanitizer --tool memcheck --report-api-errors no "$build/tests/test_cuda" --quick
 run memcheck-experts 60 compute-sanitizer --tool memcheck "$build/tests/test_experts_cuda"
 run racecheck 90 compute-sanitizer --tool racecheck "$build/tests/test_cuda" --quick
-run moecheck 150 compute-sanitizer --tool memcheck "$build/tests/test_experts_cuda" --quick

@@ -13,6 +13,7 @@ from flexq.quantize.layers import shared_copy
 from test_gpu import unusable
 
 sys.path.append(str(Path(__file__).parents[1] / "python"))
+from architectures import ARCHITECTURES
 from test_calibrate import model_of, windows
 from test_fuse import IDS, MASK, needs_smollm2, random_model, smollm2
 
@@ -52,6 +53,32 @@ def test_compiled_with_a_static_cache():
     assert tokens(model) == expected
     assert tokens(model, cache_implementation="static", disable_compile=True) == expected
     assert tokens(model, cache_implementation="static") == expected  # compiled, CUDA graphs
+
+
+def mixture(kind: str, scheme: str):
+    model = next(a for a in ARCHITECTURES if a.kind == kind).model().float().eval()
+    return flexq.quantize_model(model, flexq.Plan(flexq.LayerConfig(scheme=scheme)))
+
+
+@pytest.mark.parametrize("scheme", ("group", "channel"))
+@pytest.mark.parametrize("kind", ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text"))
+def test_mixtures_of_experts_as_on_the_cpu(kind, scheme):
+    model = mixture(kind, scheme)
+    ids = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(ids).logits
+        assert (model.cuda()(ids.cuda()).logits.cpu() - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_a_mixture_of_experts_in_cuda_graphs():
+    """Compiled with a static cache, whatever the router chooses."""
+    model = mixture("qwen3_moe", "group").cuda()
+    ids = torch.randint(3, 250, (2, 10), generator=torch.Generator().manual_seed(0)).cuda()
+    options = {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None,
+    }  # fmt: skip
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
 
 
 def ties(model, mask: torch.Tensor, expected: list[list[int]], got: list[list[int]]) -> list[float]:
