@@ -152,17 +152,18 @@ def test_quantizes_experts_on_the_way(mixtures, tmp_path, kind, size, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("kind", "plan", "size", "by_expert"),
+    ("kind", "scheme", "size", "by_expert"),
     [
-        ("mixtral", "w6a8", 1, False),
-        ("qwen3_moe", "w6a8", 2, False),
-        ("mixtral", "w6a8-channel", 2, False),
-        ("qwen3_moe", "w6a8", 2, True),
+        ("mixtral", "group", 1, False),
+        ("qwen3_moe", "group", 2, False),
+        ("mixtral", "channel", 2, False),
+        ("qwen3_moe", "group", 2, True),
     ],
 )
-def test_serves_quantized_experts(mixtures, tmp_path, kind, plan, size, by_expert, monkeypatch):
+def test_serves_quantized_experts(mixtures, tmp_path, kind, scheme, size, by_expert, monkeypatch):
     """A checkpoint's experts: all here, each device a part of each, or each device some of them."""
     use_cores(size, monkeypatch)
+    plan = flexq.Plan(flexq.LayerConfig(scheme=scheme))
     flexq.quantize_checkpoint(mixtures[kind], tmp_path / "model", plan)
     llm = engine(tmp_path / "model", tensor_parallel_size=size, enable_expert_parallel=by_expert)
     try:
