@@ -1,17 +1,14 @@
 """`flexq.Linear`: a linear layer with 6-bit weights."""
 
-import threading
-
 import torch
 from torch import nn
 
 from flexq import ops
+from flexq.packed import PackedModule
 from flexq.plan import LayerConfig
 
-_prepacking = threading.Lock()
 
-
-class Linear(nn.Module):
+class Linear(PackedModule):
     """y = x W^T + b with a 6-bit W, its activations quantized to `config.act_bits` on the way in.
 
     One copy of the weight is resident. As built, or loaded by another library, it is canonical: buffers `qweight`
@@ -32,8 +29,6 @@ class Linear(nn.Module):
         dtype: of the bias, and of `weight`.
     """
 
-    is_flexq_layer = True  # one that a plan names; parts of merged layers are such too
-
     def __init__(
         self,
         in_features: int,
@@ -43,19 +38,7 @@ class Linear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.config = config or LayerConfig()
-        self.weight_dtype = dtype or torch.get_default_dtype()
-        # For one kind of device's kernels, and so never moved as it is. A buffer: it counts as memory of the model.
-        self.register_buffer("_packed", None, persistent=False)
-        self._packed_for: str | None = None
-        self._register_canonical(*self._empty_canonical(device))
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
-        else:
-            self.register_parameter("bias", None)
+        super().__init__((out_features,), in_features, bias, config or LayerConfig(), device, dtype)
 
     @classmethod
     def from_float(cls, linear: nn.Module, config: LayerConfig | None = None) -> "Linear":
@@ -83,65 +66,12 @@ class Linear(nn.Module):
             layer.prepack()
         return layer.train(like.training)
 
-    def _empty_canonical(self, device) -> tuple[torch.Tensor, torch.Tensor]:
-        groups = ops.num_groups(self.in_features)
-        scales = groups if self.config.scheme == "group" else 1
-        return (
-            torch.zeros((self.out_features, groups, 6, 16), dtype=torch.uint8, device=device),
-            torch.zeros((self.out_features, scales), dtype=torch.float16, device=device),
-        )
+    def _to_packed(self, planes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return ops.prepack(planes, scales, self.in_features, self.config.scheme, self.config.rotation)
 
-    def _register_canonical(self, planes: torch.Tensor | None, scales: torch.Tensor | None) -> None:
-        self.register_buffer("qweight", planes)
-        self.register_buffer("scales", scales)
-
-    @property
-    def is_prepacked(self) -> bool:
-        return self._packed is not None
-
-    def prepack(self) -> "Linear":
-        """Turn the canonical weight into its device's layout and free it. Nothing happens on the meta device.
-
-        Raises:
-            ValueError: a scale that is NaN, Inf or negative.
-        """
-        if self._packed is None and self.qweight.device.type != "meta":
-            with _prepacking:
-                if self._packed is None:
-                    self._prepack()
-        return self
-
-    def _prepack(self) -> None:
-        config, planes, scales = self.config, self.qweight, self.scales
-        ops.check_scales(scales)
-        packed = ops.prepack(planes, scales, self.in_features, config.scheme, config.rotation)
-        self._packed_for = packed.device.type
-        self._packed = packed
-        # Empty rather than none: others ask `qweight` where the layer is.
-        self._register_canonical(planes.new_empty(0), scales.new_empty(0))
-
-    def canonical(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Planes uint8 [N, G, 6, 16] and scales float16 [N, G] or [N, 1]."""
-        if self._packed is None:
-            return self.qweight, self.scales
-        self._require_own_device()
-        config = self.config
-        return ops.unprepack(self._packed, self.out_features, self.in_features, config.scheme, config.rotation)
-
-    def _require_own_device(self) -> None:
-        if self._packed.device.type != self._packed_for:
-            raise RuntimeError(
-                f"a weight that was prepacked for {self._packed_for} was moved to {self._packed.device} by other means "
-                "than `to`; offloading of quantized layers is not supported"
-            )
-
-    def _unprepack(self) -> bool:
-        """Back to canonical buffers; whether there was anything to do."""
-        if self._packed is None:
-            return False
-        self._register_canonical(*self.canonical())
-        self._packed = None
-        return True
+    def _to_canonical(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        return ops.unprepack(packed, self.out_features, self.in_features, c.scheme, c.rotation)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in floating point."""
@@ -168,27 +98,6 @@ class Linear(nn.Module):
         anything else dequantizes it. Cannot be written to."""
         return DequantizedWeight(self)
 
-    @property
-    def num_weights(self) -> int:
-        return self.out_features * self.in_features
-
-    @property
-    def device(self) -> torch.device:
-        return self.qweight.device
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the resident weight, scales included."""
-        tensors = (self.qweight, self.scales) if self._packed is None else (self._packed,)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the canonical weight, as a checkpoint holds it."""
-        groups = ops.num_groups(self.in_features)
-        scales = groups if self.config.scheme == "group" else 1
-        return self.out_features * (groups * 96 + scales * 2)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N], of x's dtype."""
         if x.shape[-1] != self.in_features:
@@ -205,58 +114,6 @@ class Linear(nn.Module):
         if self._packed.device.type != self._packed_for:
             self._require_own_device()
         return torch.ops.flexq.linear(x, self._packed, self.bias, self.out_features, c.act_bits, c.scheme, c.rotation)
-
-    def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"W{c.weight_bits}A{c.act_bits}, scheme={c.scheme}, rotation={c.rotation}"
-        )
-
-    # ---- state_dict, devices, pickle: always through the canonical form ----
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._packed is not None:
-            destination[prefix + "qweight"], destination[prefix + "scales"] = self.canonical()
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        given = {name: state_dict.get(prefix + name) for name in ("qweight", "scales")}
-        if self._packed is not None and any(t is not None for t in given.values()):
-            self._unprepack()
-        elif self._packed is not None:
-            missing += [prefix + name for name in given] if strict else []
-        for name, tensor in given.items():
-            own = getattr(self, name)
-            if tensor is not None and own is not None and tensor.dtype != own.dtype:
-                errors.append(f"{prefix}{name} must be {own.dtype}, got {tensor.dtype}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        self.prepack()
-
-    def _apply(self, fn, recurse=True):
-        packed = self._unprepack()
-        scales = self.scales
-        super()._apply(fn, recurse)
-        # `.half()`, `.to(dtype)` and the like change the bias, never the scales, which are part of the format.
-        if self.scales.dtype != torch.float16:
-            self.scales = scales.to(self.scales.device)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        return self.prepack() if packed else self
-
-    def __getstate__(self):
-        state = self.__dict__.copy()
-        if self._packed is not None:
-            qweight, scales = self.canonical()
-            state["_buffers"] = {**self._buffers, "qweight": qweight, "scales": scales, "_packed": None}
-            state["_was_prepacked"] = True
-        return state
-
-    def __setstate__(self, state):
-        prepacked = state.pop("_was_prepacked", False)
-        super().__setstate__(state)
-        if prepacked:
-            self.prepack()
 
 
 class _StraightThrough(torch.autograd.Function):
