@@ -461,3 +461,55 @@ def test_experts_over_many_shards(tmp_path):
     flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk")
     loaded = flexq.load_model(tmp_path / "disk")
     assert torch.equal(answer(KINDS["qwen3_moe"], loaded), answer(KINDS["qwen3_moe"], flexq.quantize_model(model)))
+
+
+def test_experts_that_transformers_transposes(tmp_path):
+    """Qwen3-VL-MoE's files have some of them transposed; those of a quantized checkpoint are what they are."""
+    text = {
+        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32,
+        "num_key_value_heads": 2, "vocab_size": 256, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96, "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 128, "depth": 2, "num_heads": 2, "out_hidden_size": 128,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(
+        "qwen3_vl_moe", text_config=text, vision_config=vision, image_token_id=250, video_token_id=251,
+        vision_start_token_id=252, vision_end_token_id=253,
+    )  # fmt: skip
+    auto = transformers.AutoModelForImageTextToText
+    torch.manual_seed(0)
+    auto.from_config(config).save_pretrained(tmp_path / "float")
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk")
+    loaded = auto.from_pretrained(tmp_path / "float", quantization_config=flexq.FlexQConfig()).eval()
+    loaded.save_pretrained(tmp_path / "saved")
+    ids = torch.arange(3, 43).unsqueeze(0)
+    with torch.no_grad():
+        expected = loaded(input_ids=ids).logits
+        for folder in ("disk", "saved"):
+            again = auto.from_pretrained(tmp_path / folder).eval()
+            assert torch.equal(again(input_ids=ids).logits, expected), folder
+        reference = flexq.quantize_model(auto.from_pretrained(tmp_path / "float").eval())
+        assert torch.equal(reference(input_ids=ids).logits, expected)
+    assert len(experts_in(loaded)) == 2
+
+
+def test_the_mlp_of_a_shared_expert_is_no_router():
+    """Though it has as many features as there are experts."""
+    config = transformers.AutoConfig.for_model(
+        "qwen2_moe", vocab_size=256, hidden_size=128, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=64,
+        shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    names = found.routers_of(transformers.AutoModelForCausalLM.from_config(config))
+    assert not any("shared_expert." in name for name in names)
+    assert "model.layers.0.mlp.shared_expert_gate" in names
+
+
+def test_quantized_in_memory_as_loaded(tmp_path):
+    """Code of some models (Jamba) asks whether the model is quantized."""
+    model = flexq.quantize_model(model_of())
+    flexq.save_model(model, tmp_path)
+    assert model.config._is_quantized
+    assert "_is_quantized" not in (tmp_path / "config.json").read_text()

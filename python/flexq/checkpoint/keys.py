@@ -114,13 +114,21 @@ def keep_experts_whole(model) -> None:
     model._weight_conversions = [_whole_names_only(c) for c in conversions]
 
 
-def _whole_names_only(conversion):
-    targets = conversion._original_target_patterns
-    if not any("experts" in t and t.endswith(PROJECTIONS) for t in targets):
+def read_experts_whole(conversions: list) -> list:
+    """The same when a checkpoint is loaded whose experts are quantized: what transformers does to
+    `experts.gate_up_proj` (Qwen3-VL-MoE's is transposed) is not for the tensors below that name."""
+    return [_whole_names_only(c, on_load=True) for c in conversions]
+
+
+def _whole_names_only(conversion, on_load: bool = False):
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    read = sources if on_load else targets  # what names are compared with
+    if not any("experts" in p and p.endswith(PROJECTIONS) for p in read):
         return conversion
-    ended = [t + _ENDS if t.endswith(PROJECTIONS) else t for t in targets]
+    ended = [p + _ENDS if p.endswith(PROJECTIONS) else p for p in read]
     settings = {n: getattr(conversion, n) for n in ("operations", "force_cpu") if hasattr(conversion, n)}
-    whole = type(conversion)(list(conversion._original_source_patterns), ended, **settings)
+    patterns = (ended, list(targets)) if on_load else (list(sources), ended)
+    whole = type(conversion)(*patterns, **settings)
     for name in ("scope_prefix", "base_model_prefix"):  # of later versions
         if hasattr(conversion, name):
             setattr(whole, name, getattr(conversion, name))

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
-from flexq.checkpoint.keys import compare, keep_experts_whole, shapes_of
+from flexq.checkpoint.keys import compare, keep_experts_whole, read_experts_whole, shapes_of
 from flexq.checkpoint.layers import FORMAT_VERSION, insert_layers, plan_of_settings, settings_of
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
@@ -102,6 +102,11 @@ class FlexQHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: FlexQConfig
+
+    def update_weight_conversions(self, weight_conversions, *model):  # with the model in later versions
+        if self.pre_quantized:
+            weight_conversions = read_experts_whole(weight_conversions)
+        return super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config

@@ -315,9 +315,19 @@ def routers_of(model: nn.Module) -> set[str]:
         for child, linear in model.get_submodule(parent).named_modules():
             full = f"{parent}.{child}" if parent else child
             inside = full == name or full.startswith(f"{name}.")
-            if not inside and getattr(linear, "out_features", None) in (count, *beside):
+            if inside or _is_part_of_an_mlp(model, full, parent):
+                continue
+            if getattr(linear, "out_features", None) in (count, *beside):
                 names.add(full)
     return names
+
+
+def _is_part_of_an_mlp(model: nn.Module, name: str, parent: str) -> bool:
+    """Whether a layer has others beside it in a module of its own, as those of a shared expert do."""
+    container = name.rpartition(".")[0]
+    if container == parent:
+        return False
+    return sum(hasattr(m, "out_features") for m in model.get_submodule(container).children()) > 1
 
 
 def _experts_count(module: nn.Module) -> tuple[int, tuple[int, ...]]:

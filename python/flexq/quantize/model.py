@@ -86,6 +86,8 @@ def finish_quantized(model: nn.Module, plan: Plan, **produced_by: Any) -> nn.Mod
         untie_lm_head(model)
     model.flexq_plan = record_plan(model, plan)
     model.flexq_plan.produced_by.update(produced_by)
+    if hasattr(model, "config"):
+        model.config._is_quantized = True  # as transformers marks what it loads: code of some models (Jamba) asks
     for tell in on_quantized:
         tell(model, model.flexq_plan)
     warning = coverage(model).warning
