@@ -203,11 +203,10 @@ class CheckpointExpertsMethod(_ExpertsMethod):
                 "tensors, or vLLM's class of this model reads experts one by one; serve the floating point model with "
                 "--quantization flexq"
             )
-        canonical = []
-        for projection in ("gate_up", "down"):
-            planes, scales = (getattr(layer, _parameter(projection, name)).data for name in ("qweight", "scales"))
-            ops.check_scales(scales.flatten(0, 1))
-            canonical.append((planes, scales))
+        canonical = [
+            tuple(getattr(layer, _parameter(projection, tensor)).data for tensor in ("qweight", "scales"))
+            for projection in ("gate_up", "down")
+        ]
         biases = [getattr(layer, _parameter(projection, "bias"), None) for projection in ("gate_up", "down")]
         self._finish(
             layer,
