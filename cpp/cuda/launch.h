@@ -7,6 +7,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -46,6 +47,9 @@ struct Launch {
   // pipeline with them at once. What writes weights (prepack, copies) is launched without this.
   bool overlapped = false;
   unsigned cluster = 1;  // CTAs along x (sm_90)
+  // Wants an SM's memory divided as for the most shared memory: kernels that are to run side by side must agree on
+  // that, since an SM divides it anew only when it is idle.
+  bool most_shared = false;
 };
 
 // Where an SM's even share is fewer CTAs than the `most` that fit, early CTAs would crowd the SMs that have room first.
@@ -73,11 +77,24 @@ void allow_shared(void (*kernel)(Params...), size_t bytes) {
   most = wanted;
 }
 
+template <typename... Params>
+void prefer_shared(void (*kernel)(Params...)) {
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  const std::lock_guard lock(mutex);
+  if (!done.insert({reinterpret_cast<const void*>(kernel), device}).second) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "shared memory's share");
+}
+
 // The configuration, which points into `attributes`; also raises the limits that the kernel needs.
 template <typename... Params>
 cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
   constexpr unsigned kPortableCluster = 8;
   if (how.shared_bytes > 0) allow_shared(kernel, how.shared_bytes);
+  if (how.most_shared) prefer_shared(kernel);
   if (how.cluster > kPortableCluster) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
   }

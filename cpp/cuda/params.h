@@ -18,6 +18,7 @@ struct LinearParams {
   int64_t ldy;
   bool y_vectors;  // 16-byte stores to rows of y are aligned
   int64_t n, m;
+  bool read_once;  // weights: they leave L2 first
 };
 
 inline LinearParams linear_params(const GemmArgs& args) {
@@ -37,6 +38,7 @@ inline LinearParams linear_params(const GemmArgs& args) {
       .y_vectors = reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.ldy * element % 16 == 0,
       .n = args.desc.n,
       .m = args.act.m,
+      .read_once = false,
   };
 }
 

@@ -117,11 +117,11 @@ struct DeviceRouted {
     const DeviceArray<int32_t> narrow_ids(std::vector<int32_t>(ids.begin(), ids.end())), device_map(map);
     const auto run = [&] {
       kernels::route(handle_of(gpu), device,
-                     {.ids = wide ? static_cast<const void*>(wide_ids.data()) : narrow_ids.data(),
-                      .ids_type = wide ? FLEXQ_I64 : FLEXQ_I32,
-                      .expert_map = map.empty() ? nullptr : device_map.data(),
-                      .map_size = static_cast<int64_t>(map.size()),
-                      .experts = experts,
+                     {.ids = {.ids = wide ? static_cast<const void*>(wide_ids.data()) : narrow_ids.data(),
+                              .wide = wide,
+                              .map = map.empty() ? nullptr : device_map.data(),
+                              .known = map.empty() ? experts : static_cast<int64_t>(map.size()),
+                              .experts = static_cast<int>(experts)},
                       .pairs = static_cast<int64_t>(ids.size()),
                       .tile_tokens = tile,
                       .max_tiles = static_cast<int64_t>(tiles.size()),
@@ -524,7 +524,8 @@ void test_gemms(const Gpu& gpu, const Device& device) {
                      y.data() + kGuard, dtype, n, nullptr},
             .table = {routed.num_tiles.data(), routed.tiles.data(), tile, stride,
                       n * static_cast<int64_t>(sizeof(float))},
-            .max_tiles = max_tiles};
+            .max_tiles = max_tiles,
+            .read_once = true};
         (plan.family == GemmPlan::kMma ? kernels::gemm_mma : kernels::gemm_wgmma)(handle_of(gpu), device, args, plan);
         cuda_check(cudaStreamSynchronize(handle_of(gpu)));
         const std::vector<uint8_t> all = y.host();
@@ -834,6 +835,29 @@ void test_layers(const Gpu& gpu, bool quick) {
   }
 }
 
+// Tokens that are not sorted: a token's pairs and groups are any number of steps for a warp, up to all that there may
+// be.
+void test_few_tokens(const Gpu& gpu) {
+  std::mt19937 rng(12);
+  for (const auto& [experts, hidden, intermediate, top_k] :
+       {std::tuple{16, 300, 768, 8}, {5, 140, 2900, 4}, {2, 2000, 12200, 1}, {40, 72, 100, 32}, {40, 72, 100, 33}}) {
+    for (const int round : {0, 1, 2, 3}) {
+      flexq_experts_desc desc = desc_of(experts, hidden, intermediate);
+      set_formats(desc, round);
+      const Experts layer(gpu, desc, rng);
+      for (const int64_t m : {1, 2, 4, 5}) {
+        const auto dtype = static_cast<flexq_dtype>((m + round) % 3);
+        now("few tokens, %d experts, H %d, I %d, formats %d, %lld tokens, top %d, dtype %d", experts, hidden,
+            intermediate, round, static_cast<long long>(m), top_k, dtype);
+        Call c = random_call(m, top_k, hidden, experts, dtype, rng() % 2 ? 3 : 0, rng);
+        c.bias = round % 2;
+        c.on_input = m == 2;
+        check_layer(gpu, layer, c);
+      }
+    }
+  }
+}
+
 // Each kernel for both projections.
 void test_kernels(const Gpu& gpu, const Device& device) {
   std::mt19937 rng(7);
@@ -869,7 +893,7 @@ void test_kernels(const Gpu& gpu, const Device& device) {
 void test_not_here(const Gpu& gpu) {
   std::mt19937 rng(8);
   const Experts layer(gpu, desc_of(3, 100, 96), rng);
-  for (const int64_t m : {1, 20}) {
+  for (const int64_t m : {1, 4, 20}) {
     Call c = random_call(m, 2, 100, 6, FLEXQ_F32, 0, rng);
     c.map = {-1, 2, -1, 0, 1, -1};
     c.bias = true;
@@ -898,7 +922,7 @@ void test_not_here(const Gpu& gpu) {
 void test_graph(const Gpu& gpu) {
   std::mt19937 rng(9);
   const cudaStream_t handle = handle_of(gpu);
-  for (const int64_t m : {1, 5, 64, 300}) {
+  for (const int64_t m : {1, 4, 5, 64, 300}) {
     const Experts layer(gpu, desc_of(16, 576, 200), rng);
     Call c = random_call(m, 4, 576, 16, FLEXQ_BF16, 0, rng);
     DeviceCall call(gpu, layer, c);
@@ -932,7 +956,7 @@ void test_graph(const Gpu& gpu) {
 void test_not_finite(const Gpu& gpu) {
   std::mt19937 rng(10);
   for (const int round : {0, 1, 2, 3}) {
-    for (const int64_t m : {5, 200}) {
+    for (const int64_t m : {4, 5, 200}) {
       now("not finite, formats %d, %lld tokens", round, static_cast<long long>(m));
       flexq_experts_desc desc = desc_of(3, 100, 96);
       set_formats(desc, round);
@@ -986,17 +1010,12 @@ int main(int argc, char** argv) {
   const Gpu gpu(stream);
   const Device device = device_for(gpu);
   const std::pair<const char*, std::function<void()>> tests[] = {
-      {"route", [&] { test_route(gpu, device); }},
-      {"inputs", [&] { test_inputs(gpu, device); }},
-      {"hidden", [&] { test_hidden(gpu, device); }},
-      {"gemms", [&] { test_gemms(gpu, device); }},
-      {"combine", [&] { test_combine(gpu, device); }},
-      {"layers", [&] { test_layers(gpu, quick); }},
-      {"kernels", [&] { test_kernels(gpu, device); }},
-      {"not here", [&] { test_not_here(gpu); }},
-      {"graph", [&] { test_graph(gpu); }},
-      {"not finite", [&] { test_not_finite(gpu); }},
-      {"many tokens", [&] { test_many_tokens(gpu); }},
+      {"route", [&] { test_route(gpu, device); }},     {"inputs", [&] { test_inputs(gpu, device); }},
+      {"hidden", [&] { test_hidden(gpu, device); }},   {"gemms", [&] { test_gemms(gpu, device); }},
+      {"combine", [&] { test_combine(gpu, device); }}, {"layers", [&] { test_layers(gpu, quick); }},
+      {"few tokens", [&] { test_few_tokens(gpu); }},   {"kernels", [&] { test_kernels(gpu, device); }},
+      {"not here", [&] { test_not_here(gpu); }},       {"graph", [&] { test_graph(gpu); }},
+      {"not finite", [&] { test_not_finite(gpu); }},   {"many tokens", [&] { test_many_tokens(gpu); }},
       {"refuses", [&] { test_refuses(gpu); }},
   };
   for (const auto& [name, test] : tests) {

@@ -149,6 +149,38 @@ const uint8_t* at_element(const void* p, int64_t index, size_t element) {
   return static_cast<const uint8_t*>(p) + static_cast<size_t>(index) * element;
 }
 
+Ids ids_from(const flexq_experts_desc& desc, const flexq_routing& routing, int64_t first_pair) {
+  const bool wide = routing.ids_type == FLEXQ_I64, mapped = routing.expert_map != nullptr;
+  return {at_element(routing.ids, first_pair, wide ? 8 : 4), wide, routing.expert_map,
+          mapped ? routing.map_size : desc.experts, static_cast<int>(desc.experts)};
+}
+
+GemmArgs gemm_args(const ExpertsCall& call, flexq_projection projection, const flexq_activation_desc& act,
+                   const void* quantized, void* y, flexq_dtype y_dtype) {
+  const flexq_weight_desc weight = weight_of_expert(call.desc, projection);
+  const bool up = projection == FLEXQ_GATE_UP;
+  return {weight,
+          up ? call.gate_up : call.down,
+          act,
+          quantized,
+          up ? call.gate_up_bias : call.down_bias,
+          call.bias_dtype,
+          y,
+          y_dtype,
+          weight.n,
+          nullptr};
+}
+
+ExpertTable table_of(const ExpertsCall& call, flexq_projection projection, const std::array<int64_t, 2>& strides) {
+  const int64_t n = weight_of_expert(call.desc, projection).n;
+  ExpertTable table{};
+  table.weight_stride = strides[static_cast<size_t>(projection)];
+  table.bias_stride = n * static_cast<int64_t>(dtype_size(call.bias_dtype));
+  return table;
+}
+
+// ---- Many tokens: pairs are sorted by expert ----
+
 struct Batch {
   const Device& device;
   cudaStream_t stream;
@@ -171,11 +203,7 @@ struct Batch {
     const void* of_outputs = routing.weights_on_input ? nullptr : weights;
 
     route(stream, device,
-          {.ids = at_element(routing.ids, first_pair, routing.ids_type == FLEXQ_I64 ? 8 : 4),
-           .ids_type = routing.ids_type,
-           .expert_map = routing.expert_map,
-           .map_size = routing.map_size,
-           .experts = desc.experts,
+          {.ids = ids_from(desc, routing, first_pair),
            .pairs = pairs,
            .tile_tokens = plan.tile_tokens,
            .max_tiles = at.max_tiles,
@@ -191,8 +219,7 @@ struct Batch {
                      .places = routed.places,
                      .weights = of_inputs,
                      .weights_dtype = routing.weights_dtype});
-    gemm(FLEXQ_GATE_UP, at, routed, call.gate_up, workspace + at.inputs, call.gate_up_bias, workspace + at.gate_up,
-         call.x_dtype);
+    gemm(FLEXQ_GATE_UP, at, routed, workspace + at.inputs, workspace + at.gate_up, call.x_dtype);
     quantize_hidden(stream, device,
                     {.desc = desc,
                      .act = at.act[FLEXQ_DOWN],
@@ -201,7 +228,7 @@ struct Batch {
                      .dtype = call.x_dtype,
                      .pairs = pairs,
                      .places = routed.places});
-    gemm(FLEXQ_DOWN, at, routed, call.down, workspace + at.hidden, call.down_bias, workspace + at.products, FLEXQ_F32);
+    gemm(FLEXQ_DOWN, at, routed, workspace + at.hidden, workspace + at.products, FLEXQ_F32);
     combine(stream, device,
             {.tokens = tokens,
              .top_k = routing.top_k,
@@ -216,24 +243,86 @@ struct Batch {
   }
 
  private:
-  void gemm(flexq_projection projection, const Workspace& at, const Routed& routed, const void* prepacked,
-            const void* quantized, const void* bias, void* y, flexq_dtype y_dtype) const {
-    const flexq_weight_desc weight = weight_of_expert(call.desc, projection);
-    const ExpertsGemmArgs args{
-        .gemm = {weight, prepacked, at.act[projection], quantized, bias, call.bias_dtype, y, y_dtype, weight.n,
-                 nullptr},
-        .table = {routed.num_tiles, routed.tiles, plan.tile_tokens, weight_strides[static_cast<size_t>(projection)],
-                  weight.n * static_cast<int64_t>(dtype_size(call.bias_dtype))},
-        .max_tiles = at.max_tiles};
+  void gemm(flexq_projection projection, const Workspace& at, const Routed& routed, const void* quantized, void* y,
+            flexq_dtype y_dtype) const {
+    ExpertsGemmArgs args{gemm_args(call, projection, at.act[projection], quantized, y, y_dtype),
+                         table_of(call, projection, weight_strides), at.max_tiles,
+                         tokens * call.routing.top_k <= plan.tile_tokens * call.desc.experts};
+    args.table.num_tiles = routed.num_tiles;
+    args.table.tiles = routed.tiles;
+    args.table.tile_tokens = plan.tile_tokens;
     const GemmPlan& chosen = plan.gemms[projection];
     (chosen.family == GemmPlan::kMma ? gemm_mma : gemm_wgmma)(stream, device, args, chosen);
   }
+};
+
+// ---- Few tokens: every pair reads its expert's weights ----
+
+// Two pairs of one expert both read it. Where pairs are few beside experts such are rare, and sorting takes longer.
+constexpr int64_t kDirectTokens = 4, kExpertsPerPair = 4;
+
+struct Direct {
+  Direct(const flexq_experts_desc& desc, int64_t pairs, flexq_dtype x_dtype)
+      : act(activation_of_expert(desc, FLEXQ_DOWN, pairs * kTokenTile)), gate_up(ActivationLayout(act).size) {
+    size = gate_up + align_up(static_cast<size_t>(pairs * 2 * desc.intermediate) * dtype_size(x_dtype));
+  }
+
+  static bool fits(const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m, int64_t top_k) {
+    const bool few = m == 1 || (m <= kDirectTokens && m * top_k * kExpertsPerPair <= desc.experts);
+    return few && stream.kernel == nullptr && has_direct(desc, top_k);
+  }
+
+  void run(cudaStream_t stream, const Device& device, const ExpertsCall& call,
+           const std::array<int64_t, 2>& weight_strides) const {
+    const flexq_routing& routing = call.routing;
+    auto* workspace = static_cast<uint8_t*>(call.workspace);
+    const bool on_input = routing.weights_on_input;
+    DirectArgs args{.desc = call.desc,
+                    .ids = ids_from(call.desc, routing, 0),
+                    .tokens = routing.m,
+                    .top_k = routing.top_k,
+                    .x = call.x,
+                    .x_dtype = call.x_dtype,
+                    .ldx = call.ldx,
+                    .prepacked = call.gate_up,
+                    .weight_stride = weight_strides[FLEXQ_GATE_UP],
+                    .bias = call.gate_up_bias,
+                    .bias_dtype = call.bias_dtype,
+                    .weights = on_input ? routing.weights : nullptr,
+                    .weights_dtype = routing.weights_dtype,
+                    .y = workspace + gate_up,
+                    .y_dtype = call.x_dtype,
+                    .ldy = 2 * call.desc.intermediate};
+    direct_gate_up(stream, device, args);
+    quantize_hidden(stream, device,
+                    {.desc = call.desc,
+                     .act = act,
+                     .quantized = workspace,
+                     .u = workspace + gate_up,
+                     .dtype = call.x_dtype,
+                     .pairs = routing.m * routing.top_k,
+                     .places = nullptr});
+    args.x = workspace;
+    args.prepacked = call.down;
+    args.weight_stride = weight_strides[FLEXQ_DOWN];
+    args.bias = call.down_bias;
+    args.weights = on_input ? nullptr : routing.weights;
+    args.y = call.y;
+    args.y_dtype = call.y_dtype;
+    args.ldy = call.ldy;
+    direct_down(stream, device, args);
+  }
+
+  flexq_activation_desc act;  // h, quantized: a tile for each pair
+  size_t gate_up;             // behind it, [pairs][2I]
+  size_t size;
 };
 
 }  // namespace
 
 size_t workspace_size(const Device& device, const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m,
                       int64_t top_k, flexq_dtype x_dtype) {
+  if (Direct::fits(stream, desc, m, top_k)) return Direct(desc, m * top_k, x_dtype).size;
   const int64_t pairs = tokens_at_once(m, top_k) * top_k;
   return Workspace(desc, plan_of(device, stream, desc, pairs), pairs, x_dtype).size;
 }
@@ -241,6 +330,10 @@ size_t workspace_size(const Device& device, const flexq_stream& stream, const fl
 void forward(const Device& device, const flexq_stream& stream, const ExpertsCall& call,
              const std::array<int64_t, 2>& weight_strides) {
   const flexq_routing& routing = call.routing;
+  if (Direct::fits(stream, call.desc, routing.m, routing.top_k)) {
+    return Direct(call.desc, routing.m * routing.top_k, call.x_dtype)
+        .run(static_cast<cudaStream_t>(stream.handle), device, call, weight_strides);
+  }
   const int64_t batch = tokens_at_once(routing.m, routing.top_k);
   const Plan plan = plan_of(device, stream, call.desc, batch * routing.top_k);
   for (int64_t first = 0; first < routing.m; first += batch) {

@@ -78,6 +78,7 @@ void gemm_mma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& 
   params.steps = static_cast<int>(ceil_div(groups, c.warps_k));
   params.token_tiles = ActivationLayout(args.gemm.act).tiles;
   params.table = args.table;
+  params.read_once = args.read_once;
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   const int64_t row_tiles = ceil_div(params.row_blocks, c.warps_n * plan.blocks);
   Launch how{.grid = checked_grid("experts_mma", row_tiles, 1, args.max_tiles),

@@ -97,6 +97,7 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs
   params.clocks_per_stage = static_cast<int>(c.weight_bytes() * static_cast<double>(how.grid.x) /
                                              device.dram_bytes_per_us * device.clocks_per_us);
   params.table = args.table;
+  params.read_once = args.read_once;
   launch(stream, "experts_wgmma", kernel, how, params);
 }
 

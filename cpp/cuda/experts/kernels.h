@@ -10,18 +10,16 @@ namespace flexq::cuda::experts {
 constexpr int64_t kMaxExperts = 8192;
 
 struct RouteArgs {
-  const void* ids;  // [pairs]
-  flexq_index_type ids_type;
-  const int32_t* expert_map;  // or null
-  int64_t map_size;
-  int64_t experts, pairs;
+  Ids ids;
+  int64_t pairs;
   int tile_tokens;
   int64_t max_tiles;
   Routed to;
 };
 void route(cudaStream_t stream, const Device& device, const RouteArgs& args);
 
-// Quantizes tokens of x, each to the places of its pairs. `act` is that of all places.
+// Quantizes tokens of x, each to the places of its pairs. `act` is that of all places.Without places pair i is the
+// first token of tile i.
 struct InputsArgs {
   flexq_activation_desc act;
   void* quantized;
@@ -39,6 +37,7 @@ struct ExpertsGemmArgs {
   GemmArgs gemm;  // of expert 0 and all places
   ExpertTable table;
   int64_t max_tiles;
+  bool read_once;  // most experts have a single tile
 };
 void gemm_mma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan);
 void gemm_wgmma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan);
@@ -54,7 +53,7 @@ struct HiddenArgs {
   const void* u;  // [pairs][2I] of `dtype`
   flexq_dtype dtype;
   int64_t pairs;
-  const Place* places;
+  const Place* places;  // null: pair i is the first token of tile i
 };
 void quantize_hidden(cudaStream_t stream, const Device& device, const HiddenArgs& args);
 
@@ -70,5 +69,34 @@ struct CombineArgs {
   int64_t ldy;
 };
 void combine(cudaStream_t stream, const Device& device, const CombineArgs& args);
+
+// The GEMMs of few tokens, whose pairs are not sorted. `x` is [tokens][ldx] of x_dtype to gate_up, which quantizes it;
+// to down it is quantized h, pair i being the first token of tile i, and y is the sum over a token's pairs.
+struct DirectArgs {
+  flexq_experts_desc desc;
+  Ids ids;
+  int64_t tokens, top_k;
+  const void* x;
+  flexq_dtype x_dtype;
+  int64_t ldx;
+  const void* prepacked;
+  int64_t weight_stride;
+  const void* bias;  // [experts][n], or null
+  flexq_dtype bias_dtype;
+  const void* weights;  // [tokens][top_k], by which gate_up multiplies x and down products; or null
+  flexq_dtype weights_dtype;
+  void* y;  // gate_up's [pairs][ldy], down's [tokens][ldy]
+  flexq_dtype y_dtype;
+  int64_t ldy;
+};
+void direct_gate_up(cudaStream_t stream, const Device& device, const DirectArgs& args);
+void direct_down(cudaStream_t stream, const Device& device, const DirectArgs& args);
+// Whether a token's pairs are few and short enough for them.
+bool has_direct(const flexq_experts_desc& desc, int64_t top_k);
+
+// 16-byte accesses to all rows are aligned.
+inline bool rows_are_vectors(const void* rows, int64_t ld, flexq_dtype dtype) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && ld * (dtype == FLEXQ_F32 ? 4 : 2) % 16 == 0;
+}
 
 }  // namespace flexq::cuda::experts

@@ -11,6 +11,15 @@
 
 namespace flexq::cuda::experts {
 
+// Which expert each pair is for, as the router says it.
+struct Ids {
+  const void* ids;     // [pairs]
+  bool wide;           // int64, else int32
+  const int32_t* map;  // from ids to the experts that are here, or null
+  int64_t known;       // ids
+  int experts;         // here
+};
+
 // Of a pair: its place among the padded activations, and its row of outputs. Both are -1 if its expert is not here.
 struct Place {
   int32_t act, row;

@@ -1,9 +1,9 @@
 // Quantizers between the steps of a mixture-of-experts layer: of tokens, each to the places of all its pairs, and of
 // what is between the two GEMMs.
 #include <algorithm>
-#include <cmath>
 
 #include "cuda/elements.cuh"
+#include "cuda/experts/hidden.cuh"
 #include "cuda/experts/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/quantize/group_part.cuh"
@@ -11,24 +11,18 @@
 namespace flexq::cuda::experts {
 namespace {
 
-using quantize::Part;
-using quantize::rounded;
 using quantize::Scale;
-using quantize::Vector;
 
 constexpr int kGroupWarps = 8;      // of a CTA, each with a group
 constexpr int kMaxTokenWarps = 16;  // of a CTA that has a whole row
-constexpr int kKept = 8;            // groups that a warp keeps in registers until the row's scale is known
+constexpr int kKept = 128;          // groups of a row that stay in shared memory until its scale is known
 constexpr int kLanes = 32;
-using Lane = Part<kLanes>;
-using Values = float[Lane::kValues];
 
-// A source is what is quantized: `begin` has what is known of an item before the kernel ahead has finished. kEarly:
+// A source is what is quantized: `begin` has what is known of an item before the kernel ahead has finished. early():
 // that is all but the places.
 
 // Rows of x: a token's codes go to all its pairs.
 struct Tokens {
-  static constexpr bool kEarly = true;
   using Item = int64_t;  // token
 
   const void* x;
@@ -38,6 +32,8 @@ struct Tokens {
   const void* weights;  // or null
   flexq_dtype weights_dtype;
 
+  __device__ bool early() const { return true; }  // the kernel that sorts has waited for x
+  __device__ bool ids_only() const { return false; }
   __device__ Item begin(int64_t token) const { return token; }
   __device__ bool exists(Item) const { return true; }
 
@@ -46,91 +42,50 @@ struct Tokens {
     part.load<T>(p, x, ldx, token, group, v);
   }
 
-  // use(place, what the scale is multiplied by)
+  // use(place, what the scale is multiplied by), by all lanes of a warp
   template <typename Use>
   __device__ void for_each_place(Item token, const Use& use) const {
-    for (int j = 0; j < top_k; ++j) {
-      const int64_t pair = token * top_k + j;
-      const int place = places[pair].act;
-      if (place >= 0) use(place, weights == nullptr ? 1.0f : load_float(weights, weights_dtype, pair));
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    for (int first = 0; first < top_k; first += 32) {
+      const int count = min(top_k - first, 32);
+      int64_t place = -1;  // of a lane's pair
+      float factor = 1.0f;
+      if (lane < count) {
+        const int64_t pair = token * top_k + first + lane;
+        place = places[pair].act;
+        if (weights != nullptr) factor = load_float(weights, weights_dtype, pair);
+      }
+      for (int i = 0; i < count; ++i) {
+        const int64_t to = __shfl_sync(~0u, place, i);
+        const float times = __shfl_sync(~0u, factor, i);
+        if (to >= 0) use(to, times);
+      }
     }
   }
 };
 
 // h of pairs, from their rows of gate and up values.
 struct Hidden {
-  static constexpr bool kEarly = false;
   using Item = Place;
 
-  const void* u;
-  int64_t intermediate;
-  const Place* places;
-  flexq_gate_function function;
-  bool interleaved;
-  float alpha, limit, up_offset;
+  HiddenRows rows;
+  const Place* places;  // null: every pair has a tile of its own
 
-  __device__ Item begin(int64_t pair) const { return places[pair]; }
+  __device__ bool early() const { return false; }
+  __device__ bool ids_only() const { return places == nullptr; }
+  __device__ Item begin(int64_t pair) const {
+    return places == nullptr ? Place{static_cast<int>(pair * kTokenTile), static_cast<int>(pair)} : places[pair];
+  }
   __device__ bool exists(Item place) const { return place.row >= 0; }
 
   template <typename T>
   __device__ void load(const quantize::Params& p, const Lane& part, Item place, int64_t group, Values& v) const {
-    const T* row = static_cast<const T*>(u) + place.row * 2 * intermediate;
-    Values up;
-    if (interleaved) {
-      load_interleaved(p, row, group * kGroup + part.k(0), v, up);
-    } else {
-      part.load<T>(p, row, 0, 0, group, v);
-      part.load<T>(p, row + intermediate, 0, 0, group, up);
-    }
-#pragma unroll
-    for (int i = 0; i < Lane::kValues; ++i) {
-      const bool there = group * kGroup + part.k(0) + i < intermediate;
-      v[i] = there ? rounded<T>(rounded<T>(gate(v[i])) * rounded<T>(clamped(up[i]) + up_offset)) : 0.0f;
-    }
+    rows.compute<T>(part, rows.load_stored<T>(p, part, place.row, group), group, v);
   }
 
   template <typename Use>
   __device__ void for_each_place(Item place, const Use& use) const {
     use(place.act, 1.0f);
-  }
-
- private:
-  static_assert(Lane::kVectors == 1, "a lane's values are neighbours");
-
-  template <typename T>
-  __device__ void load_interleaved(const quantize::Params& p, const T* row, int64_t at, Values& gates,
-                                   Values& ups) const {
-    constexpr int kCount = 2 * Lane::kValues;
-    Vector<T, kCount> both;
-    if (p.vectors && at + Lane::kValues <= intermediate) {
-      both = *reinterpret_cast<const Vector<T, kCount>*>(row + 2 * at);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        both.value[i] = 2 * at + i < 2 * intermediate ? row[2 * at + i] : quantize::from_float<T>(0.0f);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < Lane::kValues; ++i) {
-      gates[i] = quantize::to_float(both.value[2 * i]);
-      ups[i] = quantize::to_float(both.value[2 * i + 1]);
-    }
-  }
-
-  // Comparisons that NaN fails, so that it stays.
-  __device__ float clamped(float up) const { return up < -limit ? -limit : limit < up ? limit : up; }
-
-  __device__ float gate(float g) const {
-    constexpr float kInverseSqrt2 = 0.70710678118654752f, kSqrt2OverPi = 0.79788456080286536f;
-    if (limit < g) g = limit;
-    switch (function) {
-      case FLEXQ_GATE_GELU:
-        return 0.5f * g * (1.0f + erff(g * kInverseSqrt2));
-      case FLEXQ_GATE_GELU_TANH:
-        return 0.5f * g * (1.0f + tanhf(kSqrt2OverPi * (g + 0.044715f * g * g * g)));
-      default:
-        return __fdiv_rn(g, 1.0f + expf(-alpha * g));
-    }
   }
 };
 
@@ -141,8 +96,11 @@ struct QuantizeParams : quantize::Params {
   int64_t items;
 };
 
-// What is behind reads what routing gave as soon as it starts (table.cuh): so not before this kernel has waited.
-__device__ void wait() {
+// What is behind reads what routing gave as soon as it starts (table.cuh): so not before this kernel has waited, unless
+// the ids themselves are all of it, which the first kernel of the layer has waited for.
+template <typename Source>
+__device__ void wait(const Source& from) {
+  if (from.ids_only()) ptx::launch_dependents();
   ptx::wait_for_previous_kernel();
   ptx::launch_dependents();
 }
@@ -152,29 +110,31 @@ template <typename T, typename Source>
 __global__ void __launch_bounds__(32 * kGroupWarps) quantize_groups(const __grid_constant__ QuantizeParams<Source> p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kGroupWarps + threadIdx.x / 32;
   const int64_t group = index % p.groups;
-  if (index / p.groups >= p.items) return wait();
+  if (index / p.groups >= p.items) return wait(p.from);
   const auto item = p.from.begin(index / p.groups);
-  if constexpr (!Source::kEarly) wait();
+  if (!p.from.early()) wait(p.from);
   if (!p.from.exists(item)) return;
   const Lane part(static_cast<int>(threadIdx.x % 32));
   Values v;
   p.from.template load<T>(p, part, item, group, v);
   const int largest = quantize::largest_of_lanes<kLanes>(part.rotate_and_max(p, v));
   const Scale scale = quantize::scale_of(largest, p.rotate, p.qmax);
-  if constexpr (Source::kEarly) wait();
-  p.from.for_each_place(item, [&](int place, float factor) {
+  if (p.from.early()) wait(p.from);
+  p.from.for_each_place(item, [&](int64_t place, float factor) {
     part.store_codes(p, place, group, v, scale.inverse);
     if (part.lane == 0) p.scales[group * p.tiles * kTokenTile + place] = __fmul_rn(scale.scale, factor);
   });
 }
 
-// Scheme channel: a CTA has an item. Groups beyond what its warps keep are read again.
+// Scheme channel: a CTA has an item. Its values stay in shared memory until the scale of all is known; groups beyond
+// those are read again. Loops are not unrolled: instructions would take longer to arrive than data.
 template <typename T, typename Source>
 __global__ void __launch_bounds__(32 * kMaxTokenWarps)
     quantize_tokens(const __grid_constant__ QuantizeParams<Source> p) {
+  extern __shared__ float4 kept[];  // [groups][32]
   __shared__ int of_warp[kMaxTokenWarps];
   const auto item = p.from.begin(blockIdx.x);
-  if constexpr (!Source::kEarly) wait();
+  if (!p.from.early()) wait(p.from);
   if (!p.from.exists(item)) return;
   const Lane part(static_cast<int>(threadIdx.x % 32));
   const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
@@ -182,34 +142,32 @@ __global__ void __launch_bounds__(32 * kMaxTokenWarps)
     p.from.template load<T>(p, part, item, group, v);
     return part.rotate_and_max(p, v);
   };
-  Values kept[kKept];
   int largest = 0;
-#pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    if (warp + i * warps < p.groups) largest = max(largest, read(warp + i * warps, kept[i]));
-  }
-  const int64_t first_again = warp + kKept * warps;
-  for (int64_t group = first_again; group < p.groups; group += warps) {
+#pragma unroll 1
+  for (int64_t group = warp; group < p.groups; group += warps) {
     Values v;
     largest = max(largest, read(group, v));
+    if (group < kKept) kept[group * 32 + part.lane] = {v[0], v[1], v[2], v[3]};
   }
   largest = quantize::largest_of_lanes<kLanes>(largest);
   if (part.lane == 0) of_warp[warp] = largest;
   __syncthreads();
   for (int w = 0; w < warps; ++w) largest = max(largest, of_warp[w]);
   const Scale scale = quantize::scale_of(largest, p.rotate, p.qmax);
-  if constexpr (Source::kEarly) wait();
-  p.from.for_each_place(item, [&](int place, float factor) {
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      if (warp + i * warps < p.groups) part.store_codes(p, place, warp + i * warps, kept[i], scale.inverse);
-    }
+  if (p.from.early()) wait(p.from);
+  p.from.for_each_place(item, [&](int64_t place, float factor) {
     if (threadIdx.x == 0) p.scales[place] = __fmul_rn(scale.scale, factor);
   });
-  for (int64_t group = first_again; group < p.groups; group += warps) {
+#pragma unroll 1
+  for (int64_t group = warp; group < p.groups; group += warps) {
     Values v;
-    read(group, v);
-    p.from.for_each_place(item, [&](int place, float) { part.store_codes(p, place, group, v, scale.inverse); });
+    if (group < kKept) {
+      const float4 four = kept[group * 32 + part.lane];
+      v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    } else {
+      read(group, v);
+    }
+    p.from.for_each_place(item, [&](int64_t place, float) { part.store_codes(p, place, group, v, scale.inverse); });
   }
 }
 
@@ -241,14 +199,17 @@ void launch_for(cudaStream_t stream, const Device& device, const char* what, con
     launch(stream, what, quantize_groups<T, Source>,
            {.grid = checked_grid(what, ceil_div(params.items * params.groups, kGroupWarps)),
             .block = dim3(32 * kGroupWarps),
-            .overlapped = device.has_sm90},
+            .overlapped = device.has_sm90,
+            .most_shared = true},
            params);
   } else {
     const int64_t warps = std::min<int64_t>(params.groups, kMaxTokenWarps);
     launch(stream, what, quantize_tokens<T, Source>,
            {.grid = checked_grid(what, params.items),
             .block = dim3(static_cast<unsigned>(32 * warps)),
-            .overlapped = device.has_sm90},
+            .shared_bytes = static_cast<size_t>(std::min<int64_t>(params.groups, kKept)) * 32 * sizeof(float4),
+            .overlapped = device.has_sm90,
+            .most_shared = true},
            params);
   }
 }
@@ -266,11 +227,6 @@ void launch_for(cudaStream_t stream, const Device& device, const char* what, fle
   }
 }
 
-// 16-byte accesses to all rows are aligned.
-bool rows_are_vectors(const void* rows, int64_t ld, flexq_dtype dtype) {
-  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && ld * (dtype == FLEXQ_F32 ? 4 : 2) % 16 == 0;
-}
-
 }  // namespace
 
 void quantize_inputs(cudaStream_t stream, const Device& device, const InputsArgs& args) {
@@ -280,20 +236,9 @@ void quantize_inputs(cudaStream_t stream, const Device& device, const InputsArgs
 }
 
 void quantize_hidden(cudaStream_t stream, const Device& device, const HiddenArgs& args) {
-  const flexq_experts_desc& desc = args.desc;
-  const Hidden from{.u = args.u,
-                    .intermediate = desc.intermediate,
-                    .places = args.places,
-                    .function = desc.function,
-                    .interleaved = desc.layout == FLEXQ_GATE_UP_INTERLEAVED,
-                    .alpha = desc.alpha,
-                    .limit = desc.limit > 0.0f ? desc.limit : INFINITY,
-                    .up_offset = desc.up_offset};
-  // Of both halves of a row, where they are halves.
-  const bool vectors =
-      rows_are_vectors(args.u, from.interleaved ? 2 * desc.intermediate : desc.intermediate, args.dtype);
+  const Hidden from{hidden_rows(args.desc, args.u), args.places};
   launch_for(stream, device, "quantize_hidden", args.dtype,
-             params_of(args.act, args.quantized, from, args.pairs, vectors));
+             params_of(args.act, args.quantized, from, args.pairs, hidden_rows_are_vectors(from.rows, args.dtype)));
 }
 
 }  // namespace flexq::cuda::experts

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/experts/kernels.h"
+#include "cuda/experts/table.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 
@@ -12,21 +13,10 @@ constexpr int kMaxWarps = 32;
 constexpr int64_t kSharedBytes = 96 * 1024;  // that every GPU has
 
 struct RouteParams {
-  const void* ids;
-  bool wide;           // ids are int64
-  const int32_t* map;  // or null
-  int64_t known;       // ids
+  Ids ids;
   int experts, pairs, tile_tokens, max_tiles;
   Routed to;
 };
-
-// The expert that is here, or -1.
-__device__ int expert_of(const RouteParams& p, int pair) {
-  const int64_t id = p.wide ? static_cast<const int64_t*>(p.ids)[pair] : static_cast<const int32_t*>(p.ids)[pair];
-  if (id < 0 || id >= p.known) return -1;
-  const int64_t expert = p.map == nullptr ? id : p.map[id];
-  return expert >= 0 && expert < p.experts ? static_cast<int>(expert) : -1;
-}
 
 struct Count {
   int tiles, rows;
@@ -46,12 +36,9 @@ __device__ Count exclusive_scan(Count own) {
   }
   if (lane == 31) of_warp[warp] = sum;
   __syncthreads();
-  Count before{sum.tiles - own.tiles, sum.rows - own.rows};
-  for (int w = 0; w < warp; ++w) {
-    before.tiles += of_warp[w].tiles;
-    before.rows += of_warp[w].rows;
-  }
-  return before;
+  const Count of_lane = lane < warp ? of_warp[lane] : Count{0, 0};
+  return {sum.tiles - own.tiles + __reduce_add_sync(~0u, of_lane.tiles),
+          sum.rows - own.rows + __reduce_add_sync(~0u, of_lane.rows)};
 }
 
 __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_constant__ RouteParams p) {
@@ -72,7 +59,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_cons
   const int begin = min(warp * share, p.pairs), end = min(begin + share, p.pairs);
 #pragma unroll 4
   for (int pair = begin + lane; pair < end; pair += 32) {
-    const int expert = expert_of(p, pair);
+    const int expert = expert_of(p.ids, pair);
     if (expert >= 0) atomicAdd(mine + expert, 1);
   }
   __syncthreads();
@@ -84,6 +71,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_cons
   Count own{0, 0};
   for (int expert = begin_expert; expert < end_expert; ++expert) {
     int rows = 0;
+#pragma unroll 8
     for (int w = 0; w < warps; ++w) rows += next[w * p.experts + expert];
     own.tiles += tiles_of(rows);
     own.rows += rows;
@@ -92,12 +80,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_cons
   for (int expert = begin_expert; expert < end_expert; ++expert) {
     first_tile[expert] = before.tiles;
     first_row[expert] = before.rows;
+    constexpr int kAtOnce = 8;
     int rows = 0;
-    for (int w = 0; w < warps; ++w) {
-      int32_t& of_warp = next[w * p.experts + expert];
-      const int count = of_warp;
-      of_warp = before.rows + rows;
-      rows += count;
+    for (int first = 0; first < warps; first += kAtOnce) {
+      int counts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) counts[i] = first + i < warps ? next[(first + i) * p.experts + expert] : 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i < warps) next[(first + i) * p.experts + expert] = before.rows + rows;
+        rows += counts[i];
+      }
     }
     before.tiles += tiles_of(rows);
     before.rows += rows;
@@ -122,7 +115,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_cons
 
   for (int first = begin; first < end; first += 32) {
     const int pair = first + lane;
-    const int expert = pair < end ? expert_of(p, pair) : -1;
+    const int expert = pair < end ? expert_of(p.ids, pair) : -1;
     const unsigned same = __match_any_sync(~0u, expert);
     const int rank = __popc(same & ((1u << lane) - 1));
     const int row = expert < 0 ? -1 : mine[expert] + rank;
@@ -139,17 +132,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps) route_kernel(const __grid_cons
 
 void route(cudaStream_t stream, const Device& device, const RouteArgs& args) {
   const RouteParams params{.ids = args.ids,
-                           .wide = args.ids_type == FLEXQ_I64,
-                           .map = args.expert_map,
-                           .known = args.expert_map == nullptr ? args.experts : args.map_size,
-                           .experts = static_cast<int>(args.experts),
+                           .experts = args.ids.experts,
                            .pairs = static_cast<int>(args.pairs),
                            .tile_tokens = args.tile_tokens,
                            .max_tiles = static_cast<int>(args.max_tiles),
                            .to = args.to};
-  const auto shared_bytes = [&](int64_t warps) { return ((warps + 2) * args.experts + 2) * 4; };
+  const auto shared_bytes = [&](int64_t warps) { return ((warps + 2) * args.ids.experts + 2) * 4; };
   // A warp for 32 pairs and a thread for each expert, as far as there is shared memory.
-  int64_t warps = std::clamp<int64_t>(ceil_div(std::max(args.pairs, args.experts), 32), 1, kMaxWarps);
+  int64_t warps = std::clamp<int64_t>(ceil_div(std::max<int64_t>(args.pairs, args.ids.experts), 32), 1, kMaxWarps);
   while (warps > 1 && shared_bytes(warps) > kSharedBytes) --warps;
   launch(stream, "route", route_kernel,
          {.grid = dim3(1),

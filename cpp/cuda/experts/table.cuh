@@ -5,6 +5,14 @@
 
 namespace flexq::cuda::experts {
 
+// The expert that is here, or -1.
+__device__ inline int expert_of(const Ids& p, int64_t pair) {
+  const int64_t id = p.wide ? static_cast<const int64_t*>(p.ids)[pair] : static_cast<const int32_t*>(p.ids)[pair];
+  if (id < 0 || id >= p.known) return -1;
+  const int64_t expert = p.map == nullptr ? id : p.map[id];
+  return expert >= 0 && expert < p.experts ? static_cast<int>(expert) : -1;
+}
+
 // These were written two kernels before a GEMM, which the one right before it has waited for: a GEMM may read them, and
 // with them weights, before that one has finished. Past L1, which may hold those of another routing.
 __device__ inline int load_num_tiles(const ExpertTable& table) { return __ldcg(table.num_tiles); }

@@ -73,6 +73,7 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
   params.steps = static_cast<int>(ceil_div(groups, c.warps_k));
   params.token_tiles = ActivationLayout(args.act).tiles;
   params.partials = args.workspace;
+  params.read_once = grids.gemm.z == 1;
   const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
   Launch how{.grid = grids.gemm,
              .block = dim3(static_cast<unsigned>(c.threads())),

@@ -51,7 +51,7 @@ struct Warp {
     steps = begin == end || blocks == 0 ? 0 : end - begin - (group + (end - begin - 1) * kC.warps_k >= p.groups);
     copies_left = steps * blocks;
     copy_block = 0;
-    policy = gridDim.z == 1 ? ptx::evict_first_policy() : ptx::evict_normal_policy();
+    policy = p.read_once ? ptx::evict_first_policy() : ptx::evict_normal_policy();
     first_in_tile = static_cast<int>(block % kTileBlocks);
     copy_tile = record_tile_of(block);
     if constexpr (kTwoTiles) next_copy_tile = record_tile_of(min(block + kTileBlocks, p.row_blocks - 1));

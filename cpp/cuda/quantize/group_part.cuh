@@ -188,28 +188,33 @@ struct Part {
         ptx::max_magnitude(ptx::max_magnitude(largest[0], largest[1]), ptx::max_magnitude(largest[2], largest[3])));
   }
 
-  // rint(v * inverse), which no rounding takes past the largest code.
-  __device__ void store_codes(const Params& p, int64_t token, int64_t group, const float (&v)[kValues],
-                              float inverse) const {
+  // The codes of vector i: rint(v * inverse), which no rounding takes past the largest code.
+  using Codes = Vector<uint32_t, kCount / 4>;
+  __device__ Codes codes_of(const float (&v)[kValues], float inverse, int i) const {
     // 1.5 * 2^23: adding it leaves the nearest integer, two's complement, in the low bits.
     constexpr float kMagic = 12582912.0f;
     const uint32_t any = inverse == 0.0f ? 0u : ~0u;
+    Codes words;
+#pragma unroll
+    for (int w = 0; w < kCount / 4; ++w) {
+      uint32_t bits[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        bits[j] = __float_as_uint(__fadd_rn(__fmul_rn(v[i * kCount + w * 4 + j], inverse), kMagic));
+      }
+      words.value[w] =
+          any & __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+    }
+    return words;
+  }
+
+  __device__ void store_codes(const Params& p, int64_t token, int64_t group, const float (&v)[kValues],
+                              float inverse) const {
     uint8_t* tile = p.codes + (group * p.tiles + token / kTokenTile) * kTileGroupBytes;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      Vector<uint32_t, kCount / 4> words;
-#pragma unroll
-      for (int w = 0; w < kCount / 4; ++w) {
-        uint32_t bits[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          bits[j] = __float_as_uint(__fadd_rn(__fmul_rn(v[i * kCount + w * 4 + j], inverse), kMagic));
-        }
-        words.value[w] =
-            any & __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
-      }
       uint8_t* to = tile + chunk_offset(static_cast<int>(token % kTokenTile), k(i) / kChunkBytes) + k(i) % kChunkBytes;
-      *reinterpret_cast<Vector<uint32_t, kCount / 4>*>(to) = words;
+      *reinterpret_cast<Codes*>(to) = codes_of(v, inverse, i);
     }
   }
 };

@@ -127,6 +127,7 @@ void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args,
   params.token_tiles = static_cast<int>(ActivationLayout(args.act).tiles);
   params.row_tiles = tiles.rows;
   params.tiles = tiles.all;
+  params.read_once = tiles.all == tiles.rows;
   params.raster_width = tiles.raster_width;
   params.multicast = plan.multicast;
   params.splits = plan.splits;

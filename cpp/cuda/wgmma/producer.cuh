@@ -41,7 +41,7 @@ struct Producer {
   // Also announces all bytes of the stage, those of the activations and of the peers' copies included.
   __device__ void copy_weights() const {
     const Params& p = cta.p;
-    const uint64_t policy = p.tiles == p.row_tiles ? ptx::evict_first_policy() : ptx::evict_normal_policy();
+    const uint64_t policy = p.read_once ? ptx::evict_first_policy() : ptx::evict_normal_policy();
     const int64_t begin = clock64();
     int filled = 0;
     for_each_stage([&](const LinearParams& linear, const Tile& tile, int step, int stage) {
