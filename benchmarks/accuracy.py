@@ -1,4 +1,4 @@
-"""The tables of docs/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
+"""The tables of docs/results/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
 python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--fast | --plans | --estimated-plans] [--no-rotation]
                               [--resume DIR]

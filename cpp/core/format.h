@@ -1,4 +1,4 @@
-// Sizes and bit order of the canonical format (docs/format.md).
+// Sizes and bit order of the canonical format (docs/reference/formats.md).
 #pragma once
 
 #include <cstddef>

@@ -84,10 +84,11 @@ class CpuBackend final : public Backend {
                         call.ldy};
     const int64_t blocks = ceil_div(call.desc.n, kBlockRows);
     // A piece is some blocks of rows for some tokens. Rows are split first, tokens only where rows are too few.
-    constexpr int64_t kProductsWorthAThread = 1 << 18;
+    constexpr int64_t kProductsWorthAThread = 1 << 16;
     const int64_t block_products = kBlockRows * padded_k(call.desc.k) * std::max<int64_t>(args.m, 1);
-    const int64_t row_grain = balanced_grain(stream.executor, blocks, ceil_div(kProductsWorthAThread, block_products));
-    const int64_t row_pieces = std::max<int64_t>(ceil_div(blocks, row_grain), 1);
+    const int64_t grain = balanced_grain(stream.executor, blocks, ceil_div(kProductsWorthAThread, block_products));
+    const int64_t row_pieces = std::max<int64_t>(ceil_div(blocks, grain), 1);
+    const int64_t row_grain = std::max<int64_t>(ceil_div(blocks, row_pieces), 1);  // alike, so that no thread waits
     const int64_t threads = stream.executor == nullptr ? 1 : stream.executor->num_threads;
     constexpr int64_t kTokenGrain = 64;
     const int64_t token_pieces =

@@ -35,8 +35,7 @@ bool flexq_thread_pool::forked() const { return getpid() != process_; }
 void flexq_thread_pool::stop() {
   {
     const std::lock_guard lock(mutex_);
-    stopping_ = true;
-    announced_.fetch_add(1);
+    stopping_.store(true);
   }
   wake_.notify_all();
   for (auto& thread : workers_) thread.join();
@@ -46,6 +45,19 @@ void flexq_thread_pool::work() {
   for (int64_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) task_(arg_, i);
 }
 
+// Linears come in quick succession: look around for some microseconds before going to sleep.
+template <typename Done>
+static bool spin_until(const Done& done) {
+  constexpr int kSpins = 2000;
+  for (int i = 0; i < kSpins; ++i) {
+    if (done()) return true;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  return false;
+}
+
 void flexq_thread_pool::run(int64_t count, flexq_task task, void* arg) {
   const auto alone = [&] {
     for (int64_t i = 0; i < count; ++i) task(arg, i);
@@ -53,40 +65,59 @@ void flexq_thread_pool::run(int64_t count, flexq_task task, void* arg) {
   if (workers_.empty() || count <= 1 || forked()) return alone();
   const std::unique_lock caller(caller_, std::try_to_lock);
   if (!caller.owns_lock()) return alone();
-  {
-    const std::lock_guard lock(mutex_);
-    task_ = task;
-    arg_ = arg;
-    count_ = count;
-    next_.store(0);
-    running_ = workers_.size();
-    ++round_;
-    announced_.store(round_);
+  task_ = task;
+  arg_ = arg;
+  count_ = count;
+  next_.store(0, std::memory_order_relaxed);
+  state_.store(((state_.load(std::memory_order_relaxed) & ~(kRound - 1)) + kRound) | kOpen);
+  if (sleepers_.load() > 0) {
+    // Whoever counts itself a sleeper holds the mutex until it waits.
+    {
+      const std::lock_guard lock(mutex_);
+    }
+    const auto helpers = static_cast<size_t>(count - 1);
+    if (helpers >= workers_.size()) {
+      wake_.notify_all();
+    } else {
+      for (size_t i = 0; i < helpers; ++i) wake_.notify_one();
+    }
   }
-  wake_.notify_all();
   work();
+  state_.fetch_and(~kOpen);
+  const auto nobody_inside = [this] { return (state_.load() & kWorkers) == 0; };
+  if (spin_until(nobody_inside)) return;
   std::unique_lock lock(mutex_);
-  done_.wait(lock, [this] { return running_ == 0; });
+  caller_sleeps_.store(true);
+  done_.wait(lock, nobody_inside);
+  caller_sleeps_.store(false);
+}
+
+bool flexq_thread_pool::has_work(uint64_t state, uint64_t seen) const {
+  return (state & kOpen) != 0 && state / kRound != seen;
 }
 
 void flexq_thread_pool::worker() {
   uint64_t seen = 0;
   for (;;) {
-    // Linears come in quick succession: look around for a few microseconds before going to sleep.
-    constexpr int kSpins = 2000;
-    for (int i = 0; i < kSpins && announced_.load(std::memory_order_acquire) == seen; ++i) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-    {
+    const auto called = [&] { return stopping_.load() || has_work(state_.load(), seen); };
+    if (!spin_until(called)) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return stopping_ || round_ != seen; });
-      if (stopping_) return;
-      seen = round_;
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, called);
+      sleepers_.fetch_sub(1);
     }
+    if (stopping_.load()) return;
+    uint64_t state = state_.load();
+    while (has_work(state, seen) && !state_.compare_exchange_weak(state, state + 1)) {
+    }
+    if (!has_work(state, seen)) continue;  // over before this worker came
+    seen = state / kRound;
     work();
-    const std::lock_guard lock(mutex_);
-    if (--running_ == 0) done_.notify_one();
+    if ((state_.fetch_sub(1) & (kOpen | kWorkers)) == 1 && caller_sleeps_.load()) {  // the last of a closed round
+      {
+        const std::lock_guard lock(mutex_);
+      }
+      done_.notify_one();
+    }
   }
 }

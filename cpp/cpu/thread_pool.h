@@ -28,24 +28,31 @@ struct flexq_thread_pool {
   void run(int64_t count, flexq_task task, void* arg);
   void work();
   void worker();
+  bool has_work(uint64_t state, uint64_t seen) const;
   void stop();
 
   flexq_executor executor_{};
   pid_t process_;      // that has the threads
   std::mutex caller_;  // held by the call that uses the workers
 
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::condition_variable done_;
-  uint64_t round_ = 0;
-  size_t running_ = 0;
-  bool stopping_ = false;
-
+  // Of the current round; written while it is closed and no worker is in it.
   flexq_task task_ = nullptr;
   void* arg_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
-  std::atomic<uint64_t> announced_{0};  // round_, for workers that still spin
+
+  // The round's number, whether it is open, and how many workers are in it. A caller waits for those that joined, so
+  // one that is asleep, or that the system does not let run, holds up nobody.
+  static constexpr uint64_t kWorkers = 0xffff, kOpen = 0x10000, kRound = 0x20000;
+  std::atomic<uint64_t> state_{0};
+
+  // For those that have looked around long enough.
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  std::atomic<size_t> sleepers_{0};
+  std::atomic<bool> caller_sleeps_{false};
+  std::atomic<bool> stopping_{false};
 
   std::vector<std::thread> workers_;
 };

@@ -1,7 +1,7 @@
 // The constants of the model of cost by which dispatch.cpp chooses a GEMM's kernel: a table for each GPU.
 //
 // `flexq bench linear --device cuda --explain` measures the candidates on a GPU beside the model's estimates; fitting
-// minimizes their difference (docs/kernels/dispatch.md). A table from a file, in the format of cost_table_text(),
+// minimizes their difference (docs: kernels/dispatch.md). A table from a file, in the format of cost_table_text(),
 // replaces the built-in one: FLEXQ_COSTS names the file and is read once.
 #pragma once
 

@@ -15,7 +15,7 @@ namespace flexq::cuda {
 //   a0 = B0 & 0xfcfcfcfc, a1 = B1 & 0xfcfcfcfc, a2 = B2 & 0xfcfcfcfc,
 //   a3 = bits 7-6 of its bytes from B0's low two bits, 5-4 from B1's, 3-2 from B2's.
 // Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
-// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs/kernels/format.md).
+// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs: kernels/format.md).
 // Records lie in tiles of 128 rows, [N / 128][G][8], the last tile with as many as there are: a tile's groups are
 // contiguous, for bulk copies. Scales are fp16, 16 to a record. In scheme group they follow their 8 records (a separate
 // stream of 64 bytes at a time would cost more than its share of bandwidth); in scheme channel, [N / 16], they follow

@@ -289,7 +289,7 @@ FLEXQ_API flexq_status flexq_cost_table(const flexq_stream* stream, const char**
  *   h = f(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)    [I], of the two halves of u
  *   y = sum over the token's pairs, in their order, of router weight * (h * down[e]^T + down_bias[e])    [H]
  * Each projection is a flexq_linear with the numerics of one: x is quantized once for all experts, h once for each
- * pair. The sum is fp32 and rounded once to y's type; docs/numerics.md has every step.
+ * pair. The sum is fp32 and rounded once to y's type; docs/how-it-works/numerics.md has every step.
  *
  * Canonical weights are those of single experts one after another: planes [E][N][G][6][16] and scales [E][N][G] or
  * [E][N][1], with N = 2I, K = H for gate_up and N = H, K = I for down. All experts of a projection are one prepacked

@@ -1,4 +1,4 @@
-"""Plans: which layers are quantized, and how. A JSON that a person can edit (docs/format.md)."""
+"""Plans: which layers are quantized, and how. A JSON that a person can edit (docs/reference/formats.md)."""
 
 import fnmatch
 import functools

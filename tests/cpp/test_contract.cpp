@@ -1,4 +1,4 @@
-// The numeric contract (docs/numerics.md): every path against a float64 reference from the same codes and scales.
+// The contract (docs/how-it-works/numerics.md): every path against a float64 reference from the same codes and scales.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -271,7 +271,7 @@ void test_quantize_weight(const flexq::Stream& stream) {
   }
 }
 
-// Planes as docs/format.md has them.
+// Planes as docs/reference/formats.md has them.
 void test_planes(const flexq::Stream& stream) {
   const flexq::WeightDesc desc(2, 256);
   std::vector<int8_t> codes(2 * 256), back(2 * 256);

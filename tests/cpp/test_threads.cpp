@@ -1,5 +1,6 @@
 // One pool used from several threads at once, several pools, and errors kept apart by thread.
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <thread>
 
@@ -19,6 +20,20 @@ void test_every_task_once() {
       executor->parallel_for(executor->context, count, task, &runs);
       for (const auto& r : runs) CHECK(r.load() == 1);
     }
+  }
+}
+
+// Rounds in quick succession, and after a pause in which workers went to sleep; fewer tasks than workers, and more.
+void test_rounds_and_pauses() {
+  const flexq::ThreadPool pool(5);
+  const flexq_executor* executor = pool.executor();
+  for (int round = 0; round < 3000; ++round) {
+    const int64_t count = 1 + round % 9;
+    std::atomic<int64_t> sum{0};
+    const auto task = [](void* arg, int64_t i) { static_cast<std::atomic<int64_t>*>(arg)->fetch_add(i + 1); };
+    executor->parallel_for(executor->context, count, task, &sum);
+    CHECK(sum.load() == count * (count + 1) / 2);
+    if (round % 300 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
 }
 
@@ -63,6 +78,7 @@ void test_errors_by_thread() {
 
 int main() {
   test_every_task_once();
+  test_rounds_and_pauses();
   test_shared_pool();
   test_errors_by_thread();
   return 0;

@@ -1,6 +1,6 @@
 """Small random models of every kind that the docs name, made from configurations alone.
 
-python tests/python/architectures.py     # writes docs/architectures.md from what the models do
+python tests/python/architectures.py     # writes docs/reference/models.md from what the models do
 """
 
 import contextlib
@@ -163,7 +163,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 _HEAD = """# Supported models
 
 What FlexQ does with models of transformers, by architecture. Each row is a small random model that the tests quantize
@@ -171,7 +171,7 @@ while it loads, in place and from disk to disk, save, load, fuse, calibrate and 
 (`tests/python/test_architectures.py`; this page is written by `python tests/python/architectures.py`).
 
 - *quantized*: the share of the weights outside embeddings and LM head that is quantized by default, in the small model;
-  [experts](experts.md) included.
+  [experts](../how-to/experts.md) included.
 - *merged*: layers with one input become one GEMM in `flexq.fuse_model` (q/k/v, gate/up); *kernels*: norms, SiLU
   products and sums that it fuses with the quantization.
 - *calibrated*: block by block, each on what the quantized blocks before it give; or *whole*: all layers on what the

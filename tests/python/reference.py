@@ -1,4 +1,4 @@
-"""The numerics of docs/numerics.md in float64 PyTorch, written to be read, not to be fast."""
+"""The numerics of docs/how-it-works/numerics.md in float64 PyTorch, written to be read, not to be fast."""
 
 import torch
 
@@ -79,8 +79,9 @@ def gated(u: torch.Tensor, dtype: torch.dtype, function, alpha, limit, up_offset
 
 def experts(x_codes, x_scales, ids, weights, gate_up, down, biases, dtype, desc, on_input):
     """y [M, H] in float64, the sum of its terms' magnitudes, and what values of h add or take that are so close to the
-    border between two codes that fp32 may put them on its other side; as docs/numerics.md has it. `gate_up` and `down`
-    are codes [E, N, Kp] and scales [E, N, ...], `biases` are [E, N] or None, `ids` below 0 are not here."""
+    border between two codes that fp32 may put them on its other side; as docs/how-it-works/numerics.md has
+    it. `gate_up` and `down` are codes [E, N, Kp] and scales [E, N, ...], `biases` are [E, N] or None, `ids` below 0 are
+    not here."""
     y = torch.zeros(len(ids), desc.hidden, dtype=torch.float64)
     magnitude, doubt = torch.zeros_like(y), torch.zeros_like(y)
     for token, k in ((ids >= 0).nonzero()).tolist():

@@ -87,7 +87,7 @@ def test_plot(tmp_path):
 
 
 class Emulated(nn.Module):
-    """A quantized layer in float64, from its codes and scales (docs/numerics.md)."""
+    """A quantized layer in float64, from its codes and scales (docs/how-it-works/numerics.md)."""
 
     def __init__(self, layer: flexq.Linear):
         super().__init__()

@@ -1,8 +1,8 @@
 """`flexq bench linear --fit`: the dispatcher's table of costs, fitted to what this GPU's kernels take.
 
-The estimate of a kernel is piecewise linear in most of its costs (docs/kernels/dispatch.md), so that a few damped
-least-squares steps on the logarithms of costs, against the logarithms of measured times, find a table. The slopes are
-differences of estimates with one cost changed; each table is asked about in a process of its own.
+The estimate of a kernel is piecewise linear in most of its costs (docs/how-it-works/kernels/dispatch.md), so that a
+few damped least-squares steps on the logarithms of costs, against the logarithms of measured times, find a table. The
+slopes are differences of estimates with one cost changed; each table is asked about in a process of its own.
 """
 
 import math

@@ -87,7 +87,9 @@ def quantize_checkpoint(
         source: as for `flexq.checkpoint.source.find_model`; GGUF files and hub ids that are not in the cache are loaded
             whole.
         folder: the new checkpoint, whole or not there.
-        plan, include, skip: as for `quantize_model`.
+        plan: as for `quantize_model`.
+        include: likewise.
+        skip: likewise.
         shard_bytes: largest size of a file.
         overwrite: replace a FlexQ checkpoint that is there.
         progress: wraps the loop over tensors or layers, e.g. `tqdm.tqdm`.

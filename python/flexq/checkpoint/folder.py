@@ -1,4 +1,4 @@
-"""Writing a folder so that it is whole or not there, whoever else writes or kills (docs/format.md).
+"""Writing a folder so that it is whole or not there, whoever else writes or kills (docs/reference/formats.md).
 
 A new folder is filled beside its place, under a hidden name, and takes its place in one step at the end. Where an old
 checkpoint is to be replaced, the two change places at once where the system can do that; else the old one steps aside

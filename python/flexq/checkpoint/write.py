@@ -1,4 +1,4 @@
-"""Writing checkpoints: safetensors shards, a config with the plan, what else belongs to a model (docs/format.md)."""
+"""Writing checkpoints (docs/reference/formats.md): safetensors, a config with the plan, what else a model has."""
 
 import json
 import os

@@ -384,9 +384,12 @@ def calibrate_model(
     Args:
         model: not quantized, in memory.
         windows: token ids, int64 [1, L] each, as `flexq.evaluate.text` cuts and spreads them; 16 of 2048 do well.
-        plan, include, skip: as for `quantize_model`.
+        plan: as for `quantize_model`.
+        include: likewise.
+        skip: likewise.
         progress: wraps the loop over windows that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
-        damping, passes: of `flexq.quantize.rounding.compensated_round`.
+        damping: of `flexq.quantize.rounding.compensated_round`.
+        passes: likewise.
         resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
             computed again. It is left there.
         weigh_tokens: takes a forward and backward pass of the unquantized model for each window, block by block too.

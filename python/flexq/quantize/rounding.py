@@ -68,7 +68,7 @@ def _pad(x: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _hadamard(device: torch.device) -> torch.Tensor:
-    """The rotation of docs/numerics.md as a matrix."""
+    """The rotation of docs/how-it-works/numerics.md as a matrix."""
     h = torch.ones(1, 1, device=device)
     while len(h) < ops.GROUP_SIZE:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Draws this folder's SVGs: python3 docs/kernels/draw.py. Plain Python, and the same bytes on every run."""
+"""Draws this folder's SVGs. Plain Python, and the same bytes on every run.
+
+python3 docs/how-it-works/kernels/draw.py
+"""
 
 from pathlib import Path
 

@@ -1,0 +1,46 @@
+"""The documentation: what is made from sources is whole, and what people read is short."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import flexq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def _load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_function_of_the_c_api_is_on_its_page():
+    header = (ROOT / "include/flexq/flexq.h").read_text()
+    page = _load("tools/docs/c_header.py").page(header)
+    functions = re.findall(r"FLEXQ_API [^;(]*?(flexq_\w+)\(", header)
+    assert len(functions) > 20
+    assert [name for name in functions if f"{name}(" not in page] == []
+
+
+def test_a_function_without_a_comment_is_refused():
+    c_header = _load("tools/docs/c_header.py")
+    with pytest.raises(ValueError, match="flexq_bare"):
+        c_header.page("/* A header. */\n\n/* What it does. */\nFLEXQ_API int flexq_fine(void);\n\n"
+                      "FLEXQ_API int flexq_bare(int a);\n")  # fmt: skip
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs/reference/python.md").read_text()
+    named = set(re.findall(r"^::: flexq\.[\w.]*?(\w+)$|^        - (\w+)$", page, re.MULTILINE))
+    assert set(flexq.__all__) <= {a or b for a, b in named}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
