@@ -14,13 +14,15 @@ namespace flexq::cpu {
 // row r and i = 0..3 at byte 4 * r + i, code + 32 of k = 4 * j + i in the low 6 bits of Bj; the top bits of B0, B1 and
 // B2 are bits 5-4, 3-2 and 1-0 of the one for j = 3. Two masks, shifts and ors give four vectors of bytes, each ready
 // for a dot product of 4 k for 4, 8 or 16 rows at a time.
+inline constexpr int kWeightBits = 6;
+inline constexpr int kCodeOffset = code_offset(kWeightBits);
 inline constexpr int kBlockRows = 16;
 inline constexpr int kChunkK = 16;
 inline constexpr int kChunks = kGroup / kChunkK;
 inline constexpr int kChunkBytes = 3 * 4 * kBlockRows;
 inline constexpr int kBlockGroupBytes = kChunks * kChunkBytes;
 inline constexpr int kUnpackedBytes = kBlockRows * kGroup;
-static_assert(kBlockGroupBytes == kBlockRows * kGroupBytes, "prepacking neither adds nor loses bits");
+static_assert(kBlockGroupBytes == kBlockRows * group_bytes(kWeightBits), "prepacking neither adds nor loses bits");
 
 struct PackedWeight {
   const uint8_t* blocks;   // [N / 16][G][kBlockGroupBytes]

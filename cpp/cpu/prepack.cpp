@@ -66,6 +66,9 @@ void check_scales(const flexq_weight_desc& desc, const uint16_t* scales, const s
 }
 
 size_t prepack_size(const flexq_weight_desc& desc) {
+  if (desc.weight_bits != kWeightBits) {
+    fail(FLEXQ_UNSUPPORTED, "the CPU backend has weight_bits ", kWeightBits, ", got ", desc.weight_bits);
+  }
   const size_t scales = static_cast<size_t>(num_blocks(desc) * scales_per_row(desc)) * kBlockRows * sizeof(uint16_t);
   return blocks_bytes(desc) + align_up(scales);
 }
@@ -90,7 +93,8 @@ void prepack(const flexq_executor* executor, const flexq_weight_desc& desc, cons
       std::memset(codes, 0, sizeof codes);
       for (int64_t g = 0; g < groups; ++g) {
         for (int row = 0; row < rows; ++row) {
-          unpack_group(planes + ((block * kBlockRows + row) * groups + g) * kGroupBytes, codes[row]);
+          unpack_group(kWeightBits, planes + ((block * kBlockRows + row) * groups + g) * group_bytes(kWeightBits),
+                       codes[row]);
         }
         pack_block(codes, out + (block * groups + g) * kBlockGroupBytes);
       }
@@ -117,7 +121,8 @@ void unprepack(const flexq_executor* executor, const flexq_weight_desc& desc, co
       for (int64_t g = 0; g < groups; ++g) {
         unpack_block(packed.blocks + (block * groups + g) * kBlockGroupBytes, codes);
         for (int row = 0; row < rows; ++row) {
-          pack_group(codes[row], planes + ((block * kBlockRows + row) * groups + g) * kGroupBytes);
+          pack_group(kWeightBits, codes[row],
+                     planes + ((block * kBlockRows + row) * groups + g) * group_bytes(kWeightBits));
         }
       }
       for (int64_t g = 0; g < row_scales; ++g) {
