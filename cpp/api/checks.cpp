@@ -13,31 +13,34 @@ namespace {
 
 // Sizes of everything derived from a tensor of `rows` x `k` stay below this, so no later product can overflow.
 constexpr int64_t kMaxElements = int64_t{1} << 46;
-// |sum| <= 32 * 127 * k must fit in int32 where all of K is summed before scaling.
-constexpr int64_t kMaxChannelK = std::numeric_limits<int32_t>::max() / (32 * 127);
+// Where all of K is summed before scaling, |sum| <= 2^(bits - 1) * 127 * k must fit in int32.
+constexpr int64_t max_channel_k(int bits) { return std::numeric_limits<int32_t>::max() / (code_offset(bits) * 127); }
+constexpr int kFewestBits = 4;
 
-void check_format(const char* k_name, int64_t k, flexq_scheme scheme, flexq_rotation rotation) {
+void check_bits(int32_t weight_bits) {
+  if (!is_weight_bits(weight_bits)) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 4, 5, 6 or 8, got ", weight_bits);
+}
+
+// bits: the weight's, or the fewest there are for an activation by itself.
+void check_format(int bits, const char* k_name, int64_t k, flexq_scheme scheme, flexq_rotation rotation) {
   require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL,
           "scheme must be 0 (group) or 1 (channel), got ", scheme);
   require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128,
           "rotation must be 0 (none) or 1 (hadamard128), got ", rotation);
-  if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > kMaxChannelK) {
-    fail(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32: ", k_name, " must be at most ",
-         kMaxChannelK / kGroup * kGroup, ", got ", k, "; use scheme group");
+  if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > max_channel_k(bits)) {
+    fail(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32: with weights of ", bits, " bits, ", k_name,
+         " must be at most ", max_channel_k(bits) / kGroup * kGroup, ", got ", k, "; use scheme group");
   }
 }
 
-void check_shape(int64_t rows, const char* rows_name, int64_t k, flexq_scheme scheme, flexq_rotation rotation) {
+void check_shape(int bits, int64_t rows, const char* rows_name, int64_t k, flexq_scheme scheme,
+                 flexq_rotation rotation) {
   require(rows >= 0, rows_name, " must be 0 or more, got ", rows);
   require(k >= 1, "k must be 1 or more, got ", k);
   require(k <= kMaxElements, "k must be at most 2^46, got ", k);
   require(rows <= kMaxElements / padded_k(k), rows_name, " * k is too large: ", rows, " * ", k,
           " (at most 2^46 elements)");
-  check_format("k", k, scheme, rotation);
-}
-
-void check_bits(int32_t weight_bits) {
-  if (weight_bits != FLEXQ_WEIGHT_BITS) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got ", weight_bits);
+  check_format(bits, "k", k, scheme, rotation);
 }
 
 void check_act_bits(int32_t act_bits) {
@@ -111,15 +114,15 @@ flexq_stream cpu_stream_of(const flexq_stream* stream, const char* function) {
 flexq_weight_desc weight_of(const flexq_weight_desc* given) {
   const flexq_weight_desc desc = read_struct(given, "desc");
   check_reserved(desc.reserved, "desc");
-  check_shape(desc.n, "n", desc.k, desc.scheme, desc.rotation);
   check_bits(desc.weight_bits);
+  check_shape(desc.weight_bits, desc.n, "n", desc.k, desc.scheme, desc.rotation);
   return desc;
 }
 
 flexq_activation_desc activation_of(const flexq_activation_desc* given) {
   const flexq_activation_desc desc = read_struct(given, "activation desc");
   check_reserved(desc.reserved, "activation desc");
-  check_shape(desc.m, "m", desc.k, desc.scheme, desc.rotation);
+  check_shape(kFewestBits, desc.m, "m", desc.k, desc.scheme, desc.rotation);
   check_act_bits(desc.act_bits);
   return desc;
 }
@@ -148,8 +151,9 @@ flexq_experts_desc experts_of(const flexq_experts_desc* given) {
   for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
     const bool up = projection == FLEXQ_GATE_UP;
     const flexq_projection_format& format = format_of(desc, projection);
-    check_format(up ? "hidden" : "intermediate", up ? desc.hidden : desc.intermediate, format.scheme, format.rotation);
     check_bits(format.weight_bits);
+    check_format(format.weight_bits, up ? "hidden" : "intermediate", up ? desc.hidden : desc.intermediate,
+                 format.scheme, format.rotation);
     check_act_bits(format.act_bits);
   }
   require(desc.layout == FLEXQ_GATE_UP_CONCATENATED || desc.layout == FLEXQ_GATE_UP_INTERLEAVED,

@@ -20,21 +20,22 @@ uint64_t transpose_bits(uint64_t x) {
 
 }  // namespace
 
-void pack_group(const int8_t* codes, uint8_t* planes) {
+void pack_group(int bits, const int8_t* codes, uint8_t* planes) {
   for (int byte = 0; byte < kPlaneBytes; ++byte) {
     uint64_t x;
     std::memcpy(&x, codes + 8 * byte, 8);
     x = transpose_bits(x);
-    for (int p = 0; p < kPlanes; ++p) planes[p * kPlaneBytes + byte] = static_cast<uint8_t>(x >> (8 * p));
+    for (int p = 0; p < bits; ++p) planes[p * kPlaneBytes + byte] = static_cast<uint8_t>(x >> (8 * p));
   }
 }
 
-void unpack_group(const uint8_t* planes, int8_t* codes) {
+void unpack_group(int bits, const uint8_t* planes, int8_t* codes) {
+  // The top plane is the sign: repeat it in the bits above. With all eight planes there are none.
+  const uint64_t above = 0x0101010101010100ull << (8 * (bits - 1));
   for (int byte = 0; byte < kPlaneBytes; ++byte) {
     uint64_t x = 0;
-    for (int p = 0; p < kPlanes; ++p) x |= static_cast<uint64_t>(planes[p * kPlaneBytes + byte]) << (8 * p);
-    const uint64_t sign = x >> 40 & 0xff;  // plane 5 is the sign: repeat it in bits 6 and 7
-    x |= sign << 48 | sign << 56;
+    for (int p = 0; p < bits; ++p) x |= static_cast<uint64_t>(planes[p * kPlaneBytes + byte]) << (8 * p);
+    x |= (x >> (8 * (bits - 1))) * above;
     x = transpose_bits(x);
     std::memcpy(codes + 8 * byte, &x, 8);
   }

@@ -3,19 +3,22 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "flexq/flexq.h"
 
 namespace flexq {
 
 inline constexpr int kGroup = FLEXQ_GROUP_SIZE;
-inline constexpr int kPlanes = FLEXQ_WEIGHT_BITS;
 inline constexpr int kPlaneBytes = kGroup / 8;
-inline constexpr int kGroupBytes = kPlanes * kPlaneBytes;
-inline constexpr int kMinCode = -32;
-inline constexpr int kMaxCode = 31;
+
+// Of weights of so many bits: the bytes of a row's group, and two's complement codes.
+constexpr bool is_weight_bits(int32_t bits) { return bits == 4 || bits == 5 || bits == 6 || bits == 8; }
+constexpr int group_bytes(int bits) { return bits * kPlaneBytes; }
+constexpr int max_weight_code(int bits) { return (1 << (bits - 1)) - 1; }
+constexpr int min_weight_code(int bits) { return -(1 << (bits - 1)); }
 // Kernels that want unsigned weights add this, and take it back through the activations' group sums.
-inline constexpr int kCodeOffset = 32;
+constexpr int code_offset(int bits) { return 1 << (bits - 1); }
 
 // Orthonormal scaling of the 128-point Hadamard transform, 1 / sqrt(128).
 inline constexpr float kHadamardNorm = 0.08838834764831845f;
@@ -36,7 +39,7 @@ inline int64_t scales_per_token(const flexq_activation_desc& desc) {
 inline int act_max_code(int32_t act_bits) { return act_bits == 6 ? 31 : 127; }
 
 inline size_t planes_size(const flexq_weight_desc& desc) {
-  return static_cast<size_t>(desc.n * num_groups(desc.k)) * kGroupBytes;
+  return static_cast<size_t>(desc.n * num_groups(desc.k) * group_bytes(desc.weight_bits));
 }
 inline size_t num_scales(const flexq_weight_desc& desc) { return static_cast<size_t>(desc.n * scales_per_row(desc)); }
 
@@ -62,8 +65,23 @@ inline flexq_activation_desc activation_of_expert(const flexq_experts_desc& desc
   return {sizeof(flexq_activation_desc), m, k, format.act_bits, format.scheme, format.rotation, 0};
 }
 
-// One group: 128 codes <-> 6 planes of 16 bytes.
-void pack_group(const int8_t* codes, uint8_t* planes);
-void unpack_group(const uint8_t* planes, int8_t* codes);
+// Calls f with an integral_constant of `bits`, which the API has checked.
+template <typename F>
+decltype(auto) dispatch_weight_bits(int32_t bits, F&& f) {
+  switch (bits) {
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+    case 6:
+      return f(std::integral_constant<int, 6>{});
+    default:
+      return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// One group: 128 codes <-> `bits` planes of 16 bytes.
+void pack_group(int bits, const int8_t* codes, uint8_t* planes);
+void unpack_group(int bits, const uint8_t* planes, int8_t* codes);
 
 }  // namespace flexq

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
-#include <iterator>
 #include <limits>
 
 #include "core/error.h"
@@ -47,32 +46,46 @@ float absmax(const float* x) {
 }
 
 // Nearest, ties to even, for what the scales below leave: far from 2^22. Unlike a call of nearbyint it is vectorized.
-float round_to_code(float x) {
+float round_to_code(float x, float largest) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
   const float rounded = (x + kMagic) - kMagic;
-  return std::clamp(rounded, static_cast<float>(kMinCode), static_cast<float>(kMaxCode));
+  return std::clamp(rounded, -largest - 1.0f, largest);
 }
 
-// The scale of least squared error: of a few shares of absmax / 31, since most values gain by finer steps what the
-// largest ones lose.
+// The shares of absmax that a scale may reach: the fewer the codes, the more is gained by leaving out the largest
+// values.
+struct Shares {
+  double step;
+  int count;
+  float operator[](int i) const { return static_cast<float>(1.0 - step * i); }
+};
+Shares shares_of(int bits) {
+  if (bits == 4) return {0.05, 10};
+  if (bits == 5) return {0.05, 7};
+  return {0.025, 7};
+}
+
+// The scale of least squared error: of a few shares of absmax / the largest code, since most values gain by finer steps
+// what the largest ones lose.
 class ScaleSearch {
  public:
-  explicit ScaleSearch(float largest) {
-    for (int i = 0; i < kShares; ++i) {
-      scales_[i] = from_float<Half>(largest / kMaxCode * kShare[i]);
+  ScaleSearch(int bits, float largest)
+      : max_code_(static_cast<float>(max_weight_code(bits))), count_(shares_of(bits).count) {
+    for (int i = 0; i < count_; ++i) {
+      scales_[i] = from_float<Half>(largest / max_code_ * shares_of(bits)[i]);
       stored_[i] = to_float(scales_[i]);
     }
   }
 
   void add(const float* values) {
-    for (int i = 0; i < kShares; ++i) {
+    for (int i = 0; i < count_; ++i) {
       if (stored_[i] == 0.0f) continue;
-      const float step = stored_[i], inverse = 1.0f / step;
+      const float step = stored_[i], inverse = 1.0f / step, max_code = max_code_;
       constexpr int kLanes = 16;  // sums side by side, in this order everywhere
       float sums[kLanes] = {};
       for (int j = 0; j < kGroup; j += kLanes) {
         for (int l = 0; l < kLanes; ++l) {
-          const float error = values[j + l] - round_to_code(values[j + l] * inverse) * step;
+          const float error = values[j + l] - round_to_code(values[j + l] * inverse, max_code) * step;
           sums[l] += error * error;
         }
       }
@@ -82,18 +95,19 @@ class ScaleSearch {
 
   Half best() const {
     int best = 0;
-    for (int i = 1; i < kShares; ++i) {
+    for (int i = 1; i < count_; ++i) {
       if (stored_[i] != 0.0f && errors_[i] < errors_[best]) best = i;
     }
     return scales_[best];
   }
 
  private:
-  static constexpr float kShare[] = {1.0f, 0.975f, 0.95f, 0.925f, 0.9f, 0.875f, 0.85f};
-  static constexpr int kShares = static_cast<int>(std::size(kShare));
-  Half scales_[kShares];
-  float stored_[kShares];
-  double errors_[kShares] = {};
+  static constexpr int kMost = 10;
+  float max_code_;
+  int count_;
+  Half scales_[kMost];
+  float stored_[kMost];
+  double errors_[kMost] = {};
 };
 
 // Where quantization must stop, found by all threads together: the smallest row * G + group.
@@ -113,7 +127,9 @@ class FirstBad {
 };
 
 // Of a group or row whose largest value this is, in fp16: 0 where it is too small for any.
-float largest_scale(float largest) { return to_float(from_float<Half>(largest / kMaxCode)); }
+float largest_scale(int bits, float largest) {
+  return to_float(from_float<Half>(largest / static_cast<float>(max_weight_code(bits))));
+}
 
 template <typename T>
 [[noreturn]] void refuse(const flexq_weight_desc& desc, const T* w, int64_t ldw, int64_t where) {
@@ -136,9 +152,10 @@ template <typename T>
     for (const double value : values) rotated = std::max(rotated, std::abs(value));
   }
   const bool is_rotated = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
+  const int max_code = max_weight_code(desc.weight_bits);
   fail(FLEXQ_BAD_VALUE, "row ", row, per_group ? cat(", group ", group) : std::string(), ": weights up to ", largest,
-       is_rotated ? cat(" (", rotated, " after the rotation)") : std::string(), " need a scale of ", rotated / kMaxCode,
-       ", which leaves fp16's range; accepted is up to ", kMaxHalf * kMaxCode, is_rotated ? " after the rotation" : "",
+       is_rotated ? cat(" (", rotated, " after the rotation)") : std::string(), " need a scale of ", rotated / max_code,
+       ", which leaves fp16's range; accepted is up to ", kMaxHalf * max_code, is_rotated ? " after the rotation" : "",
        "; rescale the layer or leave it unquantized");
 }
 
@@ -147,6 +164,8 @@ int64_t quantize(const flexq_executor* executor, const flexq_weight_desc& desc, 
                  uint8_t* planes, uint16_t* scales) {
   const int64_t groups = num_groups(desc.k);
   const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
+  const int bits = desc.weight_bits;
+  const auto max_code = static_cast<float>(max_weight_code(bits));
 
   // A refused call writes nothing, so look at everything first.
   FirstBad bad;
@@ -156,7 +175,7 @@ int64_t quantize(const flexq_executor* executor, const flexq_weight_desc& desc, 
     float values[kGroup];
     int64_t vanished = 0;
     const auto look_at = [&](float largest, int64_t where) {
-      const float scale = largest_scale(largest);
+      const float scale = largest_scale(bits, largest);
       if (!std::isfinite(scale)) bad.report(where);
       vanished += largest > 0.0f && scale == 0.0f;
     };
@@ -185,7 +204,7 @@ int64_t quantize(const flexq_executor* executor, const flexq_weight_desc& desc, 
           load_group(desc, w + row * ldw, g, values);
           largest = std::max(largest, absmax(values));
         }
-        ScaleSearch search(largest);
+        ScaleSearch search(bits, largest);
         for (int64_t g = 0; g < groups; ++g) {
           load_group(desc, w + row * ldw, g, values);
           search.add(values);
@@ -196,16 +215,16 @@ int64_t quantize(const flexq_executor* executor, const flexq_weight_desc& desc, 
       for (int64_t g = 0; g < groups; ++g) {
         load_group(desc, w + row * ldw, g, values);
         if (per_group) {
-          ScaleSearch search(absmax(values));
+          ScaleSearch search(bits, absmax(values));
           search.add(values);
           scale = search.best();
           scales[row * groups + g] = scale.bits;
         }
         const float stored = to_float(scale);
         for (int i = 0; i < kGroup; ++i) {
-          codes[i] = stored == 0.0f ? int8_t{0} : static_cast<int8_t>(round_to_code(values[i] / stored));
+          codes[i] = stored == 0.0f ? int8_t{0} : static_cast<int8_t>(round_to_code(values[i] / stored, max_code));
         }
-        pack_group(codes, planes + (row * groups + g) * kGroupBytes);
+        pack_group(bits, codes, planes + (row * groups + g) * group_bytes(bits));
       }
     }
   });
@@ -233,11 +252,11 @@ void dequantize_weight(const flexq_executor* executor, const flexq_weight_desc& 
       float values[kGroup];
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t g = 0; g < groups; ++g) {
-          unpack_group(planes + (row * groups + g) * kGroupBytes, codes);
+          unpack_group(desc.weight_bits, planes + (row * groups + g) * group_bytes(desc.weight_bits), codes);
           const float scale = to_float(Half{scales[row * row_scales + (row_scales == 1 ? 0 : g)]});
           const bool rotated = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
           for (int i = 0; i < kGroup; ++i) values[i] = static_cast<float>(codes[i]);
-          if (rotated) hadamard128(values);  // integers below 2^13: exact
+          if (rotated) hadamard128(values);  // integers up to 2^14: exact
           const int count = static_cast<int>(std::min<int64_t>(kGroup, desc.k - g * kGroup));
           const float factor = rotated ? scale * kHadamardNorm : scale;
           for (int i = 0; i < count; ++i) out[row * ldw + g * kGroup + i] = from_float<T>(values[i] * factor);
@@ -251,18 +270,20 @@ void pack_codes(const flexq_executor* executor, const flexq_weight_desc& desc, c
                 uint8_t* planes) {
   const int64_t groups = num_groups(desc.k);
   const int64_t kp = padded_k(desc.k);
+  const int bits = desc.weight_bits;
   for (int64_t row = 0; row < desc.n; ++row) {
     for (int64_t k = 0; k < kp; ++k) {
       const int code = codes[row * ldc + k];
-      if (code < kMinCode || code > kMaxCode) {
-        fail(FLEXQ_BAD_VALUE, "codes[", row, "][", k, "] is ", code, "; 6-bit codes are -32 to 31");
+      if (code < min_weight_code(bits) || code > max_weight_code(bits)) {
+        fail(FLEXQ_BAD_VALUE, "codes[", row, "][", k, "] is ", code, "; ", bits, "-bit codes are ",
+             min_weight_code(bits), " to ", max_weight_code(bits));
       }
     }
   }
   parallel_ranges(executor, desc.n, balanced_grain(executor, desc.n), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t g = 0; g < groups; ++g) {
-        pack_group(codes + row * ldc + g * kGroup, planes + (row * groups + g) * kGroupBytes);
+        pack_group(bits, codes + row * ldc + g * kGroup, planes + (row * groups + g) * group_bytes(bits));
       }
     }
   });
@@ -271,10 +292,11 @@ void pack_codes(const flexq_executor* executor, const flexq_weight_desc& desc, c
 void unpack_codes(const flexq_executor* executor, const flexq_weight_desc& desc, const uint8_t* planes, int8_t* codes,
                   int64_t ldc) {
   const int64_t groups = num_groups(desc.k);
+  const int bits = desc.weight_bits;
   parallel_ranges(executor, desc.n, balanced_grain(executor, desc.n), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t g = 0; g < groups; ++g) {
-        unpack_group(planes + (row * groups + g) * kGroupBytes, codes + row * ldc + g * kGroup);
+        unpack_group(bits, planes + (row * groups + g) * group_bytes(bits), codes + row * ldc + g * kGroup);
       }
     }
   });

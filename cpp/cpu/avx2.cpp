@@ -1,4 +1,4 @@
-// AVX2: products of unsigned weights (0..63) and signed codes by maddubs, which adds pairs in 16 bits.
+// AVX2: products of unsigned and signed bytes by maddubs, which adds pairs in 16 bits.
 #include "cpu/kernels.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -8,27 +8,31 @@ namespace flexq::cpu {
 namespace {
 
 struct Avx2 : Vectors256 {
-  static Int quad(const uint8_t* weights, int q, int v) {
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(weights + q * 4 * kBlockRows) + v);
-  }
+  static constexpr int kQuads = 2;
+  // Pairs of products of 8-bit codes overflow 16 bits where the weights are unsigned, but not where activations are.
+  template <int kBits, int kActBits>
+  static constexpr bool kSigned = kBits == 8 && kActBits == 8;
+  template <int kBits>
+  static constexpr bool kActBitsMatter = kBits == 8;
 
-  // Two maddubs results, 4 * 63 * 127 at most, fit in 16 bits; they share one widening to 32. A6 could add eight, but
-  // the accumulators that this takes spill, and cost more than it saves.
-  template <int kActBits, int T>
-  static void dot(const uint8_t* weights, const int8_t* codes, Int (&dots)[T][kVectors]) {
-    static_assert(4 * 63 * 127 <= 32767);
+  template <int kBits, int kActBits>
+  static Int multiply(Int sum, const Bytes* w, const Token* a) {
     const Int ones = _mm256_set1_epi16(1);
-    for (int q = 0; q < kGroup / 4; q += 2) {
-      const Int w[2][kVectors] = {{quad(weights, q, 0), quad(weights, q, 1)},
-                                  {quad(weights, q + 1, 0), quad(weights, q + 1, 1)}};
-      for (int t = 0; t < T; ++t) {
-        const Int a0 = broadcast(codes + t * kGroup + 4 * q);
-        const Int a1 = broadcast(codes + t * kGroup + 4 * q + 4);
-        for (int v = 0; v < kVectors; ++v) {
-          const Int sum = _mm256_add_epi16(_mm256_maddubs_epi16(w[0][v], a0), _mm256_maddubs_epi16(w[1][v], a1));
-          dots[t][v] = add(dots[t][v], _mm256_madd_epi16(sum, ones));
-        }
+    if constexpr (kSigned<kBits, kActBits>) {
+      // |w| <= 128 is unsigned and takes its sign to the activation: a pair is 2 * 128 * 127 at most.
+      static_assert(2 * 128 * 127 <= 32767);
+      for (int j = 0; j < kQuads; ++j) {
+        const Bytes code = _mm256_xor_si256(w[j], _mm256_set1_epi8(static_cast<char>(0x80)));
+        const Int pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(a[j], code));
+        sum = add(sum, _mm256_madd_epi16(pairs, ones));
       }
+      return sum;
+    } else {
+      // Two results of maddubs fit in 16 bits and share one widening to 32. A6 could add eight, but the accumulators
+      // that this takes spill, and cost more than it saves.
+      static_assert(4 * ((1 << kBits) - 1) * (kActBits == 6 ? 31 : 127) <= 32767);
+      const Int pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w[0], a[0]), _mm256_maddubs_epi16(w[1], a[1]));
+      return add(sum, _mm256_madd_epi16(pairs, ones));
     }
   }
 };

@@ -10,6 +10,7 @@ namespace {
 struct Avx512Vnni {
   static constexpr int kVectors = 1;
   static constexpr int kTokens = 8;
+  static constexpr int kPackedTokens = 2;
   using Int = __m512i;
   using Float = __m512;
 
@@ -26,18 +27,41 @@ struct Avx512Vnni {
   static void load_scales(const uint16_t* scales, Float* out) {
     *out = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales)));
   }
-  static void unpack(const uint8_t* packed, uint8_t* out) { Vectors256::unpack(packed, out); }
 
-  template <int kActBits, int T>
-  static void dot(const uint8_t* weights, const int8_t* codes, Int (&dots)[T][kVectors]) {
-    for (int q = 0; q < kGroup / 4; ++q) {
-      const Int w = _mm512_load_si512(weights + q * 4 * kBlockRows);
-      for (int t = 0; t < T; ++t) {
-        int32_t word;
-        std::memcpy(&word, codes + t * kGroup + 4 * q, 4);
-        dots[t][0] = _mm512_dpbusd_epi32(dots[t][0], w, _mm512_set1_epi32(word));
-      }
-    }
+  using Bytes = __m512i;
+  using Token = Bytes;
+  static Bytes load(const uint8_t* p) { return _mm512_load_si512(p); }
+  static void store(uint8_t* p, Bytes x) { _mm512_store_si512(p, x); }
+  static void prefetch(const uint8_t* p) { Vectors256::prefetch(p); }
+  static Token broadcast(const int8_t* codes) {
+    int32_t word;
+    std::memcpy(&word, codes, 4);
+    return _mm512_set1_epi32(word);
+  }
+
+  template <int kBits>
+  static Bytes low(Bytes x) {
+    return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1)));
+  }
+  template <int kFrom, int kTo, int kCount>
+  static Bytes insert(Bytes quad, Bytes x) {
+    constexpr int kMask = ((1 << kCount) - 1) << kTo;
+    static_assert(kFrom >= kTo);
+    const Bytes shifted = _mm512_srli_epi16(x, kFrom - kTo);
+    const Bytes mask = _mm512_set1_epi8(static_cast<char>(kMask));
+    constexpr int kOrAnd = 0xf8;  // quad | (shifted & mask)
+    return kTo == 0 ? _mm512_and_si512(shifted, mask) : _mm512_ternarylogic_epi32(quad, shifted, mask, kOrAnd);
+  }
+
+  static constexpr int kQuads = 1;
+  template <int kBits, int kActBits>
+  static constexpr bool kSigned = false;
+  template <int kBits>
+  static constexpr bool kActBitsMatter = false;
+
+  template <int kBits, int kActBits>
+  static Int multiply(Int sum, const Bytes* w, const Token* a) {
+    return _mm512_dpbusd_epi32(sum, *w, *a);
   }
 };
 

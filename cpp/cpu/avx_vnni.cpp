@@ -8,15 +8,15 @@ namespace flexq::cpu {
 namespace {
 
 struct AvxVnni : Vectors256 {
-  template <int kActBits, int T>
-  static void dot(const uint8_t* weights, const int8_t* codes, Int (&dots)[T][kVectors]) {
-    for (int q = 0; q < kGroup / 4; ++q) {
-      const auto* w = reinterpret_cast<const __m256i*>(weights + q * 4 * kBlockRows);
-      for (int t = 0; t < T; ++t) {
-        const Int a = broadcast(codes + t * kGroup + 4 * q);
-        for (int v = 0; v < kVectors; ++v) dots[t][v] = _mm256_dpbusd_avx_epi32(dots[t][v], w[v], a);
-      }
-    }
+  static constexpr int kQuads = 1;
+  template <int kBits, int kActBits>
+  static constexpr bool kSigned = false;
+  template <int kBits>
+  static constexpr bool kActBitsMatter = false;
+
+  template <int kBits, int kActBits>
+  static Int multiply(Int sum, const Bytes* w, const Token* a) {
+    return _mm256_dpbusd_avx_epi32(sum, *w, *a);
   }
 };
 

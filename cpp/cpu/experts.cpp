@@ -158,7 +158,7 @@ Activation activation_of(const flexq_activation_desc& desc, const ActivationLayo
   const Activation panel = layout.at(panel_bytes);
   const int64_t groups = num_groups(desc.k);
   return {panel.codes + segment.begin * groups * kGroup, panel.scales + segment.begin * scales_per_token(desc),
-          panel.offsets + segment.begin * groups};
+          panel.sums + segment.begin * groups};
 }
 
 // The next panel; `expert` is the one that it begins with, and is moved on.
@@ -200,7 +200,7 @@ void gather(const flexq_executor* executor, const ExpertsCall& call, const Pairs
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t source = g * from_desc.m + token, target = g * count + i;
         std::memcpy(to.codes + target * kGroup, from.codes + source * kGroup, kGroup);
-        to.offsets[target] = from.offsets[source];
+        to.sums[target] = from.sums[source];
       }
       for (int64_t g = 0; g < token_scales; ++g) {
         to.scales[g * count + i] = from.scales[g * from_desc.m + token] * factor;

@@ -6,32 +6,21 @@
 
 #include "core/backend.h"
 #include "core/format.h"
+#include "cpu/packing.h"
 #include "flexq/flexq.h"
 
 namespace flexq::cpu {
 
-// Prepacked weights. A block is 16 rows; a chunk is 16 k of a block. Bytes B0, B1, B2 of a chunk (64 each) hold, for
-// row r and i = 0..3 at byte 4 * r + i, code + 32 of k = 4 * j + i in the low 6 bits of Bj; the top bits of B0, B1 and
-// B2 are bits 5-4, 3-2 and 1-0 of the one for j = 3. Two masks, shifts and ors give four vectors of bytes, each ready
-// for a dot product of 4 k for 4, 8 or 16 rows at a time.
-inline constexpr int kBlockRows = 16;
-inline constexpr int kChunkK = 16;
-inline constexpr int kChunks = kGroup / kChunkK;
-inline constexpr int kChunkBytes = 3 * 4 * kBlockRows;
-inline constexpr int kBlockGroupBytes = kChunks * kChunkBytes;
-inline constexpr int kUnpackedBytes = kBlockRows * kGroup;
-static_assert(kBlockGroupBytes == kBlockRows * kGroupBytes, "prepacking neither adds nor loses bits");
-
 struct PackedWeight {
-  const uint8_t* blocks;   // [N / 16][G][kBlockGroupBytes]
+  const uint8_t* blocks;   // [N / 16][G][block_group_bytes], as cpu/packing.h has it
   const uint16_t* scales;  // [N / 16][G or 1][16], fp16
 };
 
 // Quantized activations, group-major so that a block of tokens reads one stretch of memory.
 struct Activation {
-  int8_t* codes;     // [G][M][128]
-  float* scales;     // [G][M], or [M] in scheme channel
-  int32_t* offsets;  // [G][M], -32 * (sum of the group's codes): takes back the weights' offset
+  int8_t* codes;  // [G][M][128]
+  float* scales;  // [G][M], or [M] in scheme channel
+  int32_t* sums;  // [G][M], of the group's codes: by these the weights' offset is taken back
 };
 
 struct GemmArgs {

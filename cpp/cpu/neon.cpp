@@ -13,6 +13,7 @@ namespace {
 struct Neon {
   static constexpr int kVectors = 4;
   static constexpr int kTokens = 4;
+  static constexpr int kPackedTokens = 1;
   using Int = int32x4_t;
   using Float = float32x4_t;
 
@@ -30,34 +31,44 @@ struct Neon {
     for (int v = 0; v < kVectors; ++v) out[v] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(scales + 4 * v)));
   }
 
-  static void unpack(const uint8_t* packed, uint8_t* out) {
-    const uint8x16_t low = vdupq_n_u8(0x3f);
-    for (int c = 0; c < kChunks; ++c, packed += kChunkBytes, out += 4 * 64) {
-      for (int v = 0; v < 64; v += 16) {
-        const uint8x16_t b0 = vld1q_u8(packed + v);
-        const uint8x16_t b1 = vld1q_u8(packed + 64 + v);
-        const uint8x16_t b2 = vld1q_u8(packed + 128 + v);
-        vst1q_u8(out + v, vandq_u8(b0, low));
-        vst1q_u8(out + 64 + v, vandq_u8(b1, low));
-        vst1q_u8(out + 128 + v, vandq_u8(b2, low));
-        // Shift right and insert: bits 5-4 from b0, 3-2 from b1, 1-0 from b2.
-        const uint8x16_t top = vsriq_n_u8(vsriq_n_u8(b0, b1, 2), b2, 4);
-        vst1q_u8(out + 192 + v, vshrq_n_u8(top, 2));
-      }
+  using Bytes = uint8x16_t;
+  using Token = Bytes;
+  static Bytes load(const uint8_t* p) { return vld1q_u8(p); }
+  static void store(uint8_t* p, Bytes x) { vst1q_u8(p, x); }
+  static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+  static Token broadcast(const int8_t* codes) {
+    uint32_t word;
+    std::memcpy(&word, codes, 4);
+    return vreinterpretq_u8_u32(vdupq_n_u32(word));
+  }
+
+  template <int kBits>
+  static Bytes low(Bytes x) {
+    return vandq_u8(x, vdupq_n_u8((1 << kBits) - 1));
+  }
+  // Shift left and insert: what a field leaves above it, the next one takes the place of, and the last one's top is the
+  // vector's.
+  template <int kFrom, int kTo, int kCount>
+  static Bytes insert(Bytes quad, Bytes x) {
+    const Bytes field = vshrq_n_u8(x, kFrom);
+    if constexpr (kTo == 0) {
+      return field;
+    } else {
+      return vsliq_n_u8(quad, field, kTo);
     }
   }
 
-  template <int kActBits, int T>
-  static void dot(const uint8_t* weights, const int8_t* codes, Int (&dots)[T][kVectors]) {
-    for (int q = 0; q < kGroup / 4; ++q) {
-      const auto* w = reinterpret_cast<const int8_t*>(weights + q * 4 * kBlockRows);  // 0..63: signed or not
-      for (int t = 0; t < T; ++t) {
-        int32_t word;
-        std::memcpy(&word, codes + t * kGroup + 4 * q, 4);
-        const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(word));
-        for (int v = 0; v < kVectors; ++v) dots[t][v] = vdotq_s32(dots[t][v], vld1q_s8(w + 16 * v), a);
-      }
-    }
+  // Both factors are signed: weights of less than 8 bits are that with their offset, those of 8 bits without it.
+  static constexpr int kQuads = 1;
+  template <int kBits, int kActBits>
+  static constexpr bool kSigned = kBits == 8;
+  template <int kBits>
+  static constexpr bool kActBitsMatter = false;
+
+  template <int kBits, int kActBits>
+  static Int multiply(Int sum, const Bytes* w, const Token* a) {
+    const Bytes code = kBits == 8 ? veorq_u8(*w, vdupq_n_u8(0x80)) : *w;
+    return vdotq_s32(sum, vreinterpretq_s8_u8(code), vreinterpretq_s8_u8(*a));
   }
 };
 

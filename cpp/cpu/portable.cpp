@@ -9,6 +9,7 @@ namespace {
 struct Portable {
   static constexpr int kVectors = 1;
   static constexpr int kTokens = 4;
+  static constexpr int kPackedTokens = 0;
   struct Int {
     int32_t lane[kBlockRows];
   };
@@ -52,32 +53,50 @@ struct Portable {
     *out = map<Float>([&](int r) { return flexq::to_float(Half{scales[r]}); });
   }
 
-  static void unpack(const uint8_t* packed, uint8_t* out) {
-    constexpr int kQuadBytes = 4 * kBlockRows;
-    for (int c = 0; c < kChunks; ++c, packed += kChunkBytes, out += 4 * kQuadBytes) {
-      for (int i = 0; i < kQuadBytes; ++i) {
-        const unsigned b0 = packed[i];
-        const unsigned b1 = packed[i + kQuadBytes];
-        const unsigned b2 = packed[i + 2 * kQuadBytes];
-        out[i] = static_cast<uint8_t>(b0 & 0x3f);
-        out[i + kQuadBytes] = static_cast<uint8_t>(b1 & 0x3f);
-        out[i + 2 * kQuadBytes] = static_cast<uint8_t>(b2 & 0x3f);
-        out[i + 3 * kQuadBytes] = static_cast<uint8_t>((b0 & 0xc0) >> 2 | (b1 & 0xc0) >> 4 | (b2 & 0xc0) >> 6);
-      }
-    }
+  struct Bytes {
+    uint8_t lane[kQuadBytes];
+  };
+  template <typename F>
+  static Bytes map_bytes(const F& f) {
+    Bytes out;
+    for (int i = 0; i < kQuadBytes; ++i) out.lane[i] = static_cast<uint8_t>(f(i));
+    return out;
+  }
+  static Bytes load(const uint8_t* p) {
+    return map_bytes([&](int i) { return p[i]; });
+  }
+  static void store(uint8_t* p, const Bytes& x) { std::memcpy(p, x.lane, sizeof x.lane); }
+  static void prefetch(const uint8_t*) {}
+  struct Token {
+    int8_t code[kQuadK];
+  };
+  static Token broadcast(const int8_t* codes) { return {{codes[0], codes[1], codes[2], codes[3]}}; }
+
+  template <int kBits>
+  static Bytes low(const Bytes& x) {
+    return map_bytes([&](int i) { return x.lane[i] & ((1 << kBits) - 1); });
+  }
+  template <int kFrom, int kTo, int kCount>
+  static Bytes insert(const Bytes& quad, const Bytes& x) {
+    return map_bytes([&](int i) {
+      const int field = (x.lane[i] >> kFrom & ((1 << kCount) - 1)) << kTo;
+      return kTo == 0 ? field : quad.lane[i] | field;
+    });
   }
 
-  template <int kActBits, int T>
-  static void dot(const uint8_t* weights, const int8_t* codes, Int (&dots)[T][kVectors]) {
-    for (int k = 0; k < kGroup; k += 4, weights += 4 * kBlockRows) {
-      for (int t = 0; t < T; ++t) {
-        const int8_t* a = codes + t * kGroup + k;
-        for (int r = 0; r < kBlockRows; ++r) {
-          const uint8_t* w = weights + 4 * r;
-          dots[t][0].lane[r] += w[0] * a[0] + w[1] * a[1] + w[2] * a[2] + w[3] * a[3];
-        }
-      }
-    }
+  static constexpr int kQuads = 1;
+  template <int kBits, int kActBits>
+  static constexpr bool kSigned = false;
+  template <int kBits>
+  static constexpr bool kActBitsMatter = false;
+
+  template <int kBits, int kActBits>
+  static Int multiply(const Int& sum, const Bytes* weights, const Token* token) {
+    const int8_t* a = token->code;
+    return map<Int>([&](int r) {
+      const uint8_t* w = weights->lane + kQuadK * r;
+      return sum.lane[r] + w[0] * a[0] + w[1] * a[1] + w[2] * a[2] + w[3] * a[3];
+    });
   }
 };
 

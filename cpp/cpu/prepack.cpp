@@ -13,39 +13,52 @@ namespace {
 int64_t num_blocks(const flexq_weight_desc& desc) { return ceil_div(desc.n, kBlockRows); }
 
 size_t blocks_bytes(const flexq_weight_desc& desc) {
-  return static_cast<size_t>(num_blocks(desc) * num_groups(desc.k)) * kBlockGroupBytes;
+  return static_cast<size_t>(num_blocks(desc) * num_groups(desc.k)) *
+         static_cast<size_t>(block_group_bytes(desc.weight_bits));
 }
 
-// Where the byte of (row, k) in a block's group sits among its chunk's four vectors of 64.
-int byte_in_quad(int row, int k) { return 4 * row + k % 4; }
+// Calls f(b, row, k) for each row of each chunk of a block's group and i = 0..3: the chunk's vectors have row's i-th
+// bytes at b and at every 64 after it, and they hold the codes of k and of every 4 after it.
+template <typename Bytes, typename F>
+void for_chunk_bytes(const Packing& packing, Bytes* bytes, const F& f) {
+  for (int k = 0; k < kGroup; k += packing.quads * kQuadK, bytes += packing.vectors * kQuadBytes) {
+    for (int row = 0; row < kBlockRows; ++row) {
+      for (int i = 0; i < kQuadK; ++i) f(bytes + kQuadK * row + i, row, k + i);
+    }
+  }
+}
 
+template <int kBits>
 void pack_block(const int8_t (&codes)[kBlockRows][kGroup], uint8_t* out) {
-  for (int c = 0; c < kChunks; ++c, out += kChunkBytes) {
-    for (int row = 0; row < kBlockRows; ++row) {
-      for (int i = 0; i < 4; ++i) {
-        const int8_t* k = codes[row] + c * kChunkK + i;
-        const auto biased = [&](int quad) { return static_cast<unsigned>(k[4 * quad] + kCodeOffset); };
-        uint8_t* at = out + byte_in_quad(row, i);
-        at[0] = static_cast<uint8_t>(biased(0) | (biased(3) & 0x30) << 2);
-        at[64] = static_cast<uint8_t>(biased(1) | (biased(3) & 0x0c) << 4);
-        at[128] = static_cast<uint8_t>(biased(2) | (biased(3) & 0x03) << 6);
-      }
+  static constexpr Packing packing = packing_of(kBits);
+  for_chunk_bytes(packing, out, [&](uint8_t* bytes, int row, int k) {
+    const auto biased = [&](int quad) {
+      return static_cast<unsigned>(codes[row][k + kQuadK * quad] + code_offset(kBits));
+    };
+    unsigned vectors[8];
+    for (int v = 0; v < packing.vectors; ++v) vectors[v] = biased(v);
+    for (int i = 0; i < packing.num_fields; ++i) {
+      const auto& [quad, vector, from, to, count] = packing.fields[i];
+      vectors[vector] |= (biased(quad) >> to & ((1u << count) - 1)) << from;
     }
-  }
+    for (int v = 0; v < packing.vectors; ++v) bytes[v * kQuadBytes] = static_cast<uint8_t>(vectors[v]);
+  });
 }
 
+template <int kBits>
 void unpack_block(const uint8_t* in, int8_t (&codes)[kBlockRows][kGroup]) {
-  for (int c = 0; c < kChunks; ++c, in += kChunkBytes) {
-    for (int row = 0; row < kBlockRows; ++row) {
-      for (int i = 0; i < 4; ++i) {
-        const uint8_t* at = in + byte_in_quad(row, i);
-        int8_t* k = codes[row] + c * kChunkK + i;
-        for (int quad = 0; quad < 3; ++quad) k[4 * quad] = static_cast<int8_t>((at[64 * quad] & 0x3f) - kCodeOffset);
-        const int last = at[0] >> 6 << 4 | at[64] >> 6 << 2 | at[128] >> 6;
-        k[12] = static_cast<int8_t>(last - kCodeOffset);
-      }
+  static constexpr Packing packing = packing_of(kBits);
+  for_chunk_bytes(packing, in, [&](const uint8_t* bytes, int row, int k) {
+    unsigned quads[8] = {};
+    for (int v = 0; v < packing.vectors; ++v) quads[v] = bytes[v * kQuadBytes] & ((1u << kBits) - 1);
+    for (int i = 0; i < packing.num_fields; ++i) {
+      const auto& [quad, vector, from, to, count] = packing.fields[i];
+      quads[quad] |= (static_cast<unsigned>(bytes[vector * kQuadBytes]) >> from & ((1u << count) - 1)) << to;
     }
-  }
+    for (int q = 0; q < packing.quads; ++q) {
+      codes[row][k + kQuadK * q] = static_cast<int8_t>(static_cast<int>(quads[q]) - code_offset(kBits));
+    }
+  });
 }
 
 // -0.0 counts as 0.
@@ -80,6 +93,7 @@ void prepack(const flexq_executor* executor, const flexq_weight_desc& desc, cons
   check_scales(desc, scales, "");
   const int64_t groups = num_groups(desc.k);
   const int64_t row_scales = scales_per_row(desc);
+  const int bits = desc.weight_bits;
   auto* out = static_cast<uint8_t*>(prepacked);
   auto* out_scales = reinterpret_cast<uint16_t*>(out + blocks_bytes(desc));
   const int64_t blocks = num_blocks(desc);
@@ -90,9 +104,10 @@ void prepack(const flexq_executor* executor, const flexq_weight_desc& desc, cons
       std::memset(codes, 0, sizeof codes);
       for (int64_t g = 0; g < groups; ++g) {
         for (int row = 0; row < rows; ++row) {
-          unpack_group(planes + ((block * kBlockRows + row) * groups + g) * kGroupBytes, codes[row]);
+          unpack_group(bits, planes + ((block * kBlockRows + row) * groups + g) * group_bytes(bits), codes[row]);
         }
-        pack_block(codes, out + (block * groups + g) * kBlockGroupBytes);
+        dispatch_weight_bits(bits,
+                             [&](auto b) { pack_block<b>(codes, out + (block * groups + g) * block_group_bytes(b)); });
       }
       for (int64_t g = 0; g < row_scales; ++g) {
         for (int row = 0; row < kBlockRows; ++row) {
@@ -108,6 +123,7 @@ void unprepack(const flexq_executor* executor, const flexq_weight_desc& desc, co
                uint16_t* scales) {
   const int64_t groups = num_groups(desc.k);
   const int64_t row_scales = scales_per_row(desc);
+  const int bits = desc.weight_bits;
   const PackedWeight packed = packed_weight(desc, prepacked);
   const int64_t blocks = num_blocks(desc);
   parallel_ranges(executor, blocks, balanced_grain(executor, blocks), [&](int64_t begin, int64_t end) {
@@ -115,9 +131,10 @@ void unprepack(const flexq_executor* executor, const flexq_weight_desc& desc, co
     for (int64_t block = begin; block < end; ++block) {
       const int rows = static_cast<int>(std::min<int64_t>(kBlockRows, desc.n - block * kBlockRows));
       for (int64_t g = 0; g < groups; ++g) {
-        unpack_block(packed.blocks + (block * groups + g) * kBlockGroupBytes, codes);
+        dispatch_weight_bits(
+            bits, [&](auto b) { unpack_block<b>(packed.blocks + (block * groups + g) * block_group_bytes(b), codes); });
         for (int row = 0; row < rows; ++row) {
-          pack_group(codes[row], planes + ((block * kBlockRows + row) * groups + g) * kGroupBytes);
+          pack_group(bits, codes[row], planes + ((block * kBlockRows + row) * groups + g) * group_bytes(bits));
         }
       }
       for (int64_t g = 0; g < row_scales; ++g) {

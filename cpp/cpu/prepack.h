@@ -1,4 +1,4 @@
-// Canonical planes and scales <-> the CPU's prepacked layout (cpu/kernels.h).
+// Canonical planes and scales <-> the CPU's prepacked layout (cpu/packing.h).
 #pragma once
 
 #include <cstddef>

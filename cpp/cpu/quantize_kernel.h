@@ -149,10 +149,10 @@ struct QuantizeKernel {
       }
       int8_t* codes = args.act.codes + at * kGroup;
       if (scale.finite) {
-        args.act.offsets[at] = -kCodeOffset * Q::encode(values, scale.inverse, qmax, codes);
+        args.act.sums[at] = Q::encode(values, scale.inverse, qmax, codes);
       } else {
         std::memset(codes, 0, kGroup);
-        args.act.offsets[at] = 0;
+        args.act.sums[at] = 0;
       }
     }
   }

@@ -13,6 +13,7 @@ namespace {  // each instruction set compiles its own copy with its own flags
 struct Vectors256 {
   static constexpr int kVectors = 2;
   static constexpr int kTokens = 4;
+  static constexpr int kPackedTokens = 1;
   using Int = __m256i;
   using Float = __m256;
 
@@ -32,33 +33,27 @@ struct Vectors256 {
     out[1] = _mm256_cvtph_ps(_mm_load_si128(halves + 1));
   }
 
-  static void unpack(const uint8_t* packed, uint8_t* out) {
-    const __m256i low = _mm256_set1_epi8(0x3f);
-    const __m256i high = _mm256_set1_epi8(static_cast<char>(0xc0));
-    for (int c = 0; c < kChunks; ++c, packed += kChunkBytes, out += 4 * 64) {
-      // Weights stream from memory once: ask for them a few groups ahead, before they are needed.
-      for (int line = 0; line < kChunkBytes; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(packed + 4 * kBlockGroupBytes + line), _MM_HINT_T0);
-      }
-      for (int half = 0; half < 64; half += 32) {
-        const auto* in = reinterpret_cast<const __m256i*>(packed + half);
-        const __m256i b0 = _mm256_load_si256(in);
-        const __m256i b1 = _mm256_load_si256(in + 2);
-        const __m256i b2 = _mm256_load_si256(in + 4);
-        auto* quads = reinterpret_cast<__m256i*>(out + half);
-        _mm256_store_si256(quads, _mm256_and_si256(b0, low));
-        _mm256_store_si256(quads + 2, _mm256_and_si256(b1, low));
-        _mm256_store_si256(quads + 4, _mm256_and_si256(b2, low));
-        const __m256i top1 = _mm256_srli_epi16(_mm256_and_si256(b1, high), 2);
-        const __m256i top2 = _mm256_srli_epi16(_mm256_and_si256(b2, high), 4);
-        const __m256i top = _mm256_or_si256(_mm256_or_si256(_mm256_and_si256(b0, high), top1), top2);
-        _mm256_store_si256(quads + 6, _mm256_srli_epi16(top, 2));
-      }
-    }
+  using Bytes = __m256i;
+  using Token = Bytes;
+  static Bytes load(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(uint8_t* p, Bytes x) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), x); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+  template <int kBits>
+  static Bytes low(Bytes x) {
+    return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>((1 << kBits) - 1)));
+  }
+  template <int kFrom, int kTo, int kCount>
+  static Bytes insert(Bytes quad, Bytes x) {
+    constexpr int kMask = ((1 << kCount) - 1) << kTo;
+    static_assert(kFrom >= kTo);
+    const Bytes shifted = _mm256_srli_epi16(x, kFrom - kTo);
+    const Bytes field = _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>(kMask)));
+    return kTo == 0 ? field : _mm256_or_si256(quad, field);
   }
 
   // Four codes of one token, for all 8 rows.
-  static Int broadcast(const int8_t* codes) {
+  static Token broadcast(const int8_t* codes) {
     int32_t word;
     std::memcpy(&word, codes, 4);
     return _mm256_set1_epi32(word);

@@ -50,7 +50,12 @@ void check_elements(const char* a_name, int64_t a, const char* b_name, int64_t b
   }
 }
 
-void check_sizes(const flexq_weight_desc& desc) { check_elements("n", desc.n, "k", padded_k(desc.k)); }
+void check_sizes(const flexq_weight_desc& desc) {
+  if (desc.weight_bits != kWeightBits) {
+    fail(FLEXQ_UNSUPPORTED, "the CUDA backend has weight_bits ", kWeightBits, ", got ", desc.weight_bits);
+  }
+  check_elements("n", desc.n, "k", padded_k(desc.k));
+}
 void check_sizes(const flexq_activation_desc& desc) { check_elements("m", desc.m, "k", padded_k(desc.k)); }
 
 int attribute(cudaDeviceAttr which, int32_t device) {

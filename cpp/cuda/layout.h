@@ -20,6 +20,9 @@ namespace flexq::cuda {
 // contiguous, for bulk copies. Scales are fp16, 16 to a record. In scheme group they follow their 8 records (a separate
 // stream of 64 bytes at a time would cost more than its share of bandwidth); in scheme channel, [N / 16], they follow
 // the last record.
+inline constexpr int kWeightBits = 6;  // the width these kernels have
+inline constexpr int kPlanes = kWeightBits;
+inline constexpr int kGroupBytes = group_bytes(kWeightBits);
 inline constexpr int kRecordRows = 16;
 inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;

@@ -1,13 +1,14 @@
-/* FlexQ: 6-bit weights with 6- or 8-bit activations (W6A6, W6A8).
+/* FlexQ: weights of 4, 5, 6 or 8 bits with 6- or 8-bit activations (W6A6, W6A8, ...).
  *
  * This header is the whole public C API, usable from C99 and C++.
  *
  * Words used throughout
  *   M tokens, N output features, K input features. A linear layer is y[M,N] = x[M,K] * w[N,K]^T + bias[N].
  *   group   128 consecutive input features. G = ceil(K / 128) groups; the last one is padded with zeros, Kp = 128 * G.
- *   codes   the integers of a quantized tensor, one int8 each: weights -32..31, activations -31..31 or -127..127.
- *   planes  the canonical form of weight codes: bit planes, uint8 [N][G][6][16]. Bit (k % 8) of byte (k / 8) of plane
- *           p is bit p of the two's complement code k of that row and group.
+ *   codes   the integers of a quantized tensor, one int8 each. Weights of b bits: -2^(b-1) .. 2^(b-1) - 1, which are
+ *           -8..7, -16..15, -32..31 or -128..127. Activations: -31..31 or -127..127.
+ *   planes  the canonical form of weight codes of b bits: bit planes, uint8 [N][G][b][16]. Bit (k % 8) of byte (k / 8)
+ *           of plane p is bit p of the two's complement code k of that row and group.
  *   scales  of a weight: fp16 bit patterns, uint16 [N][G] (scheme group) or [N][1] (scheme channel).
  *   prepack what a backend's kernels read, made once at load from planes and scales. Its layout is private.
  *
@@ -34,7 +35,7 @@
 #define FLEXQ_VERSION_PATCH 0
 
 #define FLEXQ_GROUP_SIZE 128
-#define FLEXQ_WEIGHT_BITS 6
+#define FLEXQ_WEIGHT_BITS 6 /* what the ..._INIT macros start from */
 #define FLEXQ_ALIGNMENT 64
 
 #if defined(FLEXQ_STATIC)
@@ -60,7 +61,7 @@ typedef int32_t flexq_status;
 enum {
   FLEXQ_OK = 0,
   FLEXQ_INVALID_ARGUMENT = 1, /* a null, negative, misaligned, too small or unknown argument */
-  FLEXQ_UNSUPPORTED = 2,      /* well formed, but not something this version does (weight_bits 4, ...) */
+  FLEXQ_UNSUPPORTED = 2,      /* well formed, but not something this version does (weight_bits 7, ...) */
   FLEXQ_BAD_VALUE = 3,        /* data that cannot be quantized: NaN, Inf, a scale beyond fp16's range */
   FLEXQ_UNAVAILABLE = 4,      /* the device or backend is missing from this build or machine */
   FLEXQ_OUT_OF_MEMORY = 5,    /* only from functions that create objects */
@@ -100,7 +101,7 @@ typedef struct flexq_weight_desc {
   size_t struct_size;      /* sizeof(flexq_weight_desc) */
   int64_t n;               /* output features, >= 0 */
   int64_t k;               /* input features, >= 1 */
-  int32_t weight_bits;     /* 6 */
+  int32_t weight_bits;     /* 4, 5, 6 or 8 */
   flexq_scheme scheme;     /* of the weight's scales and of the activations it is multiplied with */
   flexq_rotation rotation; /* of the weight and of the activations it is multiplied with */
   int32_t reserved;        /* 0 */
@@ -174,12 +175,12 @@ FLEXQ_API const flexq_executor* flexq_thread_pool_executor(const flexq_thread_po
 /* Bytes of the canonical planes, and bytes of the canonical scales. */
 FLEXQ_API flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* planes_bytes, size_t* scales_bytes);
 
-/* Round to nearest, after the rotation: per row and group (or row) s = fp16(share * absmax / 31), with the one of seven
- * shares from 1 down to 0.85 that gives the least squared error, and code = clamp(rint(w / s), -32, 31). All-zero
- * groups get scale 0 and codes 0, and so do those whose absmax / 31 vanishes in fp16 (absmax up to 9.2e-7).
- * FLEXQ_BAD_VALUE if a weight is NaN or Inf, or a scale overflows fp16. For CPU streams.
- *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written.  flushed: gets the number of scales that
- * vanished, or is NULL. */
+/* Round to nearest, after the rotation: per row and group (or row) s = fp16(share * absmax / max), max being the
+ * largest code, with the share that gives the least squared error, and code = clamp(rint(w / s), -max - 1, max). Shares
+ * are 1, .975, ... .85 for 6 and 8 bits, 1, .95, ... .7 for 5 and 1, .95, ... .55 for 4. All-zero groups get scale 0
+ * and codes 0, and so do those whose absmax / max vanishes in fp16 (with 6 bits: absmax up to 9.2e-7). FLEXQ_BAD_VALUE
+ * if a weight is NaN or Inf, or a scale overflows fp16. For CPU streams. w: [n][k] of `dtype`, rows ldw apart.  planes,
+ * scales: canonical, written.  flushed: gets the number of scales that vanished, or is NULL. */
 FLEXQ_API flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
                                              flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
                                              int64_t* flushed);
@@ -189,8 +190,8 @@ FLEXQ_API flexq_status flexq_dequantize_weight(const flexq_stream* stream, const
                                                const uint8_t* planes, const uint16_t* scales, void* w,
                                                flexq_dtype dtype, int64_t ldw);
 
-/* codes int8 [n][Kp], rows ldc >= Kp apart <-> canonical planes. Codes outside -32..31 are FLEXQ_BAD_VALUE. CPU
- * streams. */
+/* codes int8 [n][Kp], rows ldc >= Kp apart <-> canonical planes. Codes that the bits do not hold are
+ * FLEXQ_BAD_VALUE. CPU streams. */
 FLEXQ_API flexq_status flexq_pack_codes(const flexq_stream* stream, const flexq_weight_desc* desc, const int8_t* codes,
                                         int64_t ldc, uint8_t* planes);
 FLEXQ_API flexq_status flexq_unpack_codes(const flexq_stream* stream, const flexq_weight_desc* desc,
@@ -297,7 +298,7 @@ FLEXQ_API flexq_status flexq_cost_table(const flexq_stream* stream, const char**
 
 /* How one projection is quantized, as the fields of a flexq_weight_desc. Part of flexq_experts_desc, of fixed size. */
 typedef struct flexq_projection_format {
-  int32_t weight_bits;     /* 6 */
+  int32_t weight_bits;     /* 4, 5, 6 or 8 */
   flexq_scheme scheme;     /* of the weight's scales and of the activations it is multiplied with */
   flexq_rotation rotation; /* of the weight and of the activations it is multiplied with */
   int32_t act_bits;        /* 6 or 8 */

@@ -105,9 +105,8 @@ struct Stream : flexq_stream {
 
 struct WeightDesc : flexq_weight_desc {
   WeightDesc(int64_t out_features, int64_t in_features, flexq_scheme scales = FLEXQ_SCHEME_GROUP,
-             flexq_rotation rotated = FLEXQ_ROTATION_HADAMARD128)
-      : flexq_weight_desc{sizeof(flexq_weight_desc), out_features, in_features, FLEXQ_WEIGHT_BITS, scales, rotated, 0} {
-  }
+             flexq_rotation rotated = FLEXQ_ROTATION_HADAMARD128, int32_t bits = FLEXQ_WEIGHT_BITS)
+      : flexq_weight_desc{sizeof(flexq_weight_desc), out_features, in_features, bits, scales, rotated, 0} {}
 };
 
 struct ActivationDesc : flexq_activation_desc {
@@ -198,7 +197,8 @@ struct ExpertsDesc : flexq_experts_desc {
   WeightDesc weight(flexq_projection projection) const {
     const bool up = projection == FLEXQ_GATE_UP;
     const flexq_projection_format& format = up ? gate_up : down;
-    return WeightDesc(up ? 2 * intermediate : hidden, up ? hidden : intermediate, format.scheme, format.rotation);
+    return WeightDesc(up ? 2 * intermediate : hidden, up ? hidden : intermediate, format.scheme, format.rotation,
+                      format.weight_bits);
   }
 };
 
@@ -230,7 +230,7 @@ class Experts {
       const Weight& weight = projection == FLEXQ_GATE_UP ? gate_up : down;
       const WeightDesc wanted = desc_.weight(projection);
       if (weight.desc().n != wanted.n || weight.desc().k != wanted.k || weight.desc().scheme != wanted.scheme ||
-          weight.desc().rotation != wanted.rotation) {
+          weight.desc().rotation != wanted.rotation || weight.desc().weight_bits != wanted.weight_bits) {
         throw Exception(FLEXQ_INVALID_ARGUMENT, "an expert's weights must be as the experts' desc says");
       }
       check(flexq_experts_prepack(&stream, &desc_, projection, expert, 1, weight.planes().data(),

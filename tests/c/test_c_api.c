@@ -91,9 +91,9 @@ int main(void) {
   CHECK(flexq_experts_workspace_size(&cpu, &experts, M, 2, FLEXQ_F16, &workspace_bytes) == FLEXQ_OK);
   CHECK(workspace_bytes >= M * 2 * K * sizeof(float));
 
-  desc.weight_bits = 4;
+  desc.weight_bits = 7;
   CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_UNSUPPORTED);
-  CHECK(strstr(flexq_last_error(), "weight_bits must be 6, got 4") != NULL);
+  CHECK(strstr(flexq_last_error(), "weight_bits must be 4, 5, 6 or 8, got 7") != NULL);
   desc.weight_bits = FLEXQ_WEIGHT_BITS;
   desc.struct_size = 0;
   CHECK(flexq_prepack_size(&cpu, &desc, &packed_bytes) == FLEXQ_INVALID_ARGUMENT);

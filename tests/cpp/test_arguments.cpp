@@ -81,7 +81,7 @@ void test_linear() {
   refuses(kInvalid, "scheme must be 0 (group) or 1 (channel), got 9", [](Setup& s) { s.desc.scheme = 9; });
   refuses(kInvalid, "rotation must be 0 (none) or 1 (hadamard128), got 5", [](Setup& s) { s.desc.rotation = 5; });
   refuses(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got 7", [](Setup& s) { s.act_bits = 7; });
-  refuses(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got 8", [](Setup& s) { s.desc.weight_bits = 8; });
+  refuses(FLEXQ_UNSUPPORTED, "weight_bits must be 4, 5, 6 or 8, got 7", [](Setup& s) { s.desc.weight_bits = 7; });
   refuses(FLEXQ_UNSUPPORTED, "x_dtype must be 0 (f32), 1 (f16) or 2 (bf16), got 3", [](Setup& s) { s.x_dtype = 3; });
   refuses(FLEXQ_UNSUPPORTED, "y_dtype must be", [](Setup& s) { s.y_dtype = 77; });
   refuses(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32", [](Setup& s) {

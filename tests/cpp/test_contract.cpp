@@ -1,6 +1,7 @@
 // The contract (docs/how-it-works/numerics.md): every path against a float64 reference from the same codes and scales.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "check.h"
@@ -11,6 +12,7 @@ using test::half_to_float;
 using test::random_values;
 
 constexpr int kGroup = FLEXQ_GROUP_SIZE;
+constexpr int32_t kWeightBits[] = {4, 5, 6, 8};
 
 uint16_t to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -20,6 +22,7 @@ float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_
 
 struct Case {
   int64_t m, n, k;
+  int32_t weight_bits;
   int32_t act_bits;
   flexq_scheme scheme;
   flexq_rotation rotation;
@@ -28,7 +31,7 @@ struct Case {
 
 struct Layer {
   Layer(const flexq::Stream& stream, const Case& c, std::mt19937& rng)
-      : desc(c.n, c.k, c.scheme, c.rotation), weight(desc) {
+      : desc(c.n, c.k, c.scheme, c.rotation, c.weight_bits), weight(desc) {
     const std::vector<float> w = random_values(static_cast<size_t>(c.n * c.k), rng);
     weight = flexq::Weight::quantize(stream, desc, w.data());
     size_t bytes = 0;
@@ -143,32 +146,51 @@ void test_shapes(const flexq::Stream& stream) {
   std::mt19937 rng(1);
   for (const int64_t k : {64, 100, 128, 576, 4097}) {
     for (const int64_t n : {1, 17, 48}) {
-      for (const int64_t m : {0, 1, 7, 8, 9, 129}) {
+      for (const int64_t m : {0, 1, 2, 3, 7, 8, 9, 129}) {
         for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
-          const int32_t bits = rng() % 2 ? 8 : 6;
-          const auto rotation = rng() % 2 ? FLEXQ_ROTATION_HADAMARD128 : FLEXQ_ROTATION_NONE;
-          check_case(stream, {m, n, k, bits, scheme, rotation, rng() % 2 == 0}, rng);
+          for (const int32_t bits : kWeightBits) {
+            const int32_t act_bits = rng() % 2 ? 8 : 6;
+            const auto rotation = rng() % 2 ? FLEXQ_ROTATION_HADAMARD128 : FLEXQ_ROTATION_NONE;
+            check_case(stream, {m, n, k, bits, act_bits, scheme, rotation, rng() % 2 == 0}, rng);
+          }
         }
       }
     }
   }
 }
 
-// Largest codes everywhere: sums in 16 or 32 bits must not saturate.
+// Largest codes everywhere, and of either sign beside each other: sums in 16 or 32 bits must not saturate.
 void test_extreme_codes(const flexq::Stream& stream) {
-  for (const int32_t bits : {6, 8}) {
-    for (const int sign : {1, -1}) {
-      const flexq::WeightDesc desc(16, 4096, FLEXQ_SCHEME_CHANNEL, FLEXQ_ROTATION_NONE);
-      flexq::Weight weight(desc);
-      const std::vector<int8_t> codes(16 * 4096, sign > 0 ? 31 : -32);
-      flexq::check(flexq_pack_codes(&stream, &desc, codes.data(), 4096, weight.planes().data()));
-      std::fill(weight.scales().begin(), weight.scales().end(), uint16_t{0x3c00});  // 1.0
-      flexq::Linear linear(stream, weight, bits);
-      const int qmax = bits == 6 ? 31 : 127;
-      const std::vector<float> x(4096, static_cast<float>(qmax));  // scale 1, codes qmax
-      std::vector<float> y(16);
-      linear(stream, x.data(), 1, y.data());
-      for (const float v : y) CHECK(v == static_cast<float>((sign > 0 ? 31 : -32) * qmax * 4096));
+  constexpr int64_t kRows = 16, kK = 4096;
+  std::mt19937 rng(5);
+  for (const int32_t weight_bits : kWeightBits) {
+    const int top = (1 << (weight_bits - 1)) - 1;
+    for (const int32_t act_bits : {6, 8}) {
+      const int qmax = act_bits == 6 ? 31 : 127;
+      for (const int kind : {0, 1, 2}) {  // all the largest, all the smallest, any of the two
+        for (const int64_t m : {1, 2, 9}) {
+          const auto some = [&](int low, int high) { return kind == 2 ? (rng() % 2 ? high : low) : kind ? low : high; };
+          const flexq::WeightDesc desc(kRows, kK, FLEXQ_SCHEME_CHANNEL, FLEXQ_ROTATION_NONE, weight_bits);
+          flexq::Weight weight(desc);
+          std::vector<int8_t> codes(kRows * kK);
+          for (int8_t& code : codes) code = static_cast<int8_t>(some(-top - 1, top));
+          flexq::check(flexq_pack_codes(&stream, &desc, codes.data(), kK, weight.planes().data()));
+          std::fill(weight.scales().begin(), weight.scales().end(), uint16_t{0x3c00});  // 1.0
+          flexq::Linear linear(stream, weight, act_bits);
+          std::vector<float> x(static_cast<size_t>(m * kK)), y(static_cast<size_t>(m * kRows));  // codes, with scale 1
+          for (float& value : x) value = static_cast<float>(kind == 2 && rng() % 2 ? -qmax : qmax);
+          linear(stream, x.data(), m, y.data());
+          for (int64_t t = 0; t < m; ++t) {
+            for (int64_t row = 0; row < kRows; ++row) {
+              double expected = 0;
+              for (int64_t k = 0; k < kK; ++k) {
+                expected += double{x[static_cast<size_t>(t * kK + k)]} * int{codes[static_cast<size_t>(row * kK + k)]};
+              }
+              CHECK(y[static_cast<size_t>(t * kRows + row)] == static_cast<float>(expected));
+            }
+          }
+        }
+      }
     }
   }
 }
@@ -236,59 +258,90 @@ void test_vanishing_scales(const flexq::Stream& stream) {
   CHECK(flushed == 1 && weight.scales()[0] == 0 && weight.scales()[1] == 1);
 }
 
-// Rounding to nearest against the stored scale, whichever share of absmax / 31 it is, and the rotation undone.
+// Rounding to nearest against the stored scale, whichever share of absmax / the largest code it is, and the rotation
+// undone.
 void test_quantize_weight(const flexq::Stream& stream) {
   std::mt19937 rng(3);
-  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
-    for (const flexq_rotation rotation : {FLEXQ_ROTATION_NONE, FLEXQ_ROTATION_HADAMARD128}) {
-      const int64_t n = 9, k = 333, groups = 3;
-      const flexq::WeightDesc desc(n, k, scheme, rotation);
-      const std::vector<float> w = random_values(static_cast<size_t>(n * k), rng);
-      const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data());
-      std::vector<float> back(w.size());
-      weight.dequantize(stream, back.data());
-      for (int64_t row = 0; row < n; ++row) {
-        for (int64_t g = 0; g < groups; ++g) {
-          const size_t at = static_cast<size_t>(scheme == FLEXQ_SCHEME_GROUP ? row * groups + g : row);
-          const double step = half_to_float(weight.scales()[at]);
-          double error = 0;
-          for (int64_t i = g * kGroup; i < std::min(k, (g + 1) * kGroup); ++i) {
-            const auto e = static_cast<size_t>(row * k + i);
-            const double d = std::abs(static_cast<double>(w[e]) - back[e]);
-            // The largest codes may be exceeded, by no more than a scale of 0.85 of absmax / 31 leaves.
-            const double beyond = std::abs(w[e]) - (w[e] < 0 ? 32 : 31) * step;
-            if (rotation == FLEXQ_ROTATION_NONE) {
-              CHECK(d <= std::max(0.5001 * step, beyond * 1.0001));
-              CHECK(std::abs(w[e]) <= 31.05 * step / 0.85);
+  for (const int32_t bits : kWeightBits) {
+    const int top = (1 << (bits - 1)) - 1;
+    const double least_share = bits == 4 ? 0.55 : bits == 5 ? 0.7 : 0.85;
+    for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+      for (const flexq_rotation rotation : {FLEXQ_ROTATION_NONE, FLEXQ_ROTATION_HADAMARD128}) {
+        const int64_t n = 9, k = 333, groups = 3;
+        const flexq::WeightDesc desc(n, k, scheme, rotation, bits);
+        const std::vector<float> w = random_values(static_cast<size_t>(n * k), rng);
+        const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data());
+        std::vector<float> back(w.size());
+        weight.dequantize(stream, back.data());
+        for (int64_t row = 0; row < n; ++row) {
+          for (int64_t g = 0; g < groups; ++g) {
+            const size_t at = static_cast<size_t>(scheme == FLEXQ_SCHEME_GROUP ? row * groups + g : row);
+            const double step = half_to_float(weight.scales()[at]);
+            double error = 0;
+            for (int64_t i = g * kGroup; i < std::min(k, (g + 1) * kGroup); ++i) {
+              const auto e = static_cast<size_t>(row * k + i);
+              const double d = std::abs(static_cast<double>(w[e]) - back[e]);
+              // The largest codes may be exceeded, by no more than the least share leaves.
+              const double beyond = std::abs(w[e]) - (w[e] < 0 ? top + 1 : top) * step;
+              if (rotation == FLEXQ_ROTATION_NONE) {
+                CHECK(d <= std::max(0.5001 * step, beyond * 1.0001));
+                CHECK(std::abs(w[e]) <= (top + 0.05) * step / least_share);
+              }
+              error += d * d;
             }
-            error += d * d;
+            const double largest_step = step / least_share;
+            CHECK(error <= kGroup * 0.2501 * largest_step * largest_step);  // a rotation keeps the norm of the error
           }
-          const double largest_step = step / 0.85;
-          CHECK(error <= kGroup * 0.2501 * largest_step * largest_step);  // a rotation keeps the norm of the error
         }
       }
     }
   }
 }
 
+// Every further bit halves the error, or nearly, since every width has its own best scale.
+void test_error_by_width(const flexq::Stream& stream) {
+  std::mt19937 rng(8);
+  const int64_t n = 16, k = 1024;
+  const std::vector<float> w = random_values(static_cast<size_t>(n * k), rng);
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    double errors[9] = {};
+    for (const int32_t bits : kWeightBits) {
+      std::vector<float> back(w.size());
+      flexq::Weight::quantize(stream, {n, k, scheme, FLEXQ_ROTATION_HADAMARD128, bits}, w.data())
+          .dequantize(stream, back.data());
+      for (size_t i = 0; i < w.size(); ++i) errors[bits] += std::pow(static_cast<double>(w[i]) - back[i], 2);
+    }
+    CHECK(errors[4] > 3 * errors[5] && errors[5] > 3 * errors[6] && errors[6] > 9 * errors[8]);
+  }
+}
+
 // Planes as docs/reference/formats.md has them.
 void test_planes(const flexq::Stream& stream) {
-  const flexq::WeightDesc desc(2, 256);
-  std::vector<int8_t> codes(2 * 256), back(2 * 256);
-  std::mt19937 rng(4);
-  for (int8_t& c : codes) c = static_cast<int8_t>(static_cast<int>(rng() % 64) - 32);
-  flexq::Weight weight(desc);
-  flexq::check(flexq_pack_codes(&stream, &desc, codes.data(), 256, weight.planes().data()));
-  for (size_t row = 0; row < 2; ++row) {
-    for (size_t k = 0; k < 256; ++k) {
-      for (size_t p = 0; p < 6; ++p) {
-        const uint8_t byte = weight.planes()[((row * 2 + k / 128) * 6 + p) * 16 + k % 128 / 8];
-        CHECK((byte >> k % 8 & 1) == (codes[row * 256 + k] >> p & 1));
+  for (const int32_t weight_bits : kWeightBits) {
+    const auto bits = static_cast<size_t>(weight_bits);
+    const flexq::WeightDesc desc(2, 256, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE, weight_bits);
+    std::vector<int8_t> codes(2 * 256), back(2 * 256);
+    std::mt19937 rng(4);
+    const int count = 1 << bits;
+    for (int8_t& c : codes) c = static_cast<int8_t>(static_cast<int>(rng() % static_cast<unsigned>(count)) - count / 2);
+    flexq::Weight weight(desc);
+    CHECK(weight.planes().size() == 2 * 2 * bits * 16);
+    flexq::check(flexq_pack_codes(&stream, &desc, codes.data(), 256, weight.planes().data()));
+    for (size_t row = 0; row < 2; ++row) {
+      for (size_t k = 0; k < 256; ++k) {
+        for (size_t p = 0; p < bits; ++p) {
+          const uint8_t byte = weight.planes()[((row * 2 + k / 128) * bits + p) * 16 + k % 128 / 8];
+          CHECK((byte >> k % 8 & 1) == (codes[row * 256 + k] >> p & 1));
+        }
       }
     }
+    flexq::check(flexq_unpack_codes(&stream, &desc, weight.planes().data(), back.data(), 256));
+    CHECK(back == codes);
+    if (bits == 8) continue;  // every int8 is a code
+    codes[300] = static_cast<int8_t>(count / 2);
+    CHECK(flexq_pack_codes(&stream, &desc, codes.data(), 256, weight.planes().data()) == FLEXQ_BAD_VALUE);
+    CHECK(std::strstr(flexq_last_error(), "codes[1][44] is ") != nullptr);
   }
-  flexq::check(flexq_unpack_codes(&stream, &desc, weight.planes().data(), back.data(), 256));
-  CHECK(back == codes);
 }
 
 }  // namespace
@@ -301,6 +354,7 @@ int main() {
   for (const flexq::Stream& stream : {flexq::Stream::cpu(), flexq::Stream::cpu(pool)}) {
     test_planes(stream);
     test_quantize_weight(stream);
+    test_error_by_width(stream);
     test_zero_and_tiny(stream);
     test_vanishing_scales(stream);
     test_extreme_codes(stream);

@@ -437,7 +437,8 @@ void test_refuses() {
   refuses(kInvalid, "scheme must be 0 (group) or 1 (channel), got 3", [](Call& c) { c.desc.down.scheme = 3; });
   refuses(kInvalid, "rotation must be", [](Call& c) { c.desc.gate_up.rotation = 3; });
   refuses(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got 4", [](Call& c) { c.desc.down.act_bits = 4; });
-  refuses(FLEXQ_UNSUPPORTED, "weight_bits must be 6, got 4", [](Call& c) { c.desc.gate_up.weight_bits = 4; });
+  refuses(FLEXQ_UNSUPPORTED, "weight_bits must be 4, 5, 6 or 8, got 3",
+          [](Call& c) { c.desc.gate_up.weight_bits = 3; });
   refuses(kInvalid, "layout must be 0 (concatenated) or 1 (interleaved), got 2", [](Call& c) { c.desc.layout = 2; });
   refuses(FLEXQ_UNSUPPORTED, "function must be 0 (silu), 1 (gelu) or 2 (gelu_tanh), got 3",
           [](Call& c) { c.desc.function = 3; });
