@@ -1,10 +1,21 @@
 #include "cpu/thread_pool.h"
 
+#if !defined(_WIN32)
 #include <unistd.h>
+#endif
 
 #include <new>
 
-flexq_thread_pool::flexq_thread_pool(int32_t num_threads) : process_(getpid()) {
+// Changes where fork() is: there a child has none of the threads.
+static int64_t process_id() {
+#if defined(_WIN32)
+  return 0;
+#else
+  return getpid();
+#endif
+}
+
+flexq_thread_pool::flexq_thread_pool(int32_t num_threads) : process_(process_id()) {
   executor_.struct_size = sizeof executor_;
   executor_.context = this;
   executor_.num_threads = num_threads;
@@ -30,7 +41,7 @@ void flexq_thread_pool::destroy(flexq_thread_pool* pool) {
   delete pool;
 }
 
-bool flexq_thread_pool::forked() const { return getpid() != process_; }
+bool flexq_thread_pool::forked() const { return process_id() != process_; }
 
 void flexq_thread_pool::stop() {
   {

@@ -1,8 +1,6 @@
 // The library's own implementation of flexq_executor.
 #pragma once
 
-#include <sys/types.h>
-
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -32,7 +30,7 @@ struct flexq_thread_pool {
   void stop();
 
   flexq_executor executor_{};
-  pid_t process_;      // that has the threads
+  int64_t process_;    // that has the threads
   std::mutex caller_;  // held by the call that uses the workers
 
   // Of the current round; written while it is closed and no worker is in it.

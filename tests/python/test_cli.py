@@ -1,10 +1,13 @@
 """The command line, run as a user runs it."""
 
+import getpass
 import json
+import platform
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import character_tokenizer
@@ -220,3 +223,21 @@ def test_calibration_that_cannot_be_done(model, text, tmp_path, arguments, code,
     got, _, errors = run("quantize", model, "-o", out, *arguments, "--quiet")
     assert got == code and message in errors
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_bug_report(monkeypatch, capsys, tmp_path):
+    """What an issue needs, and nothing that says who or where somebody is."""
+    monkeypatch.setenv("FLEXQ_COSTS", str(tmp_path / "secret.costs"))
+    assert main(["info", "--bug-report", "--json"]) == 0
+    text = capsys.readouterr().out
+    report = json.loads(text)
+    for key in ("flexq", "torch", "transformers", "python", "system", "processor", "cpu", "GPUs"):
+        assert report[key], key
+    assert "FLEXQ_COSTS" in report["set in the environment"]
+    for private in (str(tmp_path), platform.node(), getpass.getuser(), str(Path.home())):
+        assert len(private) < 4 or private not in text, private
+
+
+def test_bug_report_is_about_the_installation(capsys, model):
+    assert main(["info", "--bug-report", str(model)]) == 2
+    assert "leave out MODEL" in capsys.readouterr().err

@@ -44,3 +44,32 @@ def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paragraphs_are_short(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-*] |\s*\d+\. |\||#)", text):
+        if not paragraph.strip().startswith("|"):
+            assert len(paragraph.split()) <= 80, paragraph
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
+
+
+def test_figures_are_drawn_from_the_tables(tmp_path, monkeypatch):
+    """What docs/results/plot.py draws is what is committed."""
+    plot = _load("docs/results/plot.py")
+    for name in ("HERE", "KERNELS"):
+        folder = getattr(plot, name)
+        copy = tmp_path / name
+        copy.mkdir()
+        if (folder / "data").is_dir():
+            (copy / "data").symlink_to(folder / "data")
+        monkeypatch.setattr(plot, name, copy)
+    plot.main()
+    drawn = {path.name: path for path in tmp_path.glob("*/*.svg")}
+    committed = {path.name: path for path in (ROOT / "docs").rglob("*.svg")}
+    assert len(drawn) >= 7 and set(drawn) <= set(committed)
+    assert [name for name in drawn if drawn[name].read_bytes() != committed[name].read_bytes()] == []

