@@ -50,12 +50,7 @@ void check_elements(const char* a_name, int64_t a, const char* b_name, int64_t b
   }
 }
 
-void check_sizes(const flexq_weight_desc& desc) {
-  if (desc.weight_bits != kWeightBits) {
-    fail(FLEXQ_UNSUPPORTED, "the CUDA backend has weight_bits ", kWeightBits, ", got ", desc.weight_bits);
-  }
-  check_elements("n", desc.n, "k", padded_k(desc.k));
-}
+void check_sizes(const flexq_weight_desc& desc) { check_elements("n", desc.n, "k", padded_k(desc.k)); }
 void check_sizes(const flexq_activation_desc& desc) { check_elements("m", desc.m, "k", padded_k(desc.k)); }
 
 int attribute(cudaDeviceAttr which, int32_t device) {
@@ -277,10 +272,11 @@ class CudaBackend final : public Backend {
 
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
     const auto candidates = [&] { return Candidates(device_of(stream), desc, act_bits, m); };
-    thread_local Choices<6, GemmPlan> choices;  // as the model of cost is asked it of every candidate
-    return stream.kernel != nullptr ? candidates().named(stream.kernel).plan
-                                    : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
-                                                  [&] { return candidates().best().plan; });
+    thread_local Choices<7, GemmPlan> choices;  // as the model of cost is asked it of every candidate
+    return stream.kernel != nullptr
+               ? candidates().named(stream.kernel).plan
+               : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits, desc.weight_bits},
+                             [&] { return candidates().best().plan; });
   }
 
   static GemmPlan plan_of(const flexq_stream& stream, const GemmCall& call) {

@@ -81,6 +81,7 @@ struct MmaShape {
 };
 int num_mma_configs();
 MmaShape mma_shape(int config);
+bool has_mma(int config, int32_t weight_bits, bool per_group);
 // Also throws FLEXQ_UNSUPPORTED for what is too large for a launch.
 size_t mma_workspace_size(const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m);
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);

@@ -21,7 +21,7 @@ constexpr int kGroup = FLEXQ_GROUP_SIZE;
 
 struct Case {
   int64_t m, n, k;
-  int32_t act_bits;
+  int32_t weight_bits, act_bits;
   flexq_scheme scheme;
   flexq_rotation rotation;
   bool bias;
@@ -101,7 +101,7 @@ std::vector<flexq_kernel_info> kernels_for(const flexq_stream& stream, const fle
 
 // `others`: how many kernels beside the chosen one to try, spread over all that could run it.
 void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others) {
-  const flexq::WeightDesc desc(c.n, c.k, c.scheme, c.rotation);
+  const flexq::WeightDesc desc(c.n, c.k, c.scheme, c.rotation, c.weight_bits);
   const flexq::Weight weight =
       flexq::Weight::quantize(gpu.cpu, desc, test::random_values(static_cast<size_t>(c.n * c.k), rng).data());
   const DeviceArray<uint8_t> planes(weight.planes());
@@ -167,9 +167,9 @@ void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others)
                             FLEXQ_F32, separate.data(), c.dtype, ldy, workspace.data(), bytes));
     const std::vector<uint8_t> got = y.host();
     if (!reference.holds(got, ldy) || again.host() != got || separate.host() != got) {
-      std::fprintf(stderr, "kernel %s, m %lld, n %lld, k %lld, A%d, scheme %d, dtype %d\n", kernels[kernel].name,
-                   static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k), c.act_bits,
-                   c.scheme, c.dtype);
+      std::fprintf(stderr, "kernel %s, m %lld, n %lld, k %lld, W%dA%d, scheme %d, dtype %d\n", kernels[kernel].name,
+                   static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k), c.weight_bits,
+                   c.act_bits, c.scheme, c.dtype);
       CHECK(reference.holds(got, ldy));
       CHECK(again.host() == got && separate.host() == got);
     }
@@ -179,7 +179,9 @@ void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others)
 Case random_case(std::mt19937& rng, int64_t m, int64_t n, int64_t k, flexq_scheme scheme) {
   const auto dtype = static_cast<flexq_dtype>(rng() % 3);
   const auto rotation = static_cast<flexq_rotation>(rng() % 2);
-  return {m, n, k, rng() % 2 ? 8 : 6, scheme, rotation, rng() % 2 == 0, dtype, rng() % 2 ? 0 : 3};
+  constexpr int32_t kWeightBits[] = {4, 5, 6, 8};
+  const int32_t weight_bits = kWeightBits[rng() % 4];
+  return {m, n, k, weight_bits, rng() % 2 ? 8 : 6, scheme, rotation, rng() % 2 == 0, dtype, rng() % 2 ? 0 : 3};
 }
 
 // `quick`: a few of each kind, for runs under compute-sanitizer.
