@@ -164,6 +164,19 @@ class CudaBackend final : public Backend {
     }
   }
 
+  int64_t quantize_weight(const flexq_stream& stream, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
+                          int64_t ldw, uint8_t* planes, uint16_t* scales) const override {
+    check_sizes(desc);
+    const DeviceScope scope(stream.device_index);
+    return cuda::quantize_weight(handle(stream), desc, w, dtype, ldw, planes, scales);
+  }
+  void pack_codes(const flexq_stream& stream, const flexq_weight_desc& desc, const int8_t* codes, int64_t ldc,
+                  uint8_t* planes) const override {
+    check_sizes(desc);
+    const DeviceScope scope(stream.device_index);
+    cuda::pack_codes(handle(stream), desc, codes, ldc, planes);
+  }
+
   size_t prepack_size(const flexq_weight_desc& desc) const override {
     check_sizes(desc);
     return WeightLayout(desc).size;

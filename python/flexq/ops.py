@@ -141,13 +141,13 @@ def _fake_quantize_weight(weight, scheme, rotation, weight_bits=6):
 )
 def _quantize_weight(weight, scheme, rotation, weight_bits=6):
     _require(weight.dim() == 2, f"weight must be [N, K], got {list(weight.shape)}")
-    host = _rows(weight).cpu()
-    n, k = host.shape
+    rows = _rows(weight)
+    n, k = rows.shape
     desc = _weight_desc(n, k, scheme, rotation, weight_bits)
-    planes = torch.empty((n, num_groups(k), weight_bits, 16), dtype=torch.uint8)
-    scales = torch.empty((n, _num_scales(k, scheme)), dtype=torch.float16)
-    _core.quantize_weight(stream_for(host.device), desc, host, planes, scales)
-    return planes.to(weight.device), scales.to(weight.device)
+    planes = torch.empty((n, num_groups(k), weight_bits, 16), dtype=torch.uint8, device=rows.device)
+    scales = torch.empty((n, _num_scales(k, scheme)), dtype=torch.float16, device=rows.device)
+    _core.quantize_weight(stream_for(rows.device), desc, rows, planes, scales)
+    return planes, scales
 
 
 def _fake_dequantize_weight(planes, scales, k, scheme, rotation, dtype):
@@ -552,17 +552,14 @@ def dequantize_weight(
 
 
 def pack_codes(codes: torch.Tensor, weight_bits: int = 6) -> torch.Tensor:
-    """Codes int8 [N, K] of b bits, -2^(b-1) .. 2^(b-1) - 1, K a multiple of 128 -> planes uint8 [N, G, b, 16].
-
-    CPU tensors.
-    """
+    """Codes int8 [N, K] of b bits, -2^(b-1) .. 2^(b-1) - 1, K a multiple of 128 -> planes uint8 [N, G, b, 16]."""
     _require(
         codes.dtype == torch.int8 and codes.dim() == 2 and codes.shape[1] % GROUP_SIZE == 0 and codes.shape[1] > 0,
         f"codes must be int8 [N, K] with K a multiple of {GROUP_SIZE}, got {codes.dtype} {list(codes.shape)}",
     )
     n, k = codes.shape
     desc = _weight_desc(n, k, "group", "none", weight_bits)
-    planes = torch.empty((n, k // GROUP_SIZE, weight_bits, 16), dtype=torch.uint8)
+    planes = torch.empty((n, k // GROUP_SIZE, weight_bits, 16), dtype=torch.uint8, device=codes.device)
     _core.pack_codes(stream_for(codes.device), desc, codes.contiguous(), planes)
     return planes
 
