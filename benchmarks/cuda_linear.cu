@@ -3,7 +3,7 @@
 // weight that L2 cannot hold; medians.
 //
 //   cmake --preset cuda -DFLEXQ_BUILD_BENCHMARKS=ON && cmake --build --preset cuda
-//   build/cuda/benchmarks/cuda_linear [--kernels] [NxK ...] [M ...]
+//   build/cuda/benchmarks/cuda_linear [--kernels] [W4|W5|W6|W8 ...] [NxK ...] [M ...]
 //   build/cuda/benchmarks/cuda_linear --layer [HIDDENxINTERMEDIATE ...] [M ...]
 //
 // --kernels: instead, each kernel that could run the GEMM, the model's time, its own and that of the
@@ -88,7 +88,8 @@ struct Weight {
   size_t bytes = 0;
   std::vector<uint8_t*> copies;
 
-  Weight(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme scheme, size_t count) : desc(n, k, scheme) {
+  Weight(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme scheme, size_t count, int32_t bits = 6)
+      : desc(n, k, scheme, FLEXQ_ROTATION_HADAMARD128, bits) {
     const auto handle = static_cast<cudaStream_t>(stream.handle);
     size_t planes_bytes = 0, scales_bytes = 0;
     flexq::check(flexq_weight_size(&desc, &planes_bytes, &scales_bytes));
@@ -192,18 +193,18 @@ void bench_layer(const flexq::Stream& stream, int64_t hidden, int64_t intermedia
 }
 
 void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme scheme, const std::vector<int64_t>& tokens,
-           bool kernels) {
+           bool kernels, int32_t weight_bits) {
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   constexpr size_t kRotatedBytes = 400'000'000;
-  const auto about = static_cast<size_t>(n) * static_cast<size_t>(k) * 3 / 4;
-  const Weight packed(stream, n, k, scheme, std::max<size_t>(2, kRotatedBytes / about + 1));
+  const auto about = static_cast<size_t>(n) * static_cast<size_t>(k) * static_cast<size_t>(weight_bits) / 8;
+  const Weight packed(stream, n, k, scheme, std::max<size_t>(2, kRotatedBytes / about + 1), weight_bits);
   const flexq::WeightDesc& desc = packed.desc;
   const size_t bytes = packed.bytes;
   const std::vector<uint8_t*>& weights = packed.copies;
   const double floor = read_microseconds(handle, weights, bytes);
   const char* name = scheme == FLEXQ_SCHEME_GROUP ? "group" : "channel";
-  std::printf("%lldx%lld %s: floor %.1f us, %.2f TB/s\n", static_cast<long long>(n), static_cast<long long>(k), name,
-              floor, static_cast<double>(bytes) / floor / 1e6);
+  std::printf("%lldx%lld %s W%d: floor %.1f us, %.2f TB/s\n", static_cast<long long>(n), static_cast<long long>(k),
+              name, weight_bits, floor, static_cast<double>(bytes) / floor / 1e6);
   for (const int64_t m : tokens) {
     auto* x = allocate<uint16_t>(static_cast<size_t>(m * k));
     auto* y = allocate<uint16_t>(static_cast<size_t>(m * n));
@@ -224,8 +225,8 @@ void bench(const flexq::Stream& stream, int64_t n, int64_t k, flexq_scheme schem
       const double quantize = microseconds(handle, 20, [&](int) {
         flexq::check(flexq_quantize_activation(&stream, &act, x, FLEXQ_BF16, k, quantized, act_bytes));
       });
-      std::printf("  W6A%d M = %4lld: linear %7.2f us, %.3f of the floor; gemm %7.2f, quantize %5.2f\n", bits,
-                  static_cast<long long>(m), times.linear, times.linear / floor, times.gemm, quantize);
+      std::printf("  W%dA%d M = %4lld: linear %7.2f us, %.3f of the floor; gemm %7.2f, quantize %5.2f\n", weight_bits,
+                  bits, static_cast<long long>(m), times.linear, times.linear / floor, times.gemm, quantize);
       check(cudaFree(quantized));
     }
     check(cudaFree(x));
@@ -239,12 +240,15 @@ int main(int argc, char** argv) {
   flexq::check(flexq_device_available(FLEXQ_CUDA, 0));
   bool kernels = false, layer = false;
   std::vector<int64_t> tokens;
+  std::vector<int32_t> widths;
   std::vector<std::pair<int64_t, int64_t>> shapes;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--kernels") == 0) {
       kernels = true;
     } else if (std::strcmp(argv[i], "--layer") == 0) {
       layer = true;
+    } else if (argv[i][0] == 'W') {
+      widths.push_back(std::atoi(argv[i] + 1));
     } else if (const char* x = std::strchr(argv[i], 'x')) {
       shapes.emplace_back(std::atoll(argv[i]), std::atoll(x + 1));
     } else {
@@ -252,6 +256,7 @@ int main(int argc, char** argv) {
     }
   }
   if (tokens.empty()) tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096};
+  if (widths.empty()) widths = {6};
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, 0));
   std::printf("%s\n", properties.name);
@@ -268,7 +273,7 @@ int main(int argc, char** argv) {
       if (layer) {
         bench_layer(stream, n, k, scheme, tokens);
       } else {
-        bench(stream, n, k, scheme, tokens, kernels);
+        for (const int32_t bits : widths) bench(stream, n, k, scheme, tokens, kernels, bits);
       }
     }
   }

@@ -33,12 +33,13 @@ flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weigh
                                    flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
                                    int64_t* flushed) {
   return guarded([&] {
-    const flexq_stream on = cpu_stream_of(stream, "flexq_quantize_weight");
+    const Target on = target_of(stream);
     const flexq_weight_desc weight = weight_of(desc);
     check_dtype(dtype, "dtype");
     check_matrix(w, "w", weight.n, weight.k, ldw, "ldw", dtype_size(dtype));
     check_canonical(weight, planes, scales);
-    const int64_t count = quantize_weight(on.executor, weight, w, dtype, ldw, planes, scales);
+    const int64_t count =
+        weight.n == 0 ? 0 : on.backend.quantize_weight(on.stream, weight, w, dtype, ldw, planes, scales);
     if (flushed != nullptr) *flushed = count;
   });
 }
@@ -58,11 +59,11 @@ flexq_status flexq_dequantize_weight(const flexq_stream* stream, const flexq_wei
 flexq_status flexq_pack_codes(const flexq_stream* stream, const flexq_weight_desc* desc, const int8_t* codes,
                               int64_t ldc, uint8_t* planes) {
   return guarded([&] {
-    const flexq_stream on = cpu_stream_of(stream, "flexq_pack_codes");
+    const Target on = target_of(stream);
     const flexq_weight_desc weight = weight_of(desc);
     check_matrix(codes, "codes", weight.n, padded_k(weight.k), ldc, "ldc", 1);
     check_array(planes, "planes", planes_size(weight), 1);
-    pack_codes(on.executor, weight, codes, ldc, planes);
+    if (weight.n > 0) on.backend.pack_codes(on.stream, weight, codes, ldc, planes);
   });
 }
 

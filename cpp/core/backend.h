@@ -70,6 +70,12 @@ class Backend {
   virtual void check_available(int32_t device_index) const = 0;
   virtual const char* isa(int32_t device_index) const = 0;
 
+  // Canonical weights; core/quantize_weight.h says what they are. Returns how many scales vanished.
+  virtual int64_t quantize_weight(const flexq_stream& stream, const flexq_weight_desc& desc, const void* w,
+                                  flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales) const = 0;
+  virtual void pack_codes(const flexq_stream& stream, const flexq_weight_desc& desc, const int8_t* codes, int64_t ldc,
+                          uint8_t* planes) const = 0;
+
   virtual size_t prepack_size(const flexq_weight_desc& desc) const = 0;
   virtual void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes,
                        const uint16_t* scales, void* prepacked) const = 0;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 #include "core/error.h"
@@ -52,27 +53,15 @@ float round_to_code(float x, float largest) {
   return std::clamp(rounded, -largest - 1.0f, largest);
 }
 
-// The shares of absmax that a scale may reach: the fewer the codes, the more is gained by leaving out the largest
-// values.
-struct Shares {
-  double step;
-  int count;
-  float operator[](int i) const { return static_cast<float>(1.0 - step * i); }
-};
-Shares shares_of(int bits) {
-  if (bits == 4) return {0.05, 10};
-  if (bits == 5) return {0.05, 7};
-  return {0.025, 7};
-}
-
 // The scale of least squared error: of a few shares of absmax / the largest code, since most values gain by finer steps
 // what the largest ones lose.
 class ScaleSearch {
  public:
-  ScaleSearch(int bits, float largest)
-      : max_code_(static_cast<float>(max_weight_code(bits))), count_(shares_of(bits).count) {
+  ScaleSearch(int bits, float largest) : max_code_(static_cast<float>(max_weight_code(bits))) {
+    const ScaleShares shares = scale_shares(bits);
+    count_ = shares.count;
     for (int i = 0; i < count_; ++i) {
-      scales_[i] = from_float<Half>(largest / max_code_ * shares_of(bits)[i]);
+      scales_[i] = from_float<Half>(largest / max_code_ * shares.share[i]);
       stored_[i] = to_float(scales_[i]);
     }
   }
@@ -102,7 +91,7 @@ class ScaleSearch {
   }
 
  private:
-  static constexpr int kMost = 10;
+  static constexpr int kMost = ScaleShares::kMost;
   float max_code_;
   int count_;
   Half scales_[kMost];
@@ -132,10 +121,8 @@ float largest_scale(int bits, float largest) {
 }
 
 template <typename T>
-[[noreturn]] void refuse(const flexq_weight_desc& desc, const T* w, int64_t ldw, int64_t where) {
+[[noreturn]] void refuse(const flexq_weight_desc& desc, const T* w, int64_t ldw, int64_t row, int64_t group) {
   const int64_t groups = num_groups(desc.k);
-  const int64_t row = where / groups;
-  const int64_t group = where % groups;
   for (int64_t k = 0; k < desc.k; ++k) {
     const float value = to_float(w[row * ldw + k]);
     if (!std::isfinite(value)) {
@@ -191,7 +178,7 @@ int64_t quantize(const flexq_executor* executor, const flexq_weight_desc& desc, 
     }
     flushed.fetch_add(vanished, std::memory_order_relaxed);
   });
-  if (bad.any()) refuse(desc, w, ldw, bad.where());
+  if (bad.any()) refuse(desc, w, ldw, bad.where() / groups, bad.where() % groups);
 
   parallel_ranges(executor, desc.n, grain, [&](int64_t begin, int64_t end) {
     float values[kGroup];
@@ -232,6 +219,24 @@ int64_t quantize(const flexq_executor* executor, const flexq_weight_desc& desc, 
 }
 
 }  // namespace
+
+ScaleShares scale_shares(int bits) {
+  const double step = bits <= 5 ? 0.05 : 0.025;
+  ScaleShares shares{bits == 4 ? 10 : 7, {}};
+  for (int i = 0; i < shares.count; ++i) shares.share[i] = static_cast<float>(1.0 - step * i);
+  return shares;
+}
+
+void refuse_weight(const flexq_weight_desc& desc, const void* w, flexq_dtype dtype, int64_t ldw, int64_t row,
+                   int64_t group) {
+  dispatch_dtype(dtype, [&](auto type) { refuse(desc, static_cast<const decltype(type)*>(w), ldw, row, group); });
+  std::abort();  // refuse has thrown
+}
+
+void refuse_code(int bits, int64_t row, int64_t k, int code) {
+  fail(FLEXQ_BAD_VALUE, "codes[", row, "][", k, "] is ", code, "; ", bits, "-bit codes are ", min_weight_code(bits),
+       " to ", max_weight_code(bits));
+}
 
 int64_t quantize_weight(const flexq_executor* executor, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
                         int64_t ldw, uint8_t* planes, uint16_t* scales) {
@@ -275,8 +280,7 @@ void pack_codes(const flexq_executor* executor, const flexq_weight_desc& desc, c
     for (int64_t k = 0; k < kp; ++k) {
       const int code = codes[row * ldc + k];
       if (code < min_weight_code(bits) || code > max_weight_code(bits)) {
-        fail(FLEXQ_BAD_VALUE, "codes[", row, "][", k, "] is ", code, "; ", bits, "-bit codes are ",
-             min_weight_code(bits), " to ", max_weight_code(bits));
+        refuse_code(bits, row, k, code);
       }
     }
   }

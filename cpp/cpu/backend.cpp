@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/executor.h"
+#include "core/quantize_weight.h"
 #include "cpu/activation.h"
 #include "cpu/experts.h"
 #include "cpu/kernels.h"
@@ -22,6 +23,15 @@ class CpuBackend final : public Backend {
     }
   }
   const char* isa(int32_t) const override { return kernels().isa; }
+
+  int64_t quantize_weight(const flexq_stream& stream, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
+                          int64_t ldw, uint8_t* planes, uint16_t* scales) const override {
+    return flexq::quantize_weight(stream.executor, desc, w, dtype, ldw, planes, scales);
+  }
+  void pack_codes(const flexq_stream& stream, const flexq_weight_desc& desc, const int8_t* codes, int64_t ldc,
+                  uint8_t* planes) const override {
+    flexq::pack_codes(stream.executor, desc, codes, ldc, planes);
+  }
 
   size_t prepack_size(const flexq_weight_desc& desc) const override { return cpu::prepack_size(desc); }
   void prepack(const flexq_stream& stream, const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales,

@@ -50,12 +50,7 @@ void check_elements(const char* a_name, int64_t a, const char* b_name, int64_t b
   }
 }
 
-void check_sizes(const flexq_weight_desc& desc) {
-  if (desc.weight_bits != kWeightBits) {
-    fail(FLEXQ_UNSUPPORTED, "the CUDA backend has weight_bits ", kWeightBits, ", got ", desc.weight_bits);
-  }
-  check_elements("n", desc.n, "k", padded_k(desc.k));
-}
+void check_sizes(const flexq_weight_desc& desc) { check_elements("n", desc.n, "k", padded_k(desc.k)); }
 void check_sizes(const flexq_activation_desc& desc) { check_elements("m", desc.m, "k", padded_k(desc.k)); }
 
 int attribute(cudaDeviceAttr which, int32_t device) {
@@ -169,6 +164,19 @@ class CudaBackend final : public Backend {
     }
   }
 
+  int64_t quantize_weight(const flexq_stream& stream, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
+                          int64_t ldw, uint8_t* planes, uint16_t* scales) const override {
+    check_sizes(desc);
+    const DeviceScope scope(stream.device_index);
+    return cuda::quantize_weight(handle(stream), desc, w, dtype, ldw, planes, scales);
+  }
+  void pack_codes(const flexq_stream& stream, const flexq_weight_desc& desc, const int8_t* codes, int64_t ldc,
+                  uint8_t* planes) const override {
+    check_sizes(desc);
+    const DeviceScope scope(stream.device_index);
+    cuda::pack_codes(handle(stream), desc, codes, ldc, planes);
+  }
+
   size_t prepack_size(const flexq_weight_desc& desc) const override {
     check_sizes(desc);
     return WeightLayout(desc).size;
@@ -277,10 +285,11 @@ class CudaBackend final : public Backend {
 
   static GemmPlan plan(const flexq_stream& stream, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
     const auto candidates = [&] { return Candidates(device_of(stream), desc, act_bits, m); };
-    thread_local Choices<6, GemmPlan> choices;  // as the model of cost is asked it of every candidate
-    return stream.kernel != nullptr ? candidates().named(stream.kernel).plan
-                                    : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits},
-                                                  [&] { return candidates().best().plan; });
+    thread_local Choices<7, GemmPlan> choices;  // as the model of cost is asked it of every candidate
+    return stream.kernel != nullptr
+               ? candidates().named(stream.kernel).plan
+               : choices.get({desc.n, desc.k, m, stream.device_index, desc.scheme, act_bits, desc.weight_bits},
+                             [&] { return candidates().best().plan; });
   }
 
   static GemmPlan plan_of(const flexq_stream& stream, const GemmCall& call) {

@@ -82,7 +82,8 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
                1e-6 * values * (p.per_group() ? costs.wgmma_quantize_group_us : costs.wgmma_quantize_channel_us));
   const double sm_us = p.clocks_us(tile_clocks) + quantize_us * std::min(1.0, ctas / p.device.num_sms);
   // Weights from memory, and what every tile brings in from L2, which has a limit of its own.
-  const double l2_bytes = ctas * work * (kRecordBytes * c.rows / kRecordRows + tokens * kGroup / plan.multicast);
+  const double l2_bytes =
+      ctas * work * (record_bytes(p.desc.weight_bits) * c.rows / kRecordRows + tokens * kGroup / plan.multicast);
   const double idle = std::max(0.0, 1 - ctas / p.device.num_sms);
   const double memory_us = std::max((1 + costs.wgmma_idle * idle) * costs.wgmma_weights * p.memory_us(p.weight_bytes) +
                                         costs.wgmma_l2 * p.memory_us(l2_bytes),
@@ -111,13 +112,15 @@ double mma_us(const Problem& p, const GemmPlan& plan) {
   // A tile's group: products at the rate that mma.sync reaches; of bits, MMAs and transposes.
   double clocks = 2 * rows * std::max(tokens, 16.0) * kGroup / (p.per_group() ? costs.group_ops : costs.channel_ops);
   if (c.act_bits != 0) {
-    clocks = rows / kRecordRows * (p.costs().mma_bits_clocks + p.costs().mma_bit_product_clocks * kPlanes * c.act_bits);
+    clocks = rows / kRecordRows *
+             (p.costs().mma_bits_clocks + p.costs().mma_bit_product_clocks * p.desc.weight_bits * c.act_bits);
   }
   const double sm_us = p.clocks_us(work * clocks / sms) * idle;
   const double act_bytes = tokens * kGroup;
   // Without a barrier between them, warps of an SM find some of what they load in its L1.
   const double l1_misses = c.shared_act || p.per_group() ? 1.0 : costs.l1_misses;
-  const double bytes = work * (kRecordBytes * rows / kRecordRows + l1_misses * act_bytes) - p.weight_bytes;
+  const double bytes =
+      work * (record_bytes(p.desc.weight_bits) * rows / kRecordRows + l1_misses * act_bytes) - p.weight_bytes;
   const double lost = costs.idle_wave * (idle - 1) + costs.idle_sms * idle_sms +
                       (!c.shared_act && c.max_blocks * c.tokens > 8 * kTokenTile ? costs.wide : 0.0) +
                       costs.again * static_cast<double>(token_tiles - 1);
@@ -146,7 +149,7 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
   for (int i = 0; i < num_mma_configs(); ++i) {
     const MmaShape c = mma_shape(i);
     const bool bits = c.act_bits != 0;
-    if (bits && (c.act_bits != act_bits || m > c.tokens)) continue;
+    if ((bits && (c.act_bits != act_bits || m > c.tokens)) || !has_mma(i, desc.weight_bits, p.per_group())) continue;
     const int splits = mma_splits(p, c);
     add({GemmPlan::kMma, i, splits, 1, c.max_blocks});
     // Fewer rows where they fill the GPU evenly.

@@ -1,4 +1,4 @@
-// Elements of the GEMMs: 6-bit codes in, 16- and 32-bit floats in and out.
+// Elements of the GEMMs: 16- and 32-bit floats in and out.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,15 +39,5 @@ __device__ inline void store_float(void* p, flexq_dtype dtype, int64_t i, float 
     static_cast<uint16_t*>(p)[i] = to_16_bits(value, dtype);
   }
 }
-
-// The A fragment of k step s from the words s of a lane's three vectors of a record (layout.h).
-__device__ inline void unpack(uint32_t b0, uint32_t b1, uint32_t b2, uint32_t (&a)[4]) {
-  a[0] = b0 & 0xfcfcfcfcu;
-  a[1] = b1 & 0xfcfcfcfcu;
-  a[2] = b2 & 0xfcfcfcfcu;
-  a[3] = (b0 << 6 & 0xc0c0c0c0u) | (b1 << 4 & 0x30303030u) | (b2 << 2 & 0x0c0c0c0cu);
-}
-
-__device__ inline uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 }  // namespace flexq::cuda

@@ -30,6 +30,11 @@ struct Device {
 // Throws FLEXQ_DEVICE_ERROR.
 void check(cudaError_t error, const char* what);
 
+// quantize/weight.cu: the CPU's bits. They look at everything before they write anything, and wait for the stream.
+int64_t quantize_weight(cudaStream_t stream, const flexq_weight_desc& desc, const void* w, flexq_dtype dtype,
+                        int64_t ldw, uint8_t* planes, uint16_t* scales);
+void pack_codes(cudaStream_t stream, const flexq_weight_desc& desc, const int8_t* codes, int64_t ldc, uint8_t* planes);
+
 void prepack(cudaStream_t stream, const flexq_weight_desc& desc, const uint8_t* planes, const uint16_t* scales,
              void* prepacked);
 void unprepack(cudaStream_t stream, const flexq_weight_desc& desc, const void* prepacked, uint8_t* planes,
@@ -81,6 +86,7 @@ struct MmaShape {
 };
 int num_mma_configs();
 MmaShape mma_shape(int config);
+bool has_mma(int config, int32_t weight_bits, bool per_group);
 // Also throws FLEXQ_UNSUPPORTED for what is too large for a launch.
 size_t mma_workspace_size(const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m);
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);

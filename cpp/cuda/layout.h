@@ -9,24 +9,15 @@
 
 namespace flexq::cuda {
 
-// Prepacked weights are records of 16 rows x 128 k. Three vectors of 16 bytes for each of 32 lanes, vector-major, so
-// that a warp reads whole lines. Word s (0..3) of vector j (0..2) of lane (g = lane / 4, t = lane % 4) is Bj of k step
-// s, and the four words of an A fragment of 8-bit MMAs (m16n8k32, and a warp's part of wgmma's m64nNk32) are
-//   a0 = B0 & 0xfcfcfcfc, a1 = B1 & 0xfcfcfcfc, a2 = B2 & 0xfcfcfcfc,
-//   a3 = bits 7-6 of its bytes from B0's low two bits, 5-4 from B1's, 3-2 from B2's.
-// Bytes are 4 * code, signed, of rows g (a0, a2) and g + 8 (a1, a3) and k = 32 * s + 4 * t + i (a0, a1) or 16 more
-// (a2, a3), i = 0..3. Nine instructions unpack 16 codes; bit planes would take twenty-four (docs: kernels/format.md).
-// Records lie in tiles of 128 rows, [N / 128][G][8], the last tile with as many as there are: a tile's groups are
-// contiguous, for bulk copies. Scales are fp16, 16 to a record. In scheme group they follow their 8 records (a separate
-// stream of 64 bytes at a time would cost more than its share of bandwidth); in scheme channel, [N / 16], they follow
-// the last record.
-inline constexpr int kWeightBits = 6;  // the width these kernels have
-inline constexpr int kPlanes = kWeightBits;
-inline constexpr int kGroupBytes = group_bytes(kWeightBits);
+// Prepacked weights are records of 16 rows x 128 k (records.cuh says what is in them), in tiles of 128 rows,
+// [N / 128][G][8], the last tile with as many as there are: a tile's groups are contiguous, for bulk copies. Scales are
+// fp16, 16 to a record. In scheme group they follow their 8 records (a separate stream of 64 bytes at a time would cost
+// more than its share of bandwidth); in scheme channel, [N / 16], they follow the last record.
 inline constexpr int kRecordRows = 16;
-inline constexpr int kRecordBytes = kRecordRows * kGroupBytes;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;
-inline constexpr int kCodeFactor = 4;  // bytes are code * 4, because a code sits in a byte's top six bits
+constexpr int record_bytes(int bits) { return kRecordRows * group_bytes(bits); }
+// Products are of bytes that hold a code in their top bits.
+constexpr int code_factor(int bits) { return 1 << (8 - bits); }
 
 inline constexpr int kTileBlocks = 8;
 
@@ -39,28 +30,32 @@ constexpr int64_t blocks_of_tile(int64_t block, int64_t row_blocks) {
 }
 
 // Of a record and its part of the scales, if they are side by side.
-constexpr int record_and_scale_bytes(bool per_group) { return kRecordBytes + (per_group ? kRecordScaleBytes : 0); }
+constexpr int record_and_scale_bytes(int bits, bool per_group) {
+  return record_bytes(bits) + (per_group ? kRecordScaleBytes : 0);
+}
 
 // Where the records of a tile's group begin.
-constexpr int64_t tile_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups, bool per_group) {
+constexpr int64_t tile_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups, int bits,
+                              bool per_group) {
   const int64_t first = block / kTileBlocks * kTileBlocks;
-  return (first * groups + group * blocks_of_tile(block, row_blocks)) * record_and_scale_bytes(per_group);
+  return (first * groups + group * blocks_of_tile(block, row_blocks)) * record_and_scale_bytes(bits, per_group);
 }
-constexpr int64_t record_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups, bool per_group) {
-  return tile_offset(block, group, row_blocks, groups, per_group) + block % kTileBlocks * kRecordBytes;
+constexpr int64_t record_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups, int bits,
+                                bool per_group) {
+  return tile_offset(block, group, row_blocks, groups, bits, per_group) + block % kTileBlocks * record_bytes(bits);
 }
 // Scheme group's.
-constexpr int64_t scales_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups) {
-  return tile_offset(block, group, row_blocks, groups, true) + blocks_of_tile(block, row_blocks) * kRecordBytes +
-         block % kTileBlocks * kRecordScaleBytes;
+constexpr int64_t scales_offset(int64_t block, int64_t group, int64_t row_blocks, int64_t groups, int bits) {
+  return tile_offset(block, group, row_blocks, groups, bits, true) +
+         blocks_of_tile(block, row_blocks) * record_bytes(bits) + block % kTileBlocks * kRecordScaleBytes;
 }
 
 struct WeightLayout {
   explicit WeightLayout(const flexq_weight_desc& desc) {
     const auto row_blocks = static_cast<size_t>(num_row_blocks(desc));
     const bool per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
-    scales =
-        row_blocks * static_cast<size_t>(num_groups(desc.k)) * static_cast<size_t>(record_and_scale_bytes(per_group));
+    scales = row_blocks * static_cast<size_t>(num_groups(desc.k)) *
+             static_cast<size_t>(record_and_scale_bytes(desc.weight_bits, per_group));
     size = align_up(scales + (per_group ? 0 : row_blocks * kRecordScaleBytes));
   }
   size_t scales;  // offset of scheme channel's

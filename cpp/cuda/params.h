@@ -19,6 +19,7 @@ struct LinearParams {
   bool y_vectors;  // 16-byte stores to rows of y are aligned
   int64_t n, m;
   bool read_once;  // weights: they leave L2 first
+  float unit;      // 1 / code_factor: products are of bytes, not of codes
 };
 
 inline LinearParams linear_params(const GemmArgs& args) {
@@ -39,6 +40,7 @@ inline LinearParams linear_params(const GemmArgs& args) {
       .n = args.desc.n,
       .m = args.act.m,
       .read_once = false,
+      .unit = 1.0f / static_cast<float>(code_factor(args.desc.weight_bits)),
   };
 }
 

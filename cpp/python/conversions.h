@@ -75,13 +75,14 @@ inline flexq_experts_desc experts_desc(int64_t experts, int64_t hidden, int64_t 
                                        std::string_view gate_up_scheme, std::string_view gate_up_rotation,
                                        int32_t gate_up_act_bits, std::string_view down_scheme,
                                        std::string_view down_rotation, int32_t down_act_bits, std::string_view function,
-                                       float alpha, float limit, float up_offset, bool interleaved) {
+                                       float alpha, float limit, float up_offset, bool interleaved,
+                                       int32_t gate_up_weight_bits, int32_t down_weight_bits) {
   flexq_experts_desc desc = FLEXQ_EXPERTS_DESC_INIT;
   desc.experts = experts;
   desc.hidden = hidden;
   desc.intermediate = intermediate;
-  desc.gate_up = {FLEXQ_WEIGHT_BITS, scheme_of(gate_up_scheme), rotation_of(gate_up_rotation), gate_up_act_bits};
-  desc.down = {FLEXQ_WEIGHT_BITS, scheme_of(down_scheme), rotation_of(down_rotation), down_act_bits};
+  desc.gate_up = {gate_up_weight_bits, scheme_of(gate_up_scheme), rotation_of(gate_up_rotation), gate_up_act_bits};
+  desc.down = {down_weight_bits, scheme_of(down_scheme), rotation_of(down_rotation), down_act_bits};
   desc.layout = interleaved ? FLEXQ_GATE_UP_INTERLEAVED : FLEXQ_GATE_UP_CONCATENATED;
   desc.function = gate_function_of(function);
   desc.alpha = alpha;

@@ -36,10 +36,12 @@ void bind_experts(nb::module_& m) {
           [](flexq_experts_desc* self, int64_t experts, int64_t hidden, int64_t intermediate,
              std::string_view gate_up_scheme, std::string_view gate_up_rotation, int32_t gate_up_act_bits,
              std::string_view down_scheme, std::string_view down_rotation, int32_t down_act_bits,
-             std::string_view function, float alpha, float limit, float up_offset, bool interleaved) {
+             std::string_view function, float alpha, float limit, float up_offset, bool interleaved,
+             int32_t gate_up_weight_bits, int32_t down_weight_bits) {
             new (self) flexq_experts_desc(experts_desc(experts, hidden, intermediate, gate_up_scheme, gate_up_rotation,
                                                        gate_up_act_bits, down_scheme, down_rotation, down_act_bits,
-                                                       function, alpha, limit, up_offset, interleaved));
+                                                       function, alpha, limit, up_offset, interleaved,
+                                                       gate_up_weight_bits, down_weight_bits));
             const flexq_stream cpu = FLEXQ_STREAM_INIT;
             size_t bytes = 0;
             check(flexq_experts_prepack_size(&cpu, self, FLEXQ_GATE_UP, &bytes));
@@ -47,7 +49,7 @@ void bind_experts(nb::module_& m) {
           nb::arg("experts"), nb::arg("hidden"), nb::arg("intermediate"), nb::arg("gate_up_scheme"),
           nb::arg("gate_up_rotation"), nb::arg("gate_up_act_bits"), nb::arg("down_scheme"), nb::arg("down_rotation"),
           nb::arg("down_act_bits"), nb::arg("function"), nb::arg("alpha"), nb::arg("limit"), nb::arg("up_offset"),
-          nb::arg("interleaved"));
+          nb::arg("interleaved"), nb::arg("gate_up_weight_bits"), nb::arg("down_weight_bits"));
 
   m.def(
       "experts_prepack_size",

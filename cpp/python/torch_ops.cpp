@@ -379,8 +379,14 @@ flexq_activation_desc activation_desc(int64_t m, int64_t k, int64_t act_bits, co
   return {sizeof(flexq_activation_desc), m, k, act_bits_of(act_bits), scheme_of(scheme), rotation_of(rotation), 0};
 }
 
-flexq_weight_desc weight_desc(int64_t n, int64_t k, const std::string& scheme, const std::string& rotation) {
-  return {sizeof(flexq_weight_desc), n, k, FLEXQ_WEIGHT_BITS, scheme_of(scheme), rotation_of(rotation), 0};
+int32_t weight_bits_of(int64_t bits) {
+  if (bits < 0 || bits > INT32_MAX) refuse("weight_bits must be 4, 5, 6 or 8, got " + std::to_string(bits));
+  return static_cast<int32_t>(bits);
+}
+
+flexq_weight_desc weight_desc(int64_t n, int64_t k, const std::string& scheme, const std::string& rotation,
+                              int64_t weight_bits) {
+  return {sizeof(flexq_weight_desc), n, k, weight_bits_of(weight_bits), scheme_of(scheme), rotation_of(rotation), 0};
 }
 
 // Room for a quantized activation.
@@ -457,7 +463,7 @@ void silu_mul_quantize(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // (Tensor quantized, Tensor packed, Tensor? bias, SymInt m, int n, int k, int act_bits, str scheme, str rotation,
-//  ScalarType dtype) -> Tensor
+//  ScalarType dtype, int weight_bits) -> Tensor
 void gemm(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const Tensor quantized = arguments.tensor(), packed = arguments.tensor(), bias = arguments.optional_tensor();
@@ -465,6 +471,7 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t act_bits = arguments.integer();
   const std::string scheme = arguments.string(), rotation = arguments.string();
   const int32_t dtype = arguments.dtype();
+  const int64_t weight_bits = arguments.integer();
 
   if (quantized.device != packed.device) {
     refuse("the activation is on " + quantized.device.name() + ", the weight on " + packed.device.name());
@@ -473,7 +480,7 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
   const size_t packed_bytes = buffer_size(packed, "packed"), quantized_bytes = buffer_size(quantized, "quantized");
   const Bias b(bias, n, packed.device);
   const flexq_stream stream = stream_on(packed.device);
-  const flexq_weight_desc desc = weight_desc(n, k, scheme, rotation);
+  const flexq_weight_desc desc = weight_desc(n, k, scheme, rotation, weight_bits);
   const flexq_activation_desc act_desc = activation_desc(m, k, act_bits, scheme, rotation);
   size_t bytes = 0;
   check(flexq_gemm_workspace_size(&stream, &desc, act_desc.act_bits, m, &bytes));
@@ -485,12 +492,13 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = result(std::move(y));
 }
 
-// (Tensor x, Tensor packed, Tensor? bias, int n, int act_bits, str scheme, str rotation) -> Tensor
+// (Tensor x, Tensor packed, Tensor? bias, int n, int act_bits, str scheme, str rotation, int weight_bits) -> Tensor
 void linear(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const Tensor x = arguments.tensor(), packed = arguments.tensor(), bias = arguments.optional_tensor();
   const int64_t n = arguments.integer(), act_bits = arguments.integer();
   const std::string scheme = arguments.string(), rotation = arguments.string();
+  const int64_t weight_bits = arguments.integer();
 
   if (x.device != packed.device) {
     refuse("x is on " + x.device.name() + ", the weight on " + packed.device.name());
@@ -499,7 +507,7 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
   const size_t packed_bytes = buffer_size(packed, "packed");
   const Bias b(bias, n, x.device);
   const flexq_stream stream = stream_on(x.device);
-  const flexq_weight_desc desc = weight_desc(n, rows.k, scheme, rotation);
+  const flexq_weight_desc desc = weight_desc(n, rows.k, scheme, rotation, weight_bits);
   size_t bytes = 0;
   check(flexq_linear_workspace_size(&stream, &desc, act_bits_of(act_bits), rows.rows, &bytes));
   const Tensor workspace = bytes > 0 ? Tensor::bytes(bytes, x.device) : Tensor();
@@ -527,10 +535,11 @@ flexq_experts_desc read_experts_desc(Arguments& arguments) {
   float numbers[3];
   for (float& number : numbers) number = static_cast<float>(arguments.number());
   const bool interleaved = arguments.boolean();
+  const int32_t up_bits = weight_bits_of(arguments.integer()), down_bits = weight_bits_of(arguments.integer());
   const auto& [up, down] = formats;
   return experts_desc(experts, hidden, intermediate, up.scheme, up.rotation, act_bits_of(up.act_bits), down.scheme,
                       down.rotation, act_bits_of(down.act_bits), function, numbers[0], numbers[1], numbers[2],
-                      interleaved);
+                      interleaved, up_bits, down_bits);
 }
 
 struct ExpertBias {

@@ -1,4 +1,4 @@
-"""`flexq.experts.Experts`: the experts of a mixture-of-experts layer with 6-bit weights."""
+"""`flexq.experts.Experts`: the experts of a mixture-of-experts layer with quantized weights."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ class ExpertWeights(PackedModule):
     """One projection of all experts, which a plan names as a layer: "gate_up" [E, 2I, H] or "down" [E, H, I].
 
     One copy is resident. As built, or loaded by another library, it is canonical: buffers `qweight` (planes, uint8
-    [E, N, G, 6, 16]) and `scales` (float16 [E, N, G] or [E, N, 1]), those of single experts one after another.
+    [E, N, G, b, 16]) and `scales` (float16 [E, N, G] or [E, N, 1]), those of single experts one after another.
     `prepack` turns it into what the device's kernels read; `state_dict`, pickling and moves between devices go through
     the canonical form, without loss.
 
@@ -112,7 +112,8 @@ class Experts(nn.Module):
         self.weights_on_input = weights_on_input
         desc = ops.ExpertsDesc(
             num_experts, hidden_size, intermediate_size, up.scheme, up.rotation, up.act_bits, down.scheme,
-            down.rotation, down.act_bits, function, alpha, limit, up_offset, interleaved,
+            down.rotation, down.act_bits, function, alpha, limit, up_offset, interleaved, up.weight_bits,
+            down.weight_bits,
         )  # fmt: skip
         self._desc = desc
         self.gate_up_proj = ExpertWeights("gate_up", desc, up, bias, device, dtype)
@@ -334,6 +335,6 @@ def float_experts(
 
 
 def quantize_experts(weight: torch.Tensor, config: LayerConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round weights [E, N, K] to nearest, expert by expert: planes uint8 [E, N, G, 6, 16] and scales float16."""
-    quantized = [ops.quantize_weight(expert, config.scheme, config.rotation) for expert in weight]
+    """Round weights [E, N, K] to nearest, expert by expert: planes uint8 [E, N, G, b, 16] and scales float16."""
+    quantized = [ops.quantize_weight(expert, config.scheme, config.rotation, config.weight_bits) for expert in weight]
     return torch.stack([planes for planes, _ in quantized]), torch.stack([scales for _, scales in quantized])

@@ -1,4 +1,4 @@
-"""`flexq.Linear`: a linear layer with 6-bit weights."""
+"""`flexq.Linear`: a linear layer with quantized weights."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from flexq.plan import LayerConfig
 
 
 class Linear(PackedModule):
-    """y = x W^T + b with a 6-bit W, its activations quantized to `config.act_bits` on the way in.
+    """y = x W^T + b, W of `config.weight_bits` b, its activations quantized to `config.act_bits` on the way in.
 
     One copy of the weight is resident. As built, or loaded by another library, it is canonical: buffers `qweight`
-    (planes, uint8 [N, G, 6, 16]) and `scales` (float16 [N, G] or [N, 1]). `prepack` turns it into what the device's
+    (planes, uint8 [N, G, b, 16]) and `scales` (float16 [N, G] or [N, 1]). `prepack` turns it into what the device's
     kernels read; `state_dict`, pickling and moves between devices go through the canonical form, without loss.
 
     The weight cannot be trained. Gradients with respect to x pass: through the dequantized weight, and straight through
@@ -44,7 +44,7 @@ class Linear(PackedModule):
     def from_float(cls, linear: nn.Module, config: LayerConfig | None = None) -> "Linear":
         """Quantize an `nn.Linear`, or another module whose `weight` is [N, K]. ValueError for weights not finite."""
         config = config or LayerConfig()
-        planes, scales = ops.quantize_weight(linear.weight.detach(), config.scheme, config.rotation)
+        planes, scales = ops.quantize_weight(linear.weight.detach(), config.scheme, config.rotation, config.weight_bits)
         return cls.from_canonical(planes, scales, linear, config)
 
     @classmethod
@@ -71,7 +71,7 @@ class Linear(PackedModule):
 
     def _to_canonical(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         c = self.config
-        return ops.unprepack(packed, self.out_features, self.in_features, c.scheme, c.rotation)
+        return ops.unprepack(packed, self.out_features, self.in_features, c.scheme, c.rotation, c.weight_bits)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in floating point."""
@@ -89,7 +89,9 @@ class Linear(PackedModule):
         for begin in range(0, k, rows):
             x = torch.zeros((min(rows, k - begin), k), device=device)
             x.diagonal(begin).fill_(1)
-            parts.append(torch.ops.flexq.linear(x, packed, None, self.out_features, 8, c.scheme, c.rotation))
+            parts.append(
+                torch.ops.flexq.linear(x, packed, None, self.out_features, 8, c.scheme, c.rotation, c.weight_bits)
+            )
         return torch.cat(parts)
 
     @property
@@ -113,7 +115,9 @@ class Linear(PackedModule):
         c = self.config
         if self._packed.device.type != self._packed_for:
             self._require_own_device()
-        return torch.ops.flexq.linear(x, self._packed, self.bias, self.out_features, c.act_bits, c.scheme, c.rotation)
+        return torch.ops.flexq.linear(
+            x, self._packed, self.bias, self.out_features, c.act_bits, c.scheme, c.rotation, c.weight_bits
+        )
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """The library's functions as PyTorch operators, `torch.ops.flexq.*`, which `torch.compile` traces.
 
 Shapes: M tokens, N output features, K input features, G = ceil(K / 128) groups. Every operator takes the scale
-`scheme` ("group" or "channel") and the `rotation` ("none" or "hadamard128") of the weight. The wrappers below document
-each one; errors are `ValueError` (what was given, what is accepted) and `RuntimeError` (the device).
+`scheme` ("group" or "channel") and the `rotation` ("none" or "hadamard128") of the weight, whose codes have
+`weight_bits` b of 4, 5, 6 (the default) or 8: planes are uint8 [N, G, b, 16]. The wrappers below document each one;
+errors are `ValueError` (what was given, what is accepted) and `RuntimeError` (the device).
 """
 
 import functools
@@ -14,14 +15,15 @@ from flexq import _core
 from flexq.execution import stream_for
 
 GROUP_SIZE = _core.GROUP_SIZE
+WEIGHT_BITS = (4, 5, 6, 8)
 
 _library = torch.library.Library("flexq", "DEF")
 _DEVICES = ("CPU", "CUDA")
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight_desc(n: int, k: int, scheme: str, rotation: str) -> _core.WeightDesc:
-    return _core.WeightDesc(n, k, scheme, rotation)
+def _weight_desc(n: int, k: int, scheme: str, rotation: str, weight_bits: int) -> _core.WeightDesc:
+    return _core.WeightDesc(n, k, scheme, rotation, weight_bits)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -94,16 +96,20 @@ def _bias(bias: torch.Tensor | None, n: int, device: torch.device) -> tuple[int,
     return bias.data_ptr(), _dtype("bias", bias.dtype)
 
 
-def _check_canonical(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str) -> None:
+def _check_canonical(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str) -> int:
+    """The bits of the codes."""
+    bits = planes.shape[2] if planes.dim() == 4 else 0
     _require(
-        planes.dtype == torch.uint8 and planes.dim() == 4 and planes.shape[1:] == (num_groups(k), 6, 16),
-        f"planes must be uint8 [N, {num_groups(k)}, 6, 16] for K = {k}, got {planes.dtype} {list(planes.shape)}",
+        planes.dtype == torch.uint8 and bits in WEIGHT_BITS and planes.shape[1:] == (num_groups(k), bits, 16),
+        f"planes must be uint8 [N, {num_groups(k)}, b, 16] for K = {k}, b being 4, 5, 6 or 8, got {planes.dtype} "
+        f"{list(planes.shape)}",
     )
     expected = (planes.shape[0], _num_scales(k, scheme))
     _require(
         scales.dtype == torch.float16 and scales.shape == expected,
         f"scales must be float16 {list(expected)} for scheme {scheme}, got {scales.dtype} {list(scales.shape)}",
     )
+    return bits
 
 
 def _define(schema: str, fake):
@@ -123,22 +129,25 @@ def _define(schema: str, fake):
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def _fake_quantize_weight(weight, scheme, rotation):
+def _fake_quantize_weight(weight, scheme, rotation, weight_bits=6):
     n, k = weight.shape
-    planes = weight.new_empty((n, num_groups(k), 6, 16), dtype=torch.uint8)
+    planes = weight.new_empty((n, num_groups(k), weight_bits, 16), dtype=torch.uint8)
     return planes, weight.new_empty((n, _num_scales(k, scheme)), dtype=torch.float16)
 
 
-@_define("quantize_weight(Tensor weight, str scheme, str rotation) -> (Tensor, Tensor)", _fake_quantize_weight)
-def _quantize_weight(weight, scheme, rotation):
+@_define(
+    "quantize_weight(Tensor weight, str scheme, str rotation, int weight_bits=6) -> (Tensor, Tensor)",
+    _fake_quantize_weight,
+)
+def _quantize_weight(weight, scheme, rotation, weight_bits=6):
     _require(weight.dim() == 2, f"weight must be [N, K], got {list(weight.shape)}")
-    host = _rows(weight).cpu()
-    n, k = host.shape
-    desc = _weight_desc(n, k, scheme, rotation)
-    planes = torch.empty((n, num_groups(k), 6, 16), dtype=torch.uint8)
-    scales = torch.empty((n, _num_scales(k, scheme)), dtype=torch.float16)
-    _core.quantize_weight(stream_for(host.device), desc, host, planes, scales)
-    return planes.to(weight.device), scales.to(weight.device)
+    rows = _rows(weight)
+    n, k = rows.shape
+    desc = _weight_desc(n, k, scheme, rotation, weight_bits)
+    planes = torch.empty((n, num_groups(k), weight_bits, 16), dtype=torch.uint8, device=rows.device)
+    scales = torch.empty((n, _num_scales(k, scheme)), dtype=torch.float16, device=rows.device)
+    _core.quantize_weight(stream_for(rows.device), desc, rows, planes, scales)
+    return planes, scales
 
 
 def _fake_dequantize_weight(planes, scales, k, scheme, rotation, dtype):
@@ -150,38 +159,42 @@ def _fake_dequantize_weight(planes, scales, k, scheme, rotation, dtype):
     _fake_dequantize_weight,
 )
 def _dequantize_weight(planes, scales, k, scheme, rotation, dtype):
-    _check_canonical(planes, scales, k, scheme)
+    bits = _check_canonical(planes, scales, k, scheme)
     weight = torch.empty((planes.shape[0], k), dtype=dtype)
-    desc = _weight_desc(planes.shape[0], k, scheme, rotation)
+    desc = _weight_desc(planes.shape[0], k, scheme, rotation, bits)
     host = [t.cpu().contiguous() for t in (planes, scales)]
     _core.dequantize_weight(stream_for(weight.device), desc, *host, weight)
     return weight.to(planes.device)
 
 
 def _fake_prepack(planes, scales, k, scheme, rotation):
-    desc = _weight_desc(planes.shape[0], k, scheme, rotation)
+    desc = _weight_desc(planes.shape[0], k, scheme, rotation, planes.shape[2])
     return planes.new_empty(_core.prepack_size(stream_for(planes.device), desc))
 
 
 @_define("prepack(Tensor planes, Tensor scales, int k, str scheme, str rotation) -> Tensor", _fake_prepack)
 def _prepack(planes, scales, k, scheme, rotation):
-    _check_canonical(planes, scales, k, scheme)
-    desc = _weight_desc(planes.shape[0], k, scheme, rotation)
+    bits = _check_canonical(planes, scales, k, scheme)
+    desc = _weight_desc(planes.shape[0], k, scheme, rotation, bits)
     stream = stream_for(planes.device)
     packed = _bytes(_core.prepack_size(stream, desc), planes)
     _core.prepack(stream, desc, planes.contiguous(), scales.contiguous(), packed)
     return packed
 
 
-def _fake_unprepack(packed, n, k, scheme, rotation):
-    planes = packed.new_empty((n, num_groups(k), 6, 16))
+def _fake_unprepack(packed, n, k, scheme, rotation, weight_bits=6):
+    planes = packed.new_empty((n, num_groups(k), weight_bits, 16))
     return planes, packed.new_empty((n, _num_scales(k, scheme)), dtype=torch.float16)
 
 
-@_define("unprepack(Tensor packed, int n, int k, str scheme, str rotation) -> (Tensor, Tensor)", _fake_unprepack)
-def _unprepack(packed, n, k, scheme, rotation):
-    planes, scales = _fake_unprepack(packed, n, k, scheme, rotation)
-    _core.unprepack(stream_for(packed.device), _weight_desc(n, k, scheme, rotation), packed, planes, scales)
+@_define(
+    "unprepack(Tensor packed, int n, int k, str scheme, str rotation, int weight_bits=6) -> (Tensor, Tensor)",
+    _fake_unprepack,
+)
+def _unprepack(packed, n, k, scheme, rotation, weight_bits=6):
+    desc = _weight_desc(n, k, scheme, rotation, weight_bits)
+    planes, scales = _fake_unprepack(packed, n, k, scheme, rotation, weight_bits)
+    _core.unprepack(stream_for(packed.device), desc, packed, planes, scales)
     return planes, scales
 
 
@@ -281,19 +294,19 @@ def _activation_codes(quantized, m, k, act_bits, scheme, rotation):
     return codes, scales
 
 
-def _fake_gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):
+def _fake_gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype, weight_bits=6):
     return packed.new_empty((m, n), dtype=dtype)
 
 
 @_define(
     "gemm(Tensor quantized, Tensor packed, Tensor? bias, SymInt m, int n, int k, int act_bits, str scheme,"
-    " str rotation, ScalarType dtype) -> Tensor",
+    " str rotation, ScalarType dtype, int weight_bits=6) -> Tensor",
     _fake_gemm,
 )
-def _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):
+def _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype, weight_bits=6):
     device = packed.device
     _require(quantized.device == device, f"the activation is on {quantized.device}, the weight on {device}")
-    desc = _weight_desc(n, k, scheme, rotation)
+    desc = _weight_desc(n, k, scheme, rotation, weight_bits)
     act_desc = _activation_desc(m, k, act_bits, scheme, rotation)
     stream = stream_for(device)
     y = torch.empty((m, n), dtype=dtype, device=device)
@@ -313,20 +326,21 @@ def _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype):
     return y
 
 
-def _fake_linear(x, packed, bias, n, act_bits, scheme, rotation):
+def _fake_linear(x, packed, bias, n, act_bits, scheme, rotation, weight_bits=6):
     return x.new_empty((*x.shape[:-1], n))
 
 
 @_define(
-    "linear(Tensor x, Tensor packed, Tensor? bias, int n, int act_bits, str scheme, str rotation) -> Tensor",
+    "linear(Tensor x, Tensor packed, Tensor? bias, int n, int act_bits, str scheme, str rotation, int weight_bits=6)"
+    " -> Tensor",
     _fake_linear,
 )
-def _linear(x, packed, bias, n, act_bits, scheme, rotation):
+def _linear(x, packed, bias, n, act_bits, scheme, rotation, weight_bits=6):
     device = x.device
     _require(packed.device == device, f"x is on {device}, the weight on {packed.device}")
     shape = x.shape
     x, m, ldx = _matrix(x)
-    desc = _weight_desc(n, shape[-1], scheme, rotation)
+    desc = _weight_desc(n, shape[-1], scheme, rotation, weight_bits)
     stream = stream_for(device)
     dtype = _dtype("x", x.dtype)
     y = x.new_empty((*shape[:-1], n))
@@ -357,6 +371,7 @@ class ExpertsDesc(NamedTuple):
         limit: 0 for none. 7 in gpt-oss.
         up_offset: 1 in gpt-oss.
         interleaved: rows of gate_up are gate 0, up 0, gate 1, ... instead of I of the gate and then I of up.
+        gate_up_weight_bits, down_weight_bits: of the codes of each projection, 4, 5, 6 or 8.
     """
 
     experts: int
@@ -373,6 +388,8 @@ class ExpertsDesc(NamedTuple):
     limit: float = 0.0
     up_offset: float = 0.0
     interleaved: bool = False
+    gate_up_weight_bits: int = 6
+    down_weight_bits: int = 6
 
     def shape(self, projection: str) -> tuple[int, int]:
         """[N, K] of an expert's "gate_up" or "down"."""
@@ -381,11 +398,14 @@ class ExpertsDesc(NamedTuple):
     def scheme(self, projection: str) -> str:
         return self.gate_up_scheme if projection == "gate_up" else self.down_scheme
 
+    def weight_bits(self, projection: str) -> int:
+        return self.gate_up_weight_bits if projection == "gate_up" else self.down_weight_bits
+
 
 _EXPERTS = (
     "int experts, int hidden, int intermediate, str gate_up_scheme, str gate_up_rotation, int gate_up_act_bits,"
     " str down_scheme, str down_rotation, int down_act_bits, str function, float alpha, float limit, float up_offset,"
-    " bool interleaved"
+    " bool interleaved, int gate_up_weight_bits, int down_weight_bits"
 )
 _INDEX_TYPES = {torch.int32: False, torch.int64: True}
 
@@ -410,7 +430,7 @@ def _experts_prepack(planes, scales, projection, *desc):
     packed = _bytes(_core.experts_prepack_size(stream, native, projection), planes)
     given = ExpertsDesc(*desc)
     (n, k), scheme = given.shape(projection), given.scheme(projection)
-    expected = (given.experts, n, num_groups(k), 6, 16)
+    expected = (given.experts, n, num_groups(k), given.weight_bits(projection), 16)
     _require(
         planes.dtype == torch.uint8 and planes.shape == expected,
         f"planes of {projection} must be uint8 {list(expected)}, got {planes.dtype} {list(planes.shape)}",
@@ -428,7 +448,7 @@ def _experts_prepack(planes, scales, projection, *desc):
 def _fake_experts_unprepack(packed, projection, *desc):
     given = ExpertsDesc(*desc)
     n, k = given.shape(projection)
-    planes = packed.new_empty((given.experts, n, num_groups(k), 6, 16), dtype=torch.uint8)
+    planes = packed.new_empty((given.experts, n, num_groups(k), given.weight_bits(projection), 16), dtype=torch.uint8)
     return planes, packed.new_empty((given.experts, n, _num_scales(k, given.scheme(projection))), dtype=torch.float16)
 
 
@@ -509,14 +529,14 @@ def _experts_forward(x, ids, weights, gate_up, down, gate_up_bias, down_bias, ex
 
 
 def quantize_weight(
-    weight: torch.Tensor, scheme: str = "group", rotation: str = "hadamard128"
+    weight: torch.Tensor, scheme: str = "group", rotation: str = "hadamard128", weight_bits: int = 6
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a weight [N, K] (float32, float16, bfloat16) to canonical planes uint8 [N, G, 6, 16] and scales float16.
+    """Round a weight [N, K] (float32, float16, bfloat16) to canonical planes uint8 [N, G, b, 16] and scales float16.
 
     Scales are [N, G] for scheme "group", [N, 1] for "channel". Raises ValueError for NaN, Inf and scales that float16
     cannot hold.
     """
-    return torch.ops.flexq.quantize_weight(weight, scheme, rotation)
+    return torch.ops.flexq.quantize_weight(weight, scheme, rotation, weight_bits)
 
 
 def dequantize_weight(
@@ -531,27 +551,32 @@ def dequantize_weight(
     return torch.ops.flexq.dequantize_weight(planes, scales, k, scheme, rotation, dtype)
 
 
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Weight codes int8 [N, K], -32..31, K a multiple of 128 -> planes uint8 [N, G, 6, 16]. CPU tensors."""
+def pack_codes(codes: torch.Tensor, weight_bits: int = 6) -> torch.Tensor:
+    """Codes int8 [N, K] of b bits, -2^(b-1) .. 2^(b-1) - 1, K a multiple of 128 -> planes uint8 [N, G, b, 16]."""
     _require(
         codes.dtype == torch.int8 and codes.dim() == 2 and codes.shape[1] % GROUP_SIZE == 0 and codes.shape[1] > 0,
         f"codes must be int8 [N, K] with K a multiple of {GROUP_SIZE}, got {codes.dtype} {list(codes.shape)}",
     )
     n, k = codes.shape
-    planes = torch.empty((n, k // GROUP_SIZE, 6, 16), dtype=torch.uint8)
-    _core.pack_codes(stream_for(codes.device), _weight_desc(n, k, "group", "none"), codes.contiguous(), planes)
+    desc = _weight_desc(n, k, "group", "none", weight_bits)
+    planes = torch.empty((n, k // GROUP_SIZE, weight_bits, 16), dtype=torch.uint8, device=codes.device)
+    _core.pack_codes(stream_for(codes.device), desc, codes.contiguous(), planes)
     return planes
 
 
 def unpack_codes(planes: torch.Tensor) -> torch.Tensor:
-    """Planes uint8 [N, G, 6, 16] -> codes int8 [N, 128 * G]. CPU tensors."""
+    """Planes uint8 [N, G, b, 16] -> codes int8 [N, 128 * G]. CPU tensors."""
     _require(
-        planes.dtype == torch.uint8 and planes.dim() == 4 and planes.shape[2:] == (6, 16) and planes.shape[1] > 0,
-        f"planes must be uint8 [N, G, 6, 16], got {planes.dtype} {list(planes.shape)}",
+        planes.dtype == torch.uint8
+        and planes.dim() == 4
+        and planes.shape[1] > 0
+        and planes.shape[2] in WEIGHT_BITS
+        and planes.shape[3] == 16,
+        f"planes must be uint8 [N, G, b, 16], b being 4, 5, 6 or 8, got {planes.dtype} {list(planes.shape)}",
     )
-    n, k = planes.shape[0], planes.shape[1] * GROUP_SIZE
+    n, k, bits = planes.shape[0], planes.shape[1] * GROUP_SIZE, planes.shape[2]
     codes = torch.empty((n, k), dtype=torch.int8)
-    _core.unpack_codes(stream_for(planes.device), _weight_desc(n, k, "group", "none"), planes.contiguous(), codes)
+    _core.unpack_codes(stream_for(planes.device), _weight_desc(n, k, "group", "none", bits), planes.contiguous(), codes)
     return codes
 
 
@@ -560,9 +585,11 @@ def prepack(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str, rot
     return torch.ops.flexq.prepack(planes, scales, k, scheme, rotation)
 
 
-def unprepack(packed: torch.Tensor, n: int, k: int, scheme: str, rotation: str) -> tuple[torch.Tensor, torch.Tensor]:
+def unprepack(
+    packed: torch.Tensor, n: int, k: int, scheme: str, rotation: str, weight_bits: int = 6
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `prepack`, exact."""
-    return torch.ops.flexq.unprepack(packed, n, k, scheme, rotation)
+    return torch.ops.flexq.unprepack(packed, n, k, scheme, rotation, weight_bits)
 
 
 def count_vanished(weight: torch.Tensor, scales: torch.Tensor) -> int:
@@ -638,9 +665,10 @@ def gemm(
     scheme: str,
     rotation: str,
     dtype: torch.dtype = torch.float32,
+    weight_bits: int = 6,
 ) -> torch.Tensor:
     """quantized [M, K] x packed [N, K]^T + bias [N] -> [M, N] of `dtype`."""
-    return torch.ops.flexq.gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype)
+    return torch.ops.flexq.gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype, weight_bits)
 
 
 def linear(
@@ -651,13 +679,14 @@ def linear(
     act_bits: int = 8,
     scheme: str = "group",
     rotation: str = "hadamard128",
+    weight_bits: int = 6,
 ) -> torch.Tensor:
     """x [..., K] (float32, float16, bfloat16) -> [..., N] of x's dtype, through a prepacked weight [N, K]."""
-    return torch.ops.flexq.linear(x, packed, bias, n, act_bits, scheme, rotation)
+    return torch.ops.flexq.linear(x, packed, bias, n, act_bits, scheme, rotation, weight_bits)
 
 
 def experts_prepack(planes: torch.Tensor, scales: torch.Tensor, projection: str, desc: ExpertsDesc) -> torch.Tensor:
-    """One projection ("gate_up" or "down") of all experts: canonical planes uint8 [E, N, G, 6, 16] and scales float16
+    """One projection ("gate_up" or "down") of all experts: canonical planes uint8 [E, N, G, b, 16] and scales float16
     [E, N, G] or [E, N, 1] -> the bytes that the kernels of their device read."""
     return torch.ops.flexq.experts_prepack(planes, scales, projection, *desc)
 

@@ -1,4 +1,4 @@
-"""What layers with 6-bit weights share: one resident copy of them, canonical or as a device's kernels read it."""
+"""What layers with quantized weights share: one resident copy of them, canonical or as a device's kernels read it."""
 
 import threading
 
@@ -12,9 +12,9 @@ _prepacking = threading.Lock()
 
 
 class PackedModule(nn.Module):
-    """A weight [..., N, K] of 6-bit codes, of which one copy is resident.
+    """A weight [..., N, K] of `config.weight_bits` b, of which one copy is resident.
 
-    As built, or loaded by another library, it is canonical: buffers `qweight` (planes, uint8 [..., N, G, 6, 16]) and
+    As built, or loaded by another library, it is canonical: buffers `qweight` (planes, uint8 [..., N, G, b, 16]) and
     `scales` (float16 [..., N, G] or [..., N, 1]). `prepack` turns it into what the device's kernels read; `state_dict`,
     pickling and moves between devices go through the canonical form, without loss. Several threads may use one module
     at the same time.
@@ -50,7 +50,7 @@ class PackedModule(nn.Module):
         self.register_buffer("_packed", None, persistent=False)
         self._packed_for: str | None = None
         self._register_canonical(
-            torch.zeros((*rows, ops.num_groups(in_features), 6, 16), dtype=torch.uint8, device=device),
+            torch.zeros((*rows, ops.num_groups(in_features), config.weight_bits, 16), dtype=torch.uint8, device=device),
             torch.zeros((*rows, self._scales_per_row), dtype=torch.float16, device=device),
         )
         if bias:
@@ -103,7 +103,7 @@ class PackedModule(nn.Module):
         self._register_canonical(planes.new_empty(0), scales.new_empty(0))
 
     def canonical(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Planes uint8 [..., N, G, 6, 16] and scales float16 [..., N, G] or [..., N, 1]."""
+        """Planes uint8 [..., N, G, b, 16] and scales float16 [..., N, G] or [..., N, 1]."""
         if self._packed is None:
             return self.qweight, self.scales
         self._require_own_device()
@@ -149,7 +149,8 @@ class PackedModule(nn.Module):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the canonical weight, as a checkpoint holds it."""
-        return self.num_rows * (ops.num_groups(self.in_features) * 96 + self._scales_per_row * 2)
+        group_bytes = ops.GROUP_SIZE // 8 * self.config.weight_bits
+        return self.num_rows * (ops.num_groups(self.in_features) * group_bytes + self._scales_per_row * 2)
 
     def extra_repr(self) -> str:
         c = self.config

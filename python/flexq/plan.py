@@ -15,7 +15,7 @@ _CHOICES = {
     "act_bits": (6, 8),
     "scheme": ("group", "channel"),
     "rotation": ("none", "hadamard128"),
-    "weight_bits": (6,),
+    "weight_bits": (4, 5, 6, 8),
 }
 
 
@@ -27,7 +27,7 @@ class LayerConfig:
         act_bits: 6 or 8, bits of the activations.
         scheme: "group": a scale per row (token) and 128 inputs; "channel": one per row (token).
         rotation: "hadamard128" rotates each group of 128 before quantization, "none" does not.
-        weight_bits: 6.
+        weight_bits: 4, 5, 6 or 8, bits of the weight's codes.
     """
 
     act_bits: int = 8
@@ -40,7 +40,8 @@ class LayerConfig:
             value = getattr(self, name)
             # Of its very type: JSON's 8.0 and true equal 8 and 1.
             if type(value) is not type(accepted[0]) or value not in accepted:
-                choices = " or ".join(repr(a) for a in accepted)
+                *others, last = map(repr, accepted)
+                choices = f"{', '.join(others)} or {last}"
                 raise ValueError(f"{name} must be {choices}, got {value!r}")
 
 

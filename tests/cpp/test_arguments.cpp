@@ -88,6 +88,11 @@ void test_linear() {
     s.desc.scheme = FLEXQ_SCHEME_CHANNEL;
     s.desc.k = s.ldx = 600000;
   });
+  refuses(FLEXQ_UNSUPPORTED, "with weights of 8 bits, k must be at most 132096, got 140000", [](Setup& s) {
+    s.desc.scheme = FLEXQ_SCHEME_CHANNEL;
+    s.desc.weight_bits = 8;
+    s.desc.k = s.ldx = 140000;
+  });
   refuses(kInvalid, "stream.device must be", [](Setup& s) { s.stream.device = 4; });
   refuses(kInvalid, "device_index must be 0", [](Setup& s) { s.stream.device_index = 1; });
   refuses(kInvalid, "stream.handle must be null", [](Setup& s) { s.stream.handle = &s; });

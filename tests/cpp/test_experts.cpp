@@ -42,7 +42,7 @@ struct Experts {
       const bool up = p == FLEXQ_GATE_UP;
       const flexq_projection_format& format = up ? d.gate_up : d.down;
       const flexq::WeightDesc single(up ? 2 * d.intermediate : d.hidden, up ? d.hidden : d.intermediate, format.scheme,
-                                     format.rotation);
+                                     format.rotation, format.weight_bits);
       size_t bytes = 0;
       flexq::check(flexq_experts_prepack_size(&stream, &desc, p, &bytes));
       packed[p].reserve(bytes);

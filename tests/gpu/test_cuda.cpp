@@ -21,7 +21,7 @@ constexpr int kGroup = FLEXQ_GROUP_SIZE;
 
 struct Case {
   int64_t m, n, k;
-  int32_t act_bits;
+  int32_t weight_bits, act_bits;
   flexq_scheme scheme;
   flexq_rotation rotation;
   bool bias;
@@ -101,7 +101,7 @@ std::vector<flexq_kernel_info> kernels_for(const flexq_stream& stream, const fle
 
 // `others`: how many kernels beside the chosen one to try, spread over all that could run it.
 void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others) {
-  const flexq::WeightDesc desc(c.n, c.k, c.scheme, c.rotation);
+  const flexq::WeightDesc desc(c.n, c.k, c.scheme, c.rotation, c.weight_bits);
   const flexq::Weight weight =
       flexq::Weight::quantize(gpu.cpu, desc, test::random_values(static_cast<size_t>(c.n * c.k), rng).data());
   const DeviceArray<uint8_t> planes(weight.planes());
@@ -167,9 +167,9 @@ void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others)
                             FLEXQ_F32, separate.data(), c.dtype, ldy, workspace.data(), bytes));
     const std::vector<uint8_t> got = y.host();
     if (!reference.holds(got, ldy) || again.host() != got || separate.host() != got) {
-      std::fprintf(stderr, "kernel %s, m %lld, n %lld, k %lld, A%d, scheme %d, dtype %d\n", kernels[kernel].name,
-                   static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k), c.act_bits,
-                   c.scheme, c.dtype);
+      std::fprintf(stderr, "kernel %s, m %lld, n %lld, k %lld, W%dA%d, scheme %d, dtype %d\n", kernels[kernel].name,
+                   static_cast<long long>(c.m), static_cast<long long>(c.n), static_cast<long long>(c.k), c.weight_bits,
+                   c.act_bits, c.scheme, c.dtype);
       CHECK(reference.holds(got, ldy));
       CHECK(again.host() == got && separate.host() == got);
     }
@@ -179,7 +179,9 @@ void check_case(const Gpu& gpu, const Case& c, std::mt19937& rng, size_t others)
 Case random_case(std::mt19937& rng, int64_t m, int64_t n, int64_t k, flexq_scheme scheme) {
   const auto dtype = static_cast<flexq_dtype>(rng() % 3);
   const auto rotation = static_cast<flexq_rotation>(rng() % 2);
-  return {m, n, k, rng() % 2 ? 8 : 6, scheme, rotation, rng() % 2 == 0, dtype, rng() % 2 ? 0 : 3};
+  constexpr int32_t kWeightBits[] = {4, 5, 6, 8};
+  const int32_t weight_bits = kWeightBits[rng() % 4];
+  return {m, n, k, weight_bits, rng() % 2 ? 8 : 6, scheme, rotation, rng() % 2 == 0, dtype, rng() % 2 ? 0 : 3};
 }
 
 // `quick`: a few of each kind, for runs under compute-sanitizer.
@@ -216,6 +218,76 @@ void test_random_draws(const Gpu& gpu, int count) {
     const auto scheme = rng() % 2 ? FLEXQ_SCHEME_GROUP : FLEXQ_SCHEME_CHANNEL;
     check_case(gpu, random_case(rng, draw(400), draw(600), draw(3000), scheme), rng, 2);
   }
+}
+
+// Weights are rounded to the CPU's bits, and refused with its words.
+void test_quantize_weight(const Gpu& gpu) {
+  std::mt19937 rng(23);
+  int round = 0;
+  for (const int64_t k : {1, 100, 128, 576, 4097}) {
+    for (const int64_t n : {1, 17, 200}) {
+      for (const int32_t bits : {4, 5, 6, 8}) {
+        for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+          const auto dtype = static_cast<flexq_dtype>(round % 3);
+          const flexq::WeightDesc desc(n, k, scheme, static_cast<flexq_rotation>(round / 3 % 2), bits);
+          const int64_t ldw = k + (round++ % 5 == 0 ? 3 : 0);
+          std::vector<float> values = test::random_values(static_cast<size_t>(n * ldw), rng);
+          for (int64_t row = 0; row < n; ++row) {  // rows of every size, some of whose scales vanish
+            const float factor = std::exp2(static_cast<float>(static_cast<int>(rng() % 24) - 20));
+            for (int64_t j = 0; j < k; ++j) values[static_cast<size_t>(row * ldw + j)] *= row % 7 == 3 ? 0.0f : factor;
+          }
+          const std::vector<uint8_t> w = as_bytes(values, dtype);
+          flexq::Weight expected(desc);
+          int64_t vanished = -1, found = -2;
+          flexq::check(flexq_quantize_weight(&gpu.cpu, &desc, w.data(), dtype, ldw, expected.planes().data(),
+                                             expected.scales().data(), &vanished));
+          const DeviceArray<uint8_t> device_w(w), planes(expected.planes().size()), packed(planes.size());
+          const DeviceArray<uint16_t> scales(expected.scales().size());
+          flexq::check(flexq_quantize_weight(&gpu.cuda, &desc, device_w.data(), dtype, ldw, planes.data(),
+                                             scales.data(), &found));
+          cuda_check(cudaStreamSynchronize(static_cast<cudaStream_t>(gpu.cuda.handle)));
+          CHECK(scales.host() == expected.scales());
+          CHECK(planes.host() == expected.planes());
+          CHECK(found == vanished);
+          const int64_t kp = (k + kGroup - 1) / kGroup * kGroup;
+          std::vector<int8_t> codes(static_cast<size_t>(n * kp));
+          flexq::check(flexq_unpack_codes(&gpu.cpu, &desc, expected.planes().data(), codes.data(), kp));
+          const DeviceArray<int8_t> device_codes(codes);
+          flexq::check(flexq_pack_codes(&gpu.cuda, &desc, device_codes.data(), kp, packed.data()));
+          CHECK(packed.host() == expected.planes());
+        }
+      }
+    }
+  }
+  const auto refused = [&](const flexq_weight_desc& desc, const std::vector<float>& values) {
+    flexq::Weight weight(static_cast<const flexq::WeightDesc&>(desc));
+    CHECK(flexq_quantize_weight(&gpu.cpu, &desc, values.data(), FLEXQ_F32, desc.k, weight.planes().data(),
+                                weight.scales().data(), nullptr) == FLEXQ_BAD_VALUE);
+    const std::string message = flexq_last_error();
+    const DeviceArray<float> w(values);
+    const DeviceArray<uint8_t> planes(weight.planes().size());
+    const DeviceArray<uint16_t> scales(weight.scales().size());
+    CHECK(flexq_quantize_weight(&gpu.cuda, &desc, w.data(), FLEXQ_F32, desc.k, planes.data(), scales.data(), nullptr) ==
+          FLEXQ_BAD_VALUE);
+    CHECK(message == flexq_last_error());
+    for (const uint8_t byte : planes.host()) CHECK(byte == 0x5a);
+    for (const uint16_t scale : scales.host()) CHECK(scale == 0x5a5a);
+  };
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    const flexq::WeightDesc desc(40, 300, scheme);
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -INFINITY, 1e30f, 3e38f}) {
+      std::vector<float> values = test::random_values(40 * 300, rng);
+      values[7 * 300 + 299] = values[30 * 300 + 5] = bad;
+      refused(desc, values);
+    }
+  }
+  const flexq::WeightDesc desc(3, 256, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE, 5);
+  std::vector<int8_t> codes(3 * 256);
+  codes[256 + 77] = 16, codes[600] = -17;
+  const DeviceArray<int8_t> device_codes(codes);
+  const DeviceArray<uint8_t> planes(3 * 2 * 5 * 16);
+  CHECK(flexq_pack_codes(&gpu.cuda, &desc, device_codes.data(), 256, planes.data()) == FLEXQ_BAD_VALUE);
+  CHECK(std::strstr(flexq_last_error(), "codes[1][77] is 16; 5-bit codes are -16 to 15") != nullptr);
 }
 
 // The fused quantizers against the CPU's: the same sums, and codes and scales but for roundings of the norm.
@@ -434,6 +506,7 @@ int main(int argc, char** argv) {
   test_own_errors(gpu);
   test_too_large(gpu);
   if (!quick) test_one_sm(gpu);  // its SMs wait for the host, which sanitizers do not let them do
+  test_quantize_weight(gpu);
   test_fused(gpu);
   test_shapes(gpu, quick);
   test_random_draws(gpu, quick ? 20 : 1000);

@@ -386,10 +386,10 @@ void test_hidden(const Gpu& gpu, const Device& device) {
 // ---- GEMMs ----
 
 // Every GEMM that experts have in a scheme.
-std::vector<GemmPlan> plans_for(const Device& device, flexq_scheme scheme) {
+std::vector<GemmPlan> plans_for(const Device& device, flexq_scheme scheme, int32_t weight_bits = 6) {
   std::vector<GemmPlan> plans;
   for (int i = 0; i < flexq::cuda::num_mma_configs(); ++i) {
-    if (!kernels::has_mma(i)) continue;
+    if (!kernels::has_mma(i, weight_bits, scheme == FLEXQ_SCHEME_GROUP)) continue;
     const flexq::cuda::MmaShape shape = flexq::cuda::mma_shape(i);
     for (int blocks = shape.min_blocks; blocks <= shape.max_blocks; ++blocks) {
       plans.push_back({GemmPlan::kMma, i, 1, 1, blocks});
@@ -413,7 +413,7 @@ struct Experts {
   Experts(const Gpu& gpu, const flexq_experts_desc& d, std::mt19937& rng) : desc(d) {
     for (const flexq_projection p : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
       const flexq_weight_desc w = flexq::weight_of_expert(d, p);
-      const flexq::WeightDesc single(w.n, w.k, w.scheme, w.rotation);
+      const flexq::WeightDesc single(w.n, w.k, w.scheme, w.rotation, w.weight_bits);
       std::vector<uint8_t> planes;
       for (int64_t e = 0; e < d.experts; ++e) {
         std::vector<float> values = random_values(sz(w.n * w.k), rng);
@@ -471,18 +471,24 @@ flexq_experts_desc desc_of(int64_t experts, int64_t hidden, int64_t intermediate
 void test_gemms(const Gpu& gpu, const Device& device) {
   std::mt19937 rng(4);
   for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
-    for (const auto& [n, k] : {std::pair<int64_t, int64_t>{24, 100}, {402, 576}, {1000, 1500}}) {
+    for (const auto& [n, k, weight_bits] : {std::tuple<int64_t, int64_t, int32_t>{24, 100, 6},
+                                            {402, 576, 6},
+                                            {1000, 1500, 6},
+                                            {402, 576, 4},
+                                            {1000, 1500, 5},
+                                            {402, 1500, 8}}) {
       flexq_experts_desc desc = desc_of(5, k, n / 2);
       desc.gate_up.scheme = scheme;
+      desc.gate_up.weight_bits = weight_bits;
       const Experts layer(gpu, desc, rng);
       const int64_t stride = static_cast<int64_t>(layer.device[FLEXQ_GATE_UP]->size()) / desc.experts;
       int round = 0;
-      for (const GemmPlan& plan : plans_for(device, scheme)) {
+      for (const GemmPlan& plan : plans_for(device, scheme, weight_bits)) {
         const int tile = tile_tokens_of(plan);
         const auto dtype = static_cast<flexq_dtype>(round++ % 3);
         const bool bias = rng() % 2;
-        now("gemm %s, %s, %lld x %lld, dtype %d, bias %d", flexq::cuda::name_of(plan).text, name_of(scheme),
-            static_cast<long long>(n), static_cast<long long>(k), dtype, bias);
+        now("gemm %s, %s, W%d, %lld x %lld, dtype %d, bias %d", flexq::cuda::name_of(plan).text, name_of(scheme),
+            weight_bits, static_cast<long long>(n), static_cast<long long>(k), dtype, bias);
         // Experts of no pair, one, a full tile, and a little more than one and two.
         std::vector<int64_t> ids;
         const int counts[] = {tile, 0, 1, 2 * tile + 3, tile + 1};
@@ -801,9 +807,10 @@ void check_layer(const Gpu& gpu, const Experts& layer, const Call& c) {
 }
 
 void set_formats(flexq_experts_desc& desc, int round) {
-  desc.gate_up = {6, round % 2 ? FLEXQ_SCHEME_CHANNEL : FLEXQ_SCHEME_GROUP,
+  constexpr int32_t kUpBits[] = {6, 4, 5, 8}, kDownBits[] = {6, 8, 4, 5};
+  desc.gate_up = {kUpBits[round], round % 2 ? FLEXQ_SCHEME_CHANNEL : FLEXQ_SCHEME_GROUP,
                   round / 2 % 2 ? FLEXQ_ROTATION_NONE : FLEXQ_ROTATION_HADAMARD128, round % 2 ? 6 : 8};
-  desc.down = {6, round / 2 % 2 ? FLEXQ_SCHEME_CHANNEL : FLEXQ_SCHEME_GROUP,
+  desc.down = {kDownBits[round], round / 2 % 2 ? FLEXQ_SCHEME_CHANNEL : FLEXQ_SCHEME_GROUP,
                round % 2 ? FLEXQ_ROTATION_NONE : FLEXQ_ROTATION_HADAMARD128, round / 2 % 2 ? 6 : 8};
   desc.layout = round % 2 ? FLEXQ_GATE_UP_INTERLEAVED : FLEXQ_GATE_UP_CONCATENATED;
   set_activation(desc, round % 4);

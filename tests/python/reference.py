@@ -21,16 +21,28 @@ def groups_of(x: torch.Tensor, rotation: str) -> torch.Tensor:
     return groups @ hadamard() if rotation == "hadamard128" else groups
 
 
-def quantize_weight(weight: torch.Tensor, scheme: str, rotation: str) -> tuple[torch.Tensor, torch.Tensor]:
+# Shares of absmax / the largest code that a scale may be, by weight bits.
+SHARES = {
+    4: (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55),
+    5: (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7),
+    6: (1, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85),
+    8: (1, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85),
+}
+
+
+def quantize_weight(
+    weight: torch.Tensor, scheme: str, rotation: str, bits: int = 6
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [N, 128 * G] and scales float16 [N, G] or [N, 1]."""
+    top = 2 ** (bits - 1) - 1
     groups = groups_of(weight, rotation)
     largest = groups.abs().amax(-1 if scheme == "group" else (1, 2), keepdim=scheme == "group")
     # Where no share leaves a scale above zero in fp16, scale and codes stay zero.
     best_error = torch.full(largest.shape, torch.inf, dtype=torch.float64)
     scales, codes = torch.zeros_like(largest), torch.zeros_like(groups)
-    for share in (1, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85):
-        stored = (largest / 31 * share).half().double().view(len(weight), -1, 1)
-        rounded = torch.where(stored > 0, groups / stored, 0.0).round().clamp(-32, 31)
+    for share in SHARES[bits]:
+        stored = (largest / top * share).half().double().view(len(weight), -1, 1)
+        rounded = torch.where(stored > 0, groups / stored, 0.0).round().clamp(-top - 1, top)
         error = (groups - rounded * stored).square().sum(-1 if scheme == "group" else (1, 2), keepdim=scheme == "group")
         better = (error.view_as(largest) < best_error) & (stored.view_as(largest) > 0)
         best_error = torch.where(better, error.view_as(largest), best_error)
@@ -89,7 +101,7 @@ def experts(x_codes, x_scales, ids, weights, gate_up, down, biases, dtype, desc,
         u, _ = product(x_codes[token : token + 1], x_scales[token : token + 1], *(t[expert] for t in gate_up))
         u = u * weight if on_input else u
         u = u if biases[0] is None else u + biases[0][expert].double()
-        h = gated(u.to(dtype).double(), dtype, *desc[9:])
+        h = gated(u.to(dtype).double(), dtype, *desc[9:14])
         codes, scales = quantize_activation(h, desc.down_act_bits, desc.down_scheme, desc.down_rotation)
         term, size = product(codes.flatten(1), scales, *(t[expert] for t in down))
         if biases[1] is not None:

@@ -63,15 +63,16 @@ def output_error(planes, scales, weight, x, config) -> float:
 
 @pytest.mark.parametrize("scheme", ("group", "channel"))
 @pytest.mark.parametrize("rotation", ("none", "hadamard128"))
+@pytest.mark.parametrize("bits", (4, 5, 6, 8))
 @pytest.mark.parametrize("k", (64, 100, 300))
-def test_beats_rounding_to_nearest_on_its_inputs(k, rotation, scheme):
-    config = LayerConfig(scheme=scheme, rotation=rotation)
+def test_beats_rounding_to_nearest_on_its_inputs(k, bits, rotation, scheme):
+    config = LayerConfig(scheme=scheme, rotation=rotation, weight_bits=bits)
     weight, x = torch.randn(40, k), correlated(500, k)
     hessian = Hessian(k, weight.device)
     for part in x.split(100):
         hessian.add(part)
     rounded = compensated_round(weight, hessian, config)
-    nearest = ops.quantize_weight(weight, scheme, rotation)
+    nearest = ops.quantize_weight(weight, scheme, rotation, bits)
     assert rounded[0].shape == nearest[0].shape and rounded[1].shape == nearest[1].shape
     assert output_error(*rounded, weight, x, config) < 0.6 * output_error(*nearest, weight, x, config)
 

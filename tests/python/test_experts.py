@@ -14,7 +14,7 @@ from flexq.experts import Experts, quantize_experts
 from flexq.plan import LayerConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import DTYPES, ROTATIONS, SCHEMES, values
+from test_ops import DTYPES, ROTATIONS, SCHEMES, WIDTHS, values
 
 SHAPES = ((1, 100, 96), (3, 576, 200), (128, 100, 32))
 ACTIVATIONS = (
@@ -27,9 +27,9 @@ ACTIVATIONS = (
 
 
 @functools.cache
-def canonical(experts, n, k, scheme, rotation, seed):
+def canonical(experts, n, k, scheme, rotation, weight_bits, seed):
     weight = values(experts, n, k, seed=seed) / k**0.5
-    planes, scales = quantize_experts(weight, LayerConfig(scheme=scheme, rotation=rotation))
+    planes, scales = quantize_experts(weight, LayerConfig(scheme=scheme, rotation=rotation, weight_bits=weight_bits))
     codes = flexq.unpack_codes(planes.flatten(0, 1)).unflatten(0, (experts, n))
     return planes, scales, codes
 
@@ -38,7 +38,7 @@ class Layer:
     def __init__(self, desc: ops.ExpertsDesc, bias: bool = False):
         self.desc = desc
         self.up, self.down = (
-            canonical(desc.experts, *desc.shape(p), *format, seed)
+            canonical(desc.experts, *desc.shape(p), *format, desc.weight_bits(p), seed)
             for p, format, seed in (("gate_up", desc[3:5], 1), ("down", desc[6:8], 2))
         )
         self.packed = [
@@ -91,15 +91,19 @@ def routed(experts, tokens, top_k, kind, seed=0):
     schemes=st.tuples(st.sampled_from(SCHEMES), st.sampled_from(SCHEMES)),
     rotations=st.tuples(st.sampled_from(ROTATIONS), st.sampled_from(ROTATIONS)),
     bits=st.tuples(st.sampled_from([6, 8]), st.sampled_from([6, 8])),
+    widths=st.tuples(st.sampled_from(WIDTHS), st.sampled_from(WIDTHS)),
     activation=st.sampled_from(ACTIVATIONS),
     interleaved=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
     on_input=st.booleans(),
 )
-def test_forward(shape, top_k, tokens, kind, schemes, rotations, bits, activation, interleaved, dtype, bias, on_input):
+def test_forward(
+    shape, top_k, tokens, kind, schemes, rotations, bits, widths, activation, interleaved, dtype, bias, on_input
+):
     first, second = zip(schemes, rotations, bits, strict=True)
-    desc = ops.ExpertsDesc(*shape, *first, *second, **activation, interleaved=interleaved)
+    of_widths = dict(zip(("gate_up_weight_bits", "down_weight_bits"), widths, strict=True))
+    desc = ops.ExpertsDesc(*shape, *first, *second, **activation, interleaved=interleaved, **of_widths)
     layer = Layer(desc, bias)
     x = values(tokens, desc.hidden, seed=tokens).to(dtype)
     ids, weights = routed(desc.experts, tokens, top_k, kind)

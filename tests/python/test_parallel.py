@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 schemes = st.sampled_from(["group", "channel"])
+widths = st.sampled_from([4, 5, 6, 8])
 
 
-def weight(n: int, groups: int, scheme: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def weight(n: int, groups: int, scheme: str, seed: int, bits: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Any codes, and scales that are powers of two, so that sums of outputs are exact in float32."""
     generator = torch.Generator().manual_seed(seed)
-    planes = torch.randint(0, 256, (n, groups, 6, 16), dtype=torch.uint8, generator=generator)
+    planes = torch.randint(0, 256, (n, groups, bits, 16), dtype=torch.uint8, generator=generator)
     exponents = torch.randint(-3, 1, (n, groups if scheme == "group" else 1), generator=generator)
     return planes, torch.pow(2.0, exponents).half()
 
@@ -21,7 +22,7 @@ def weight(n: int, groups: int, scheme: str, seed: int) -> tuple[torch.Tensor, t
 def linear(x, planes, scales, scheme) -> torch.Tensor:
     k = x.shape[1]
     packed = ops.prepack(planes, scales, k, scheme, "none")
-    return torch.ops.flexq.linear(x, packed, None, planes.shape[0], 8, scheme, "none")
+    return torch.ops.flexq.linear(x, packed, None, planes.shape[0], 8, scheme, "none", planes.shape[2])
 
 
 def codes(m: int, groups: int, scheme: str, seed: int) -> torch.Tensor:
@@ -32,11 +33,11 @@ def codes(m: int, groups: int, scheme: str, seed: int) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), schemes, st.integers(0, 99))
-def test_parts_sum_to_the_whole(m, n, groups_each, scheme, seed):
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), schemes, widths, st.integers(0, 99))
+def test_parts_sum_to_the_whole(m, n, groups_each, scheme, bits, seed):
     for parts in (2, 3):
         groups = groups_each * parts
-        planes, scales = weight(n * parts, groups, scheme, seed)
+        planes, scales = weight(n * parts, groups, scheme, seed, bits)
         x = codes(m, groups, scheme, seed)
         whole = linear(x, planes, scales, scheme)
         columns = [linear(x, *split_rows(planes, scales, parts, i), scheme) for i in range(parts)]

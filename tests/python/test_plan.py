@@ -57,7 +57,7 @@ def test_json_round_trip(tiny_llama, tmp_path):
         ({"layers": {"a": {"scheme": "row"}}}, "plan layer 'a': scheme must be"),
         ({"layers": [1]}, "plan layers must be an object"),
         ({"layer": {}}, "unknown field 'layer'"),
-        ({"defaults": {"weight_bits": 4}}, "weight_bits must be 6, got 4"),
+        ({"defaults": {"weight_bits": 7}}, "weight_bits must be 4, 5, 6 or 8, got 7"),
     ],
 )
 def test_bad_plans(data, message):

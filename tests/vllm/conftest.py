@@ -50,9 +50,11 @@ def random_mixed(random_float) -> Path:
         flexq.LayerConfig(act_bits=6),
         {
             "*.k_proj": flexq.LayerConfig(act_bits=8),
+            "*.o_proj": flexq.LayerConfig(act_bits=8, weight_bits=4),
+            "*.0.mlp.down_proj": flexq.LayerConfig(weight_bits=5),
             "*.0.mlp.up_proj": flexq.LayerConfig(act_bits=8, rotation="none"),
             "*.1.mlp.down_proj": None,
-            "lm_head": flexq.LayerConfig(act_bits=8),
+            "lm_head": flexq.LayerConfig(act_bits=8, weight_bits=8),
         },
     )
     flexq.quantize_checkpoint(random_float, folder, plan)

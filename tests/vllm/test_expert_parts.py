@@ -15,8 +15,8 @@ def values(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def whole(scheme: str, activation: str) -> Experts:
-    config = flexq.LayerConfig(scheme=scheme)
+def whole(scheme: str, activation: str, weight_bits: int = 6) -> Experts:
+    config = flexq.LayerConfig(scheme=scheme, weight_bits=weight_bits)
     biases = (values(E, 2 * INNER, seed=3), values(E, H, seed=4))
     settings = {"alpha": 1.702, "limit": 7.0, "up_offset": 1.0} if activation != "silu" else {}
     return Experts.from_float(
@@ -52,9 +52,9 @@ def routing() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("activation", ["silu", "swigluoai", "swigluoai_uninterleave"])
-@pytest.mark.parametrize("scheme", ["group", "channel"])
-def test_parts_of_each_expert(scheme, activation):
-    experts = whole(scheme, activation)
+@pytest.mark.parametrize(("scheme", "weight_bits"), [("group", 6), ("group", 4), ("channel", 6), ("channel", 8)])
+def test_parts_of_each_expert(scheme, weight_bits, activation):
+    experts = whole(scheme, activation, weight_bits)
     x, weights, ids = routing()
     parts = [part(experts, tensors_of(experts), activation, rank, 2) for rank in range(2)]
     y = sum(p.flexq_method.apply(p, x, weights, ids) for p in parts)

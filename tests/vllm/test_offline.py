@@ -172,3 +172,17 @@ def test_serves_quantized_experts(mixtures, tmp_path, kind, scheme, size, by_exp
     finally:
         shut(llm)
     assert_same_as_transformers(tmp_path / "model", results, PROMPTS[:3])
+
+
+def test_merged_layers_share_a_width():
+    """vLLM has one tensor for q, k and v."""
+    from flexq.integrations.vllm import FlexQVllmConfig
+    from vllm.model_executor.layers.linear import LinearBase
+
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    plan = flexq.Plan(layers={name: flexq.LayerConfig(weight_bits=b) for name, b in zip(names, (6, 5, 6), strict=True)})
+    config = FlexQVllmConfig(plan)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    layer = LinearBase.__new__(LinearBase)
+    with pytest.raises(ValueError, match="it gives group 6 bits, group 5 bits, group 6 bits"):
+        config.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")

@@ -13,6 +13,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
 #include "cuda/quantize/group_part.cuh"
+#include "cuda/records.cuh"
 
 namespace flexq::cuda::experts {
 namespace {
@@ -55,12 +56,12 @@ struct Pair {
 };
 
 // Two CTAs of gate_up and one of down fit on an SM, so that down's weights are on their way before gate_up has ended.
-template <bool kUp, bool kPerGroup>
+template <bool kUp, bool kPerGroup, int kBits>
 struct alignas(16) Shared {
   static constexpr int kPairs = kUp ? 1 : kMaxPairs;
   static constexpr int kSlots = kUp ? 5 : 6;  // records in a warp's ring
   union {
-    uint8_t ring[kWarps][kSlots][record_and_scale_bytes(kPerGroup)];
+    uint8_t ring[kWarps][kSlots][record_and_scale_bytes(kBits, kPerGroup)];
     float sums[kWarps][kMaxBlocks * kRecordRows];  // once the ring is done with
   };
   Pair pairs[kWarps][kPairs];                                             // the same for each
@@ -161,11 +162,11 @@ __device__ void copy_steps(const DirectParams& p, const Pair* pairs, int begin, 
 }
 
 // X: the type of x in gate_up, void in down.
-template <typename X, bool kPerGroup>
+template <typename X, bool kPerGroup, int kBits>
 __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm + 1) direct_kernel(const __grid_constant__ DirectParams p) {
   constexpr bool kUp = !std::is_void_v<X>;
   extern __shared__ __align__(128) uint8_t bytes[];
-  using SharedOfCta = Shared<kUp, kPerGroup>;
+  using SharedOfCta = Shared<kUp, kPerGroup, kBits>;
   constexpr int kSlots = SharedOfCta::kSlots;
   auto& shared = *reinterpret_cast<SharedOfCta*>(bytes);
   auto* of_steps = reinterpret_cast<Step*>(bytes + sizeof(shared));
@@ -207,13 +208,12 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm + 1) direct_kernel(con
       --copies_left;
       const uint8_t* from = weights_of(copy_at.pair);
       const int64_t block = first_block + copy_block;
-      const uint32_t to = ptx::shared_address(shared.ring[warp][slot]) + lane * 16;
-      const uint8_t* record = from + record_offset(block, copy_at.group, p.row_blocks, p.groups, kPerGroup) + lane * 16;
-#pragma unroll
-      for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + j * 512, record + j * 512, policy);
+      const uint32_t to = ptx::shared_address(shared.ring[warp][slot]);
+      const uint8_t* record = from + record_offset(block, copy_at.group, p.row_blocks, p.groups, kBits, kPerGroup);
+      Record<kBits>::for_each_copy(lane, [&](int at) { ptx::cp_async_16(to + at, record + at, policy); });
       if (kPerGroup && lane < 2) {
-        ptx::cp_async_16(to + kRecordBytes,
-                         from + scales_offset(block, copy_at.group, p.row_blocks, p.groups) + lane * 16, policy);
+        ptx::cp_async_16(to + Record<kBits>::kBytes + lane * 16,
+                         from + scales_offset(block, copy_at.group, p.row_blocks, p.groups, kBits) + lane * 16, policy);
       }
       if (++copy_block == blocks) copy_block = 0, copy_at.advance();
     }
@@ -279,17 +279,16 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm + 1) direct_kernel(con
       const uint8_t* record = shared.ring[warp][slot];
       ptx::cp_async_wait<kSlots - 1>();
       __syncwarp();
-      const auto* vectors = reinterpret_cast<const uint4*>(record) + lane;
-      const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
+      const Record<kBits> packed(record, lane);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         uint32_t a[4];
-        unpack(word(v[0], s), word(v[1], s), word(v[2], s), a);
+        packed.unpack(s, a);
         ptx::mma_m16n8k32_s8(totals[b], a, codes[2 * s], codes[2 * s + 1]);
       }
       if (scaled) {
         const auto* row_scales = kPerGroup
-                                     ? reinterpret_cast<const __half*>(record + kRecordBytes)
+                                     ? reinterpret_cast<const __half*>(record + Record<kBits>::kBytes)
                                      : reinterpret_cast<const __half*>(shared.row_scales[at.pair] + b * kRecordRows);
         low_sums[b] += static_cast<float>(totals[b][0]) * (__half2float(row_scales[lane / 4]) * scale);
         high_sums[b] += static_cast<float>(totals[b][2]) * (__half2float(row_scales[lane / 4 + 8]) * scale);
@@ -317,7 +316,7 @@ __global__ void __launch_bounds__(32 * kWarps, kCtasPerSm + 1) direct_kernel(con
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][thread];
   const int64_t to = kUp ? static_cast<int64_t>(pairs[0].index) : y_row;
-  store_float(p.y, p.y_dtype, to * p.ldy + row, sum * (1.0f / kCodeFactor) + bias);
+  store_float(p.y, p.y_dtype, to * p.ldy + row, sum * (1.0f / code_factor(kBits)) + bias);
 }
 
 DirectParams params_of(const DirectArgs& args, flexq_projection projection, const Device& device) {
@@ -345,23 +344,28 @@ DirectParams params_of(const DirectArgs& args, flexq_projection projection, cons
   return p;
 }
 
-template <typename X, bool kPerGroup>
-void launch_for(cudaStream_t stream, const Device& device, const char* what, const DirectParams& params, int64_t rows,
-                int64_t steps) {
-  constexpr size_t kStep = sizeof(Step) + (kPerGroup || std::is_void_v<X> ? 0 : 32 * sizeof(float4));
-  launch(stream, what, direct_kernel<X, kPerGroup>,
+template <typename X, bool kPerGroup, int kBits>
+void launch_kernel(cudaStream_t stream, const Device& device, const DirectParams& params, int64_t rows, int64_t steps) {
+  constexpr bool kUp = !std::is_void_v<X>;
+  constexpr size_t kStep = sizeof(Step) + (kUp && !kPerGroup ? 32 * sizeof(float4) : 0);
+  const char* what = kUp ? "direct_gate_up" : "direct_down";
+  launch(stream, what, direct_kernel<X, kPerGroup, kBits>,
          {.grid = checked_grid(what, ceil_div(params.row_blocks, params.blocks), rows),
           .block = dim3(32 * kWarps),
-          .shared_bytes = sizeof(Shared<!std::is_void_v<X>, kPerGroup>) + static_cast<size_t>(steps) * kStep,
+          .shared_bytes = sizeof(Shared<kUp, kPerGroup, kBits>) + static_cast<size_t>(steps) * kStep,
           .overlapped = device.has_sm90,
           .most_shared = true},
          params);
 }
 
 template <typename X>
-void launch_for(cudaStream_t stream, const Device& device, const char* what, bool per_group, const DirectParams& params,
-                int64_t rows, int64_t steps) {
-  (per_group ? launch_for<X, true> : launch_for<X, false>)(stream, device, what, params, rows, steps);
+void launch_for(cudaStream_t stream, const Device& device, const flexq_projection_format& format,
+                const DirectParams& params, int64_t rows, int64_t steps) {
+  dispatch_weight_bits(format.weight_bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    (format.scheme == FLEXQ_SCHEME_GROUP ? launch_kernel<X, true, kBits>
+                                         : launch_kernel<X, false, kBits>)(stream, device, params, rows, steps);
+  });
 }
 
 }  // namespace
@@ -385,8 +389,7 @@ void direct_gate_up(cudaStream_t stream, const Device& device, const DirectArgs&
   params.x = args.x;
   params.ldx = args.ldx;
   const auto launch_of = [&](auto type) {
-    launch_for<decltype(type)>(stream, device, "direct_gate_up", params.act.per_group, params, args.tokens * args.top_k,
-                               params.groups);
+    launch_for<decltype(type)>(stream, device, args.desc.gate_up, params, args.tokens * args.top_k, params.groups);
   };
   switch (args.x_dtype) {
     case FLEXQ_F16:
@@ -405,8 +408,7 @@ void direct_down(cudaStream_t stream, const Device& device, const DirectArgs& ar
   params.codes = static_cast<const uint8_t*>(args.x);
   params.act_scales = reinterpret_cast<const float*>(params.codes + layout.scales);
   params.token_tiles = layout.tiles;
-  launch_for<void>(stream, device, "direct_down", act.scheme == FLEXQ_SCHEME_GROUP, params, args.tokens,
-                   params.top_k * params.groups);
+  launch_for<void>(stream, device, args.desc.down, params, args.tokens, params.top_k * params.groups);
 }
 
 }  // namespace flexq::cuda::experts

@@ -56,7 +56,9 @@ std::optional<Candidate> gemm_of(const Device& device, flexq_weight_desc desc, i
     GemmPlan& plan = candidate.plan;
     if (plan.family == GemmPlan::kMma) {
       const MmaShape shape = mma_shape(plan.config);
-      if (shape.tokens != tile_tokens || shape.act_bits != 0 || !has_mma(plan.config)) continue;
+      if (shape.tokens != tile_tokens || shape.act_bits != 0 ||
+          !has_mma(plan.config, desc.weight_bits, desc.scheme == FLEXQ_SCHEME_GROUP))
+        continue;
       candidate.microseconds *= plan.splits;  // K is not split here
       plan.splits = 1;
     } else {
@@ -98,10 +100,11 @@ Plan plan_of(const Device& device, const flexq_stream& stream, const flexq_exper
     require(plan.has_value(), "stream.kernel ", stream.kernel, " does not run these experts");
     return *plan;
   }
-  thread_local Choices<9, Plan> choices;
-  return choices.get({desc.experts, desc.hidden, desc.intermediate, pairs, stream.device_index, desc.gate_up.scheme,
-                      desc.down.scheme, desc.gate_up.act_bits, desc.down.act_bits},
-                     [&] { return *cheapest(device, desc, pairs, nullptr); });
+  thread_local Choices<11, Plan> choices;
+  return choices.get(
+      {desc.experts, desc.hidden, desc.intermediate, pairs, stream.device_index, desc.gate_up.scheme, desc.down.scheme,
+       desc.gate_up.act_bits, desc.down.act_bits, desc.gate_up.weight_bits, desc.down.weight_bits},
+      [&] { return *cheapest(device, desc, pairs, nullptr); });
 }
 
 // ---- Where things are ----

@@ -42,7 +42,7 @@ struct ExpertsGemmArgs {
 void gemm_mma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan);
 void gemm_wgmma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan);
 // Whether the family has a kernel of this config for experts.
-bool has_mma(int config);
+bool has_mma(int config, int32_t weight_bits, bool per_group);
 bool has_wgmma(int config);
 
 // h = f(gate) * up of every pair, quantized.

@@ -1,4 +1,4 @@
-// 1-bit tensor core products of 6-bit weights and 6- or 8-bit activations.
+// 1-bit tensor core products of weights and 6- or 8-bit activations.
 #pragma once
 
 #include "cuda/layout.h"
@@ -21,13 +21,13 @@ __device__ inline void transpose_bits(uint32_t (&w)[8]) {
   }
 }
 
-// Dot products of 16 rows and 8 tokens over 128 k from bit planes, the weights' being planes 2 to 7 (4 * code):
+// Dot products of 16 rows and 8 tokens over 128 k from bit planes, the weights' being the top ones of bytes:
 // sum_pq c_p d_q popcount(w_p & x_q), where c and d are powers of two and the top ones negative. Products of equal
 // weight, diagonals p + q, are summed from the largest down and doubled on the way.
-template <int kActBits>
+template <int kBits, int kActBits>
 __device__ inline void b1_products(int32_t (&dots)[4], const uint32_t (&low)[8], const uint32_t (&high)[8],
                                    const uint32_t (&act)[8]) {
-  constexpr int kTop = kPlanes - 1, kActTop = kActBits - 1;
+  constexpr int kTop = kBits - 1, kActTop = kActBits - 1;
   int32_t plus[4] = {}, minus[4] = {};
 #pragma unroll
   for (int diagonal = kTop + kActTop; diagonal >= 0; --diagonal) {
@@ -40,11 +40,12 @@ __device__ inline void b1_products(int32_t (&dots)[4], const uint32_t (&low)[8],
     for (int p = 0; p <= kTop; ++p) {
       const int q = diagonal - p;
       if (q < 0 || q > kActTop) continue;
-      ptx::mma_m16n8k128_b1((p == kTop) != (q == kActTop) ? minus : plus, low[p + 2], high[p + 2], act[q]);
+      ptx::mma_m16n8k128_b1((p == kTop) != (q == kActTop) ? minus : plus, low[p + 8 - kBits], high[p + 8 - kBits],
+                            act[q]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) dots[i] += kCodeFactor * (plus[i] - minus[i]);
+  for (int i = 0; i < 4; ++i) dots[i] += code_factor(kBits) * (plus[i] - minus[i]);
 }
 
 }  // namespace flexq::cuda::mma

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 #include "cuda/layout.h"
 #include "cuda/params.h"
@@ -21,6 +23,7 @@ struct Config {
   int ctas_per_sm;  // that registers and shared memory are planned for
   bool shared_act;  // the CTA copies activations to shared memory once for all warps
   Product product = Product::kS8;
+  int weight_bits = 6;
 
   constexpr int threads() const { return 32 * warps_n * warps_k; }
   constexpr int tokens() const { return kTokenTile * token_tiles; }
@@ -28,7 +31,7 @@ struct Config {
   constexpr int rows() const { return warp_rows() * warps_n; }
   constexpr int stages() const { return slots / blocks; }  // of shared activations
   constexpr int ring_bytes(bool per_group) const {
-    return warps_n * warps_k * slots * record_and_scale_bytes(per_group);
+    return warps_n * warps_k * slots * record_and_scale_bytes(weight_bits, per_group);
   }
   constexpr int act_step_bytes(bool per_group) const {
     return warps_k * token_tiles * (kTileGroupBytes + (per_group ? kTokenTile * 4 : 0));
@@ -78,6 +81,20 @@ constexpr Config kConfigs[] = {
      .product = Product::kB1A8},
 };
 
+// Of weights of so many bits.
+constexpr Config config_for(int index, int weight_bits) {
+  Config c = kConfigs[index];
+  c.weight_bits = weight_bits;
+  return c;
+}
+// Bits are for 6-bit weights, and as many CTAs as are planned for must fit on an SM.
+constexpr bool has_kernel(int index, int weight_bits, bool per_group) {
+  constexpr int kSharedPerSm = 228 * 1024, kReserved = 1024;
+  const Config c = config_for(index, weight_bits);
+  return (c.product == Product::kS8 || weight_bits == 6) &&
+         (c.shared_bytes(per_group) + kReserved) * c.ctas_per_sm <= kSharedPerSm;
+}
+
 struct Params : LinearParams {
   int64_t row_blocks;   // of 16 rows
   int blocks;           // of them, a warp's
@@ -85,6 +102,14 @@ struct Params : LinearParams {
   int steps;            // ceil(groups / warps_k)
   int64_t token_tiles;  // of 8 tokens
   void* partials;       // [splits][tiles][sums of a tile], where K is split
+};
+
+// kernel_table.h
+struct Family {
+  using Function = void (*)(Params);
+  static constexpr size_t kCount = std::size(kConfigs);
+  template <int kConfig, bool kPerGroup, int kBits>
+  static Function kernel();
 };
 
 }  // namespace flexq::cuda::mma

@@ -10,7 +10,7 @@ namespace flexq::cuda::mma {
 template <bool kPerGroup, typename Sum>
 __device__ void store(const Params& p, int64_t row, int64_t token, Sum sum) {
   if (row >= p.n || token >= p.m) return;
-  float value = static_cast<float>(sum) * (1.0f / kCodeFactor);
+  float value = static_cast<float>(sum) * p.unit;
   if constexpr (!kPerGroup) value *= __half2float(reinterpret_cast<const __half*>(p.scales)[row]) * p.act_scales[token];
   if (p.bias != nullptr) value += load_float(p.bias, p.bias_dtype, row);
   store_float(p.y, p.y_dtype, token * p.ldy + row, value);

@@ -1,9 +1,9 @@
 // y = x * w^T by mma.sync on int8 codes (sm_80 and later), for few tokens, where reading the weights sets the time.
 //
 // A CTA has a tile of rows and all of K, or a part of it. Each warp copies its weight records with cp.async into a ring
-// of its own and reads back only what it copied itself, so that the weights' stream needs no barrier. Nine instructions
-// unpack the 16 codes of a lane's A fragment. The CTA's warps share K, and each loads the activations of its own
-// groups; or they have rows of their own and share activations through shared memory.
+// of its own and reads back only what it copied itself, so that the weights' stream needs no barrier. The CTA's warps
+// share K, and each loads the activations of its own groups; or they have rows of their own and share activations
+// through shared memory.
 #pragma once
 
 #include "cuda/mma/epilogue.cuh"
@@ -24,12 +24,21 @@ __device__ void run(W& warp) {
   finish(warp);
 }
 
-template <int kConfig, bool kPerGroup>
+template <int kConfig, bool kPerGroup, int kBits>
 __global__ void __launch_bounds__(kConfigs[kConfig].threads(), kConfigs[kConfig].ctas_per_sm)
     gemm_mma_kernel(const __grid_constant__ Params params) {
   extern __shared__ __align__(128) uint8_t shared[];
-  Warp<kConfig, kPerGroup> warp(params, shared);
+  Warp<kConfig, kPerGroup, kBits> warp(params, shared);
   run(warp);
+}
+
+template <int kConfig, bool kPerGroup, int kBits>
+Family::Function Family::kernel() {
+  if constexpr (has_kernel(kConfig, kBits, kPerGroup)) {
+    return gemm_mma_kernel<kConfig, kPerGroup, kBits>;
+  } else {
+    return nullptr;
+  }
 }
 
 }  // namespace flexq::cuda::mma

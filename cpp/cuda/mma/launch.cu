@@ -1,27 +1,14 @@
-// Host side of the mma.sync GEMM: instantiations, grid, workspace, launch.
-#include <array>
+// Host side of the mma.sync GEMM: grid, workspace, launch.
 #include <iterator>
-#include <utility>
 
 #include "core/error.h"
+#include "cuda/kernel_table.h"
 #include "cuda/launch.h"
-#include "cuda/mma/kernel.cuh"
+#include "cuda/mma/epilogue.cuh"
 
 namespace flexq::cuda {
 namespace mma {
 namespace {
-
-using KernelFunction = void (*)(Params);
-
-template <bool kPerGroup, size_t... kConfig>
-std::array<KernelFunction, sizeof...(kConfig)> kernels_of(std::index_sequence<kConfig...>) {
-  return {gemm_mma_kernel<static_cast<int>(kConfig), kPerGroup>...};
-}
-
-template <bool kPerGroup>
-KernelFunction kernel_of(int config) {
-  return kernels_of<kPerGroup>(std::make_index_sequence<std::size(kConfigs)>{})[static_cast<size_t>(config)];
-}
 
 struct Grids {
   int64_t row_tiles, tiles;
@@ -61,8 +48,10 @@ size_t mma_workspace_size(const GemmPlan& plan, const flexq_weight_desc& desc, i
   return align_up(static_cast<size_t>(plan.splits * grids.tiles * kConfigs[plan.config].sums() * 4));
 }
 
+bool has_mma(int config, int32_t weight_bits, bool per_group) { return has_kernel(config, weight_bits, per_group); }
+
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
-  const Config& c = kConfigs[plan.config];
+  const Config c = config_for(plan.config, args.desc.weight_bits);
   const Grids grids = grids_of(plan, args.desc, args.act.m);
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
   const int64_t groups = num_groups(args.desc.k);
@@ -74,7 +63,7 @@ void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, c
   params.token_tiles = ActivationLayout(args.act).tiles;
   params.partials = args.workspace;
   params.read_once = grids.gemm.z == 1;
-  const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
+  const Family::Function kernel = kernel_of<Family>(args.desc.weight_bits, per_group, plan.config);
   Launch how{.grid = grids.gemm,
              .block = dim3(static_cast<unsigned>(c.threads())),
              .shared_bytes = static_cast<size_t>(c.shared_bytes(per_group)),

@@ -5,14 +5,14 @@
 #include "cuda/mma/activations.cuh"
 #include "cuda/mma/bits.cuh"
 #include "cuda/mma/producer.cuh"
+#include "cuda/records.cuh"
 
 namespace flexq::cuda::mma {
 
 // Record of block b times the group's activations.
 template <typename W>
 __device__ __forceinline__ void multiply(W& w, int b, const uint8_t* record, const Activations<W>& act) {
-  const auto* vectors = reinterpret_cast<const uint4*>(record) + w.lane;
-  const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
+  const Record<W::kBits> packed(record, w.lane);
   int32_t dots[W::kC.token_tiles][4];
 #pragma unroll
   for (int t = 0; t < W::kC.token_tiles; ++t) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ void multiply(W& w, int b, const uint8_t* record, con
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
     uint32_t a[4];
-    unpack(word(v[0], s), word(v[1], s), word(v[2], s), a);
+    packed.unpack(s, a);
     if constexpr (W::kC.product == Product::kS8) {
 #pragma unroll
       for (int t = 0; t < W::kC.token_tiles; ++t) {
@@ -40,10 +40,10 @@ __device__ __forceinline__ void multiply(W& w, int b, const uint8_t* record, con
     static_assert(W::kC.token_tiles == 1, "bits are for few tokens");
     transpose_bits(low_bits);
     transpose_bits(high_bits);
-    b1_products<W::kC.product == Product::kB1A6 ? 6 : 8>(dots[0], low_bits, high_bits, act.codes[0]);
+    b1_products<W::kBits, W::kC.product == Product::kB1A6 ? 6 : 8>(dots[0], low_bits, high_bits, act.codes[0]);
   }
   if constexpr (W::kPerGroup) {
-    const auto* scales = reinterpret_cast<const __half*>(record + kRecordBytes);
+    const auto* scales = reinterpret_cast<const __half*>(record + Record<W::kBits>::kBytes);
     const float low = __half2float(scales[w.lane / 4]);
     const float high = __half2float(scales[w.lane / 4 + 8]);
 #pragma unroll

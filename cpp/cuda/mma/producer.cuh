@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/mma/warp.cuh"
+#include "cuda/records.cuh"
 
 namespace flexq::cuda::mma {
 
@@ -17,12 +18,13 @@ __device__ void copy_record(W& w, int slot) {
     tile = w.next_copy_tile;
     record -= kTileBlocks;
   }
-  const uint8_t* from = tile.from + record * kRecordBytes;
-  const uint32_t to = ptx::shared_address(w.ring + slot * W::kSlotBytes) + w.lane * 16;
-#pragma unroll
-  for (int j = 0; j < 3; ++j) ptx::cp_async_16(to + j * 512, from + j * 512, w.policy);
+  using Copied = Record<W::kBits>;
+  const uint8_t* from = tile.from + record * Copied::kBytes;
+  const uint32_t to = ptx::shared_address(w.ring + slot * W::kSlotBytes);
+  Copied::for_each_copy(w.lane, [&](int at) { ptx::cp_async_16(to + at, from + at, w.policy); });
   if (W::kPerGroup && w.lane < 2) {
-    ptx::cp_async_16(to + kRecordBytes, tile.from + tile.blocks * kRecordBytes + record * kRecordScaleBytes, w.policy);
+    ptx::cp_async_16(to + Copied::kBytes + w.lane * 16,
+                     tile.from + tile.blocks * Copied::kBytes + record * kRecordScaleBytes + w.lane * 16, w.policy);
   }
   if (++w.copy_block < w.blocks) return;
   w.copy_block = 0;

@@ -8,18 +8,19 @@
 
 namespace flexq::cuda::mma {
 
-template <int kConfig, bool kGroupScheme>
+template <int kConfig, bool kGroupScheme, int kWeightBits>
 struct Warp {
-  static constexpr Config kC = kConfigs[kConfig];
+  static constexpr int kBits = kWeightBits;
+  static constexpr Config kC = config_for(kConfig, kBits);
   static constexpr bool kPerGroup = kGroupScheme;
-  static constexpr int kSlotBytes = record_and_scale_bytes(kPerGroup);
+  static constexpr int kSlotBytes = record_and_scale_bytes(kBits, kPerGroup);
   // A warp's records may lie in two tiles of 128 rows.
   static constexpr bool kTwoTiles = !kC.shared_act && kC.blocks > 2;
   static_assert(kC.blocks <= kTileBlocks && (kTwoTiles || kTileBlocks % kC.blocks == 0));
   // fp32 sums of scaled groups, or int32 sums over all of K.
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
 
-  // A tile of 128 rows: this lane's part of the next group's records, and how many records a group has.
+  // A tile of 128 rows: the next group's records, and how many records a group has.
   struct RecordTile {
     const uint8_t* from;
     int blocks;
@@ -68,7 +69,7 @@ struct Warp {
   }
 
   __device__ RecordTile record_tile_of(int64_t block) const {
-    return {p.records + tile_offset(block, group, p.row_blocks, p.groups, kPerGroup) + lane * 16,
+    return {p.records + tile_offset(block, group, p.row_blocks, p.groups, kBits, kPerGroup),
             static_cast<int>(blocks_of_tile(block, p.row_blocks))};
   }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 #include "cuda/layout.h"
 #include "cuda/params.h"
@@ -27,13 +28,14 @@ struct Config {
   int stages;             // of the pipeline
   bool group, channel;    // schemes of scales that it is instantiated for
   bool stream_k = false;  // tiles that fill no whole wave are shared along K
+  int weight_bits = 6;
 
   // All threads start with the same number of registers, of 65,536 in steps of 8; consumers then take what the producer
   // gives back. Few tokens leave room for the next layer's quantizer, which starts while this kernel runs.
   constexpr int launch_registers() const { return 65536 / (kThreads + (tokens <= 32 ? 128 : 0)) / 8 * 8; }
   constexpr size_t sums_bytes() const { return static_cast<size_t>(kRows * tokens) * 4; }  // of a tile
   constexpr int chunk_tokens() const { return std::min(tokens, kMaxChunkTokens); }
-  constexpr int weight_bytes() const { return kTileBlocks * stage_groups * record_and_scale_bytes(true); }
+  constexpr int weight_bytes() const { return kTileBlocks * stage_groups * record_and_scale_bytes(weight_bits, true); }
   constexpr int act_bytes() const { return stage_groups * tokens * kGroup; }
   constexpr int scale_bytes() const { return stage_groups * tokens * 4; }  // of the activations
   constexpr int stage_bytes() const { return weight_bytes() + act_bytes(); }
@@ -52,13 +54,13 @@ constexpr Config kConfigs[] = {
     {.tokens = 256, .mma_n = 256, .stage_groups = 1, .stages = 4, .group = false, .channel = true},
 };
 
-constexpr bool all_fit() {
-  for (const Config& c : kConfigs) {
-    if (c.shared_bytes() > kSharedLimit) return false;
-  }
-  return true;
+// Of weights of so many bits: as many stages as there is room for.
+constexpr Config config_for(int index, int weight_bits) {
+  Config c = kConfigs[index];
+  c.weight_bits = weight_bits;
+  while (c.shared_bytes() > kSharedLimit) --c.stages;
+  return c;
 }
-static_assert(all_fit(), "a CTA has 227 KB of shared memory");
 
 struct Params : LinearParams {
   int row_blocks;   // of 16 rows
@@ -81,6 +83,14 @@ struct Params : LinearParams {
   __device__ const Params& linear_of(int) const {
     return *this;
   }
+};
+
+// kernel_table.h
+struct Family {
+  using Function = void (*)(Params);
+  static constexpr size_t kCount = std::size(kConfigs);
+  template <int kConfig, bool kPerGroup, int kBits>
+  static Function kernel();
 };
 
 }  // namespace flexq::cuda::wgmma

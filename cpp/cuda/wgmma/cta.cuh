@@ -20,9 +20,10 @@ struct Tile {
   int token_tile;  // first, of 8 tokens
 };
 
-template <int kConfig, bool kGroupScheme, typename P = Params>
+template <int kConfig, bool kGroupScheme, int kWeightBits, typename P = Params>
 struct Cta {
-  static constexpr Config kC = kConfigs[kConfig];
+  static constexpr int kBits = kWeightBits;
+  static constexpr Config kC = config_for(kConfig, kBits);
   static constexpr bool kPerGroup = kGroupScheme;
   static constexpr int kTokens = kC.tokens;
   static constexpr int kStages = kC.stages;
@@ -32,7 +33,7 @@ struct Cta {
   static constexpr int kConsumerRegisters =
       kLaunchRegisters + (kLaunchRegisters - kProducerRegisters) / kConsumers / 8 * 8;
   static constexpr int kSums = kTokens / 2;  // a consumer thread's
-  static constexpr int kRecord = record_and_scale_bytes(kPerGroup);
+  static constexpr int kRecord = record_and_scale_bytes(kBits, kPerGroup);
   using Sum = std::conditional_t<kPerGroup, float, int32_t>;
   using State = PipelineState<kStages>;
 

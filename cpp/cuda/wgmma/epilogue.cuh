@@ -70,7 +70,7 @@ struct Epilogue {
     for (int i = 0; i < 2; ++i) {
       const int64_t row = static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows + cta.lane / 4 + 8 * i;
       if (row >= linear.n) continue;
-      rows.scale[i] = (Cta::kPerGroup ? 1.0f : __half2float(__ushort_as_half(linear.scales[row]))) / kCodeFactor;
+      rows.scale[i] = (Cta::kPerGroup ? 1.0f : __half2float(__ushort_as_half(linear.scales[row]))) * linear.unit;
       if (linear.bias != nullptr) rows.bias[i] = load_float(linear.bias, linear.bias_dtype, row);
     }
     return rows;

@@ -71,13 +71,22 @@ __device__ void run(const Cta& cta) {
 
 #endif  // FLEXQ_SM90A
 
-template <int kConfig, bool kPerGroup>
+template <int kConfig, bool kPerGroup, int kBits>
 __global__ void __launch_bounds__(65536 / kConfigs[kConfig].launch_registers() / kWarpgroup * kWarpgroup, 1)
     gemm_wgmma_kernel(const __grid_constant__ Params params) {
 #if FLEXQ_SM90A
   extern __shared__ __align__(1024) uint8_t shared[];
-  run(Cta<kConfig, kPerGroup>(params, shared));
+  run(Cta<kConfig, kPerGroup, kBits>(params, shared));
 #endif
+}
+
+template <int kConfig, bool kPerGroup, int kBits>
+Family::Function Family::kernel() {
+  if constexpr (kPerGroup ? kConfigs[kConfig].group : kConfigs[kConfig].channel) {
+    return gemm_wgmma_kernel<kConfig, kPerGroup, kBits>;
+  } else {
+    return nullptr;
+  }
 }
 
 }  // namespace flexq::cuda::wgmma

@@ -1,39 +1,18 @@
-// Host side of the wgmma GEMM: instantiations, grid, workspace, launch.
+// Host side of the wgmma GEMM: grid, workspace, launch.
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <iterator>
 #include <random>
-#include <utility>
 
 #include "core/error.h"
+#include "cuda/kernel_table.h"
 #include "cuda/launch.h"
-#include "cuda/wgmma/kernel.cuh"
+#include "cuda/wgmma/config.h"
 
 namespace flexq::cuda {
 namespace wgmma {
 namespace {
-
-using KernelFunction = void (*)(Params);
-
-template <bool kPerGroup, size_t kConfig>
-constexpr KernelFunction kernel_if_any() {
-  if constexpr (kPerGroup ? kConfigs[kConfig].group : kConfigs[kConfig].channel) {
-    return gemm_wgmma_kernel<static_cast<int>(kConfig), kPerGroup>;
-  } else {
-    return nullptr;
-  }
-}
-
-template <bool kPerGroup, size_t... kConfig>
-std::array<KernelFunction, sizeof...(kConfig)> kernels_of(std::index_sequence<kConfig...>) {
-  return {kernel_if_any<kPerGroup, kConfig>()...};
-}
-
-template <bool kPerGroup>
-KernelFunction kernel_of(int config) {
-  return kernels_of<kPerGroup>(std::make_index_sequence<std::size(kConfigs)>{})[static_cast<size_t>(config)];
-}
 
 // Marks a launch's partial sums in a workspace that may hold anything: 64 random bits are not there by chance, and
 // whoever reads the mark clears it.
@@ -90,7 +69,8 @@ WgmmaShape wgmma_shape(int config) {
 std::array<int, kMaxSplits + 1> wgmma_clusters() {
   std::array<int, kMaxSplits + 1> clusters{};
   for (int size = 1; size <= kMaxSplits; ++size) {
-    clusters[static_cast<size_t>(size)] = clusters_at_once(kernel_of<true>(0), launch_of(kConfigs[0], size));
+    clusters[static_cast<size_t>(size)] =
+        clusters_at_once(kernel_of<Family>(6, true, 0), launch_of(config_for(0, 6), size));
   }
   return clusters;
 }
@@ -102,10 +82,10 @@ size_t wgmma_workspace_size(const Device& device, const GemmPlan& plan, const fl
 }
 
 void gemm_wgmma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
-  const Config& c = kConfigs[plan.config];
+  const Config c = config_for(plan.config, args.desc.weight_bits);
   const Tiles tiles = tiles_of(plan, args.desc, args.act.m);
   const bool per_group = args.desc.scheme == FLEXQ_SCHEME_GROUP;
-  const KernelFunction kernel = per_group ? kernel_of<true>(plan.config) : kernel_of<false>(plan.config);
+  const Family::Function kernel = kernel_of<Family>(args.desc.weight_bits, per_group, plan.config);
   const int cluster = plan.multicast * plan.splits;
   Launch how = launch_of(c, cluster);
   const auto at_once = [&] { return int64_t{std::clamp(clusters_at_once(kernel, how), 1, device.num_sms)}; };

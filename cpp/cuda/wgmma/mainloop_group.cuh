@@ -47,9 +47,10 @@ struct GroupMainloop {
     int record, row_scales, token_scales;
   };
   __device__ Offsets offsets_of(const Tile& tile) const {
-    return {ptx::keep_in_register(record_offset_of(cta)),
-            ptx::keep_in_register(tile.blocks * kRecordBytes + (cta.block * kRecordRows + cta.lane / 4) * 2),
-            ptx::keep_in_register(Cta::kScalesAt + cta.lane % 4 * 8)};
+    return {
+        ptx::keep_in_register(record_offset_of(cta)),
+        ptx::keep_in_register(tile.blocks * record_bytes(Cta::kBits) + (cta.block * kRecordRows + cta.lane / 4) * 2),
+        ptx::keep_in_register(Cta::kScalesAt + cta.lane % 4 * 8)};
   }
 
   template <int product>
@@ -64,7 +65,7 @@ struct GroupMainloop {
     ptx::wgmma_commit();
   }
 
-  // sums += dots * scales; they come out kCodeFactor times too large.
+  // sums += dots * scales; of bytes, not of codes: the epilogue takes that back.
   template <int product>
   __device__ __forceinline__ void scale(const Tile& tile, const Offsets& offsets, int stage, const Dots& dots,
                                         Sums& sums) const {

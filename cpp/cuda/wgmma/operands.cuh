@@ -1,7 +1,7 @@
 // The operands of wgmma: A is weight codes that a warp unpacks into registers, B is activations as they lie in a stage.
 #pragma once
 
-#include "cuda/elements.cuh"
+#include "cuda/records.cuh"
 #include "cuda/wgmma/cta.cuh"
 
 namespace flexq::cuda::wgmma {
@@ -14,20 +14,19 @@ struct Fragments {
   uint32_t a[Cta::kStageGroups][4][4];
 };
 
-// Where this lane's part of a stage's first record is in the stage.
+// Where a stage's first record of this warp is in the stage.
 template <typename Cta>
 __device__ int record_offset_of(const Cta& cta) {
-  return cta.block * kRecordBytes + cta.lane * 16;
+  return cta.block * record_bytes(Cta::kBits);
 }
 
 template <int g, typename Cta>
 __device__ __forceinline__ void unpack_group(const Cta& cta, const Tile& tile, int stage, int record_offset,
                                              Fragments<Cta>& fragments) {
   const uint8_t* record = cta.shared + stage * Cta::kC.stage_bytes() + record_offset + g * tile.blocks * Cta::kRecord;
-  const auto* vectors = reinterpret_cast<const uint4*>(record);
-  const uint4 v[3] = {vectors[0], vectors[32], vectors[64]};
+  const Record<Cta::kBits> packed(record, cta.lane);
 #pragma unroll
-  for (int s = 0; s < 4; ++s) unpack(word(v[0], s), word(v[1], s), word(v[2], s), fragments.a[g][s]);
+  for (int s = 0; s < 4; ++s) packed.unpack(s, fragments.a[g][s]);
 }
 
 // The matrix descriptor of k step s of a stage's group: no swizzle, core matrices 128 bytes apart along k and 1 KB

@@ -58,8 +58,8 @@ struct Producer {
       ptx::mbarrier_arrive_expect(full, static_cast<uint32_t>(bytes + groups * act));
       if (blocks == 0) return;
       ptx::bulk_copy(cta.weights(stage),
-                     linear.records +
-                         tile_offset(tile.row_block, step * Cta::kStageGroups, p.row_blocks, p.groups, Cta::kPerGroup),
+                     linear.records + tile_offset(tile.row_block, step * Cta::kStageGroups, p.row_blocks, p.groups,
+                                                  Cta::kBits, Cta::kPerGroup),
                      static_cast<uint32_t>(bytes), full, policy);
     });
   }

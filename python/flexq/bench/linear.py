@@ -37,7 +37,8 @@ class Point:
         dtype: of x and y.
         microseconds: median over the rounds.
         weight_bytes: that the kernel reads.
-        floor_microseconds: to read our weight once at the bandwidth measured in the same run on a buffer of its size.
+        floor_microseconds: to read our weight of the kernel's bits once, at the bandwidth measured in the same run on
+            a buffer of its size.
         gops: 2 * m * n * k over the time, in 1e9/s.
     """
 
@@ -55,18 +56,23 @@ class Point:
         return asdict(self)
 
 
-def packed_copies(weight: torch.Tensor, scheme: str, copies: int) -> list[torch.Tensor]:
-    packed = ops.prepack(*ops.quantize_weight(weight, scheme, ROTATION), weight.shape[1], scheme, ROTATION)
+def packed_copies(weight: torch.Tensor, scheme: str, copies: int, weight_bits: int = 6) -> list[torch.Tensor]:
+    canonical = ops.quantize_weight(weight, scheme, ROTATION, weight_bits)
+    packed = ops.prepack(*canonical, weight.shape[1], scheme, ROTATION)
     return [packed, *(packed.clone() for _ in range(copies - 1))]
 
 
-def ours(x: torch.Tensor, packed: dict[str, list[torch.Tensor]], n: int, configs) -> Kernels:
-    def call(weight: torch.Tensor, bits: int, scheme: str) -> Callable[[], Any]:
-        return lambda: torch.ops.flexq.linear(x, weight, None, n, bits, scheme, ROTATION)
+def ours(x: torch.Tensor, packed: dict[tuple[int, str], list[torch.Tensor]], n: int, configs) -> Kernels:
+    """By name, of packed copies of a weight by weight_bits and scheme."""
+
+    def call(weight: torch.Tensor, act_bits: int, scheme: str, weight_bits: int) -> Callable[[], Any]:
+        return lambda: torch.ops.flexq.linear(x, weight, None, n, act_bits, scheme, ROTATION, weight_bits)
 
     return {
-        f"flexq W6A{bits} {scheme}": Kernel([call(w, bits, scheme) for w in packed[scheme]], packed[scheme][0].numel())
+        f"flexq W{width}A{bits} {scheme}": Kernel([call(w, bits, scheme, width) for w in each], each[0].numel())
+        for (width, of), each in packed.items()
         for bits, scheme in configs
+        if scheme == of
     }
 
 
@@ -79,6 +85,7 @@ def bench_linear(
     peers: bool = True,
     progress: Progress | None = None,
     report: Callable[[list[Point]], None] | None = None,
+    weight_bits: Sequence[int] = (6,),
 ) -> list[Point]:
     """Time y = linear(x), activation quantization and rotation included, for each shape N x K and M tokens.
 
@@ -95,6 +102,7 @@ def bench_linear(
             last two without the quantization of their activations, and Humming if it is installed.
         progress: wraps the loop over points, e.g. `tqdm.tqdm`.
         report: called with the points of each N x K and M as soon as they are there.
+        weight_bits: of our kernels, each with all configs.
     """
     on_gpu = device != "cpu"
     shapes = shapes or (CUDA_SHAPES if on_gpu else CPU_SHAPES)
@@ -110,20 +118,28 @@ def bench_linear(
             if shape != current:
                 packed, others, current = {}, None, shape
                 weight = torch.randn(n, k, generator=generator, device=device) / k**0.5
-                copies = copies_of(n * k * 49 / 64) if on_gpu else 1
                 packed = {
-                    scheme: packed_copies(weight, scheme, copies) for scheme in dict.fromkeys(s for _, s in configs)
+                    (width, scheme): packed_copies(
+                        weight, scheme, copies_of(n * k * (8 * width + 1) / 64) if on_gpu else 1, width
+                    )
+                    for width in weight_bits
+                    for scheme in dict.fromkeys(s for _, s in configs)
                 }
-                floors = {s: p[0].numel() / read_bandwidth(p[0].numel(), device) for s, p in packed.items()}
+                floors = {}  # of each width, in the scheme with fewer bytes
+                for (width, _), each in packed.items():
+                    size = each[0].numel()
+                    floors[width] = min(floors.get(width, torch.inf), size / read_bandwidth(size, device))
                 if peers:
                     others = CudaPeers(weight) if on_gpu else CpuPeers(weight)
             x = torch.randn(m, k, generator=generator, device=device).to(dtype)
             kernels = ours(x, packed, n, configs) | (others.kernels(x) if others is not None else {})
             seconds = graph_seconds(kernels) if on_gpu else cpu_seconds(kernels)
-            floor, name_of_dtype = min(floors.values()) * 1e6, str(dtype).removeprefix("torch.")
+            name_of_dtype = str(dtype).removeprefix("torch.")
             row = []
             for name, value in seconds.items():
                 size, gops = kernels[name].weight_bytes, 2e-9 * m * n * k / value
+                own = [floor for width, floor in floors.items() if name.startswith(f"flexq W{width}")]
+                floor = (own or list(floors.values()))[0] * 1e6
                 row.append(Point(name, n, k, m, name_of_dtype, value * 1e6, size, floor, gops))
             points += row
             if report is not None:

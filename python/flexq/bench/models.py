@@ -113,7 +113,7 @@ def _float_linear(n: int, k: int, device, dtype) -> nn.Module:
 def _flexq_linear(config: LayerConfig) -> Callable[..., nn.Module]:
     def make(n: int, k: int, device, dtype) -> nn.Module:
         groups = ops.num_groups(k)
-        planes = torch.randint(0, 256, (n, groups, 6, 16), dtype=torch.uint8, device=device)
+        planes = torch.randint(0, 256, (n, groups, config.weight_bits, 16), dtype=torch.uint8, device=device)
         if k % ops.GROUP_SIZE:
             _zero_padding(planes, k)
         scales = torch.full(

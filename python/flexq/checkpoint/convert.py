@@ -230,7 +230,9 @@ class _TensorByTensor:
         if tuple(weight.shape) != expected:
             raise ModelError(f"layer {layer}: its weight is {list(weight.shape)}, the model's {list(expected)}")
         try:
-            planes, scales = ops.quantize_weight(weight.contiguous(), config.scheme, config.rotation)
+            planes, scales = ops.quantize_weight(
+                weight.contiguous(), config.scheme, config.rotation, config.weight_bits
+            )
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None
         self.vanished += ops.count_vanished(weight, scales)

@@ -182,11 +182,14 @@ def _check_layers(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
         shape, scales = shapes[f"{name}.qweight"], shapes.get(f"{name}.scales")
         if scales is None:
             raise CheckpointError(f"tensor {name}.scales is missing from the checkpoint")
-        if len(shape) not in (4, 5) or shape[-2:] != (6, 16):
-            raise CheckpointError(
-                f"tensor {name}.qweight must be uint8 [N, G, 6, 16], or [E, N, G, 6, 16] of experts, got {list(shape)}"
-            )
         config, (*rows, whole_groups) = layers.get(name), shape[:-2]
+        widths = ops.WEIGHT_BITS if config is None else (config.weight_bits,)
+        if len(shape) not in (4, 5) or shape[-2] not in widths or shape[-1] != 16:
+            b = widths[0] if len(widths) == 1 else "b"
+            raise CheckpointError(
+                f"tensor {name}.qweight must be uint8 [N, G, {b}, 16], or [E, N, G, {b}, 16] of experts, got "
+                f"{list(shape)}"
+            )
         groups = {whole_groups, 1} if config is None else {whole_groups if config.scheme == "group" else 1}
         if scales not in {(*rows, g) for g in groups}:
             expected = " or ".join(str([*rows, g]) for g in sorted(groups))

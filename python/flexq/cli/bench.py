@@ -18,6 +18,8 @@ def add_linear_arguments(p: argparse.ArgumentParser) -> None:
     add_device(p, "to measure")
     dtypes = ("float32", "bfloat16", "float16")
     p.add_argument("--dtype", choices=dtypes, help="of x and y (default: float32, on a GPU bfloat16)")
+    widths = (4, 5, 6, 8)
+    p.add_argument("--weight-bits", type=int, choices=widths, nargs="+", default=[6], metavar="B", help="(default: 6)")
     p.add_argument("--no-peers", action="store_true", help="FlexQ alone")
     p.add_argument("--explain", action="store_true", help="instead: every kernel that could run each GEMM, measured")
     fit_help = "instead: fit the dispatcher's costs to this GPU, into a file for the variable FLEXQ_COSTS (minutes)"
@@ -52,6 +54,7 @@ def run_linear(args: argparse.Namespace) -> dict[str, Any]:
             peers=not args.no_peers,
             progress=bar,
             report=points.extend,
+            weight_bits=args.weight_bits,
         )
     except KeyboardInterrupt:  # it can take minutes: what there is of it
         if points and not args.json:

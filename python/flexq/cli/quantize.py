@@ -25,6 +25,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--output", metavar="DIR", help="new folder (default: the model's name + '-flexq')")
     p.add_argument("--plan", metavar="PLAN", help="w6a8 (default; also fast), w6a6, rtn, paper, best, or a JSON file")
     p.add_argument("--act-bits", type=int, choices=(6, 8), help="activation bits of every layer")
+    p.add_argument("--weight-bits", type=int, choices=(4, 5, 6, 8), help="weight bits of every layer")
     p.add_argument("--scheme", choices=("group", "channel"), help="scales per group of 128, or per row and token")
     p.add_argument("--rotation", choices=("none", "hadamard128"), help="of each group of 128")
     dtype_help = "of what is not quantized (default: the model's; bfloat16 for a .gguf file)"
@@ -58,10 +59,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace):
-    """--plan, or the plan that --act-bits, --scheme and --rotation make."""
+    """--plan, or the plan that --act-bits, --weight-bits, --scheme and --rotation make."""
     from flexq.plan import DEFAULT_RECIPE, Plan
 
-    settings = {name: getattr(args, name) for name in ("act_bits", "scheme", "rotation")}
+    settings = {name: getattr(args, name) for name in ("act_bits", "weight_bits", "scheme", "rotation")}
     settings = {name: value for name, value in settings.items() if value is not None}
     if args.plan == "best":
         if args.calibrate is None:

@@ -154,7 +154,7 @@ class FlexQHfQuantizer(HfQuantizer):
         module, config = model.get_submodule(name), self.layers[name]
         weight = weight_of(module, weight).contiguous()
         try:
-            planes, scales = ops.quantize_weight(weight, config.scheme, config.rotation)
+            planes, scales = ops.quantize_weight(weight, config.scheme, config.rotation, config.weight_bits)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
         self.vanished += ops.count_vanished(weight, scales)

@@ -113,11 +113,12 @@ class FlexQVllmConfig(QuantizationConfig):
         configs = self._layer_configs(prefix)
         if all(config is None for config in configs):
             return UnquantizedLinearMethod()
-        if any(config is None for config in configs) or len({c.scheme for c in configs}) > 1:
+        if any(config is None for config in configs) or len({(c.scheme, c.weight_bits) for c in configs}) > 1:
             parts = self.packed_modules_mapping.get(prefix.rpartition(".")[2], [])
             raise ValueError(
                 f"{prefix}: vLLM merges {', '.join(parts)}; a plan may give them different act_bits and rotations, but "
-                "one scheme, and none of them may be left unquantized while others are not"
+                "one scheme and weight_bits, and none of them may be left unquantized while others are not; it gives "
+                + ", ".join("none" if c is None else f"{c.scheme} {c.weight_bits} bits" for c in configs)
             )
         return FlexQLinearMethod(self, prefix, configs)
 
@@ -148,7 +149,7 @@ def _holds_experts(layer: torch.nn.Module) -> bool:
 
 @register_weight_loader_v2_supported_method
 class FlexQLinearMethod(LinearMethodBase):
-    """A linear layer of 6-bit weights; of several layers in one, each keeps its own activation bits and rotation."""
+    """A linear layer of quantized weights; of several in one, each keeps its own activation bits and rotation."""
 
     def __init__(self, config: FlexQVllmConfig, prefix: str, configs: list[LayerConfig]):
         self.config, self.prefix, self.configs = config, prefix, configs
@@ -176,7 +177,7 @@ class FlexQLinearMethod(LinearMethodBase):
         if k != input_size:
             check_input_split(self.prefix, input_size, input_size // k)
         groups, scheme = ops.num_groups(k), self.configs[0].scheme
-        planes = torch.zeros(n, groups, 6, 16, dtype=torch.uint8)
+        planes = torch.zeros(n, groups, self.configs[0].weight_bits, 16, dtype=torch.uint8)
         scales = torch.zeros(n, groups if scheme == "group" else 1, dtype=torch.float16)
         layer.register_parameter(
             "qweight",
@@ -232,12 +233,14 @@ class FlexQLinearMethod(LinearMethodBase):
                 planes, scales = layer.qweight.data[rows], layer.scales.data[rows]
             else:
                 try:
-                    planes, scales = ops.quantize_weight(layer.weight.data[rows], config.scheme, config.rotation)
+                    planes, scales = ops.quantize_weight(
+                        layer.weight.data[rows], config.scheme, config.rotation, config.weight_bits
+                    )
                 except ValueError as error:
                     raise ValueError(f"{self.prefix}: {error}") from None
             ops.check_scales(scales)
             packed.append(ops.prepack(planes, scales, layer.flexq_k, config.scheme, config.rotation))
-            runs.append((size, config.act_bits, config.scheme, config.rotation))
+            runs.append((size, config.act_bits, config.scheme, config.rotation, config.weight_bits))
             begin += size
         for name in ("qweight", "scales", "weight"):
             if name in layer._parameters:
@@ -261,10 +264,10 @@ class FlexQLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         outputs, begin = [], 0
-        for index, (n, act_bits, scheme, rotation) in enumerate(layer.flexq_runs):
+        for index, (n, *settings) in enumerate(layer.flexq_runs):
             part = None if bias is None else bias[begin : begin + n]
             packed = getattr(layer, f"flexq_packed_{index}")
-            outputs.append(torch.ops.flexq.linear(x, packed, part, n, act_bits, scheme, rotation))
+            outputs.append(torch.ops.flexq.linear(x, packed, part, n, *settings))
             begin += n
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

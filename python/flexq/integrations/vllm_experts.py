@@ -54,7 +54,7 @@ def configs_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tu
 
 
 class _ExpertsMethod(FusedMoEMethodBase):
-    """Experts with 6-bit weights, however they come about."""
+    """Experts with quantized weights, however they come about."""
 
     def __init__(self, moe, prefix: str):
         super().__init__(moe)
@@ -144,9 +144,10 @@ class CheckpointExpertsMethod(_ExpertsMethod):
         sizes = {"gate_up": (2 * here, hidden_size), "down": (hidden_size, here)}
         for projection, (rows, columns) in sizes.items():
             groups = ops.num_groups(columns)
-            per_row = groups if self.configs[projection].scheme == "group" else 1
+            config = self.configs[projection]
+            per_row = groups if config.scheme == "group" else 1
             tensors = {
-                "qweight": torch.zeros(num_experts, rows, groups, 6, 16, dtype=torch.uint8),
+                "qweight": torch.zeros(num_experts, rows, groups, config.weight_bits, 16, dtype=torch.uint8),
                 "scales": torch.zeros(num_experts, rows, per_row, dtype=torch.float16),
             }
             if getattr(self.moe, "has_bias", False):

@@ -36,7 +36,7 @@ class LayerCost:
 def measure_costs(
     model: nn.Module, tokens: int = DEFAULT_TOKENS, device: str = "cpu", progress: Progress | None = None
 ) -> dict[str, LayerCost]:
-    """The cost of every quantized layer, each shape and scheme measured once.
+    """The cost of every quantized layer, each shape, scheme and number of weight bits measured once.
 
     Experts are not measured: how long they take depends on where a router sends tokens. They count as free at either
     width, so that A6 saves nothing there and they stay at A8.
@@ -52,16 +52,17 @@ def measure_costs(
     """
     layers = quantized_layers(model)
     kinds = {
-        name: (layer.out_features, layer.in_features, layer.config.scheme)
+        name: (layer.out_features, layer.in_features, layer.config.scheme, layer.config.weight_bits)
         for name, layer in layers.items()
         if isinstance(layer, Linear)
     }
     todo = sorted(set(kinds.values()))
     where = "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     costs = {}
-    for n, k, scheme in progress(todo) if progress else todo:
-        points = bench_linear([(n, k)], [tokens], device=device, configs=((6, scheme), (8, scheme)), peers=False)
-        times = {point.kernel: point.microseconds for point in points}
-        costs[n, k, scheme] = LayerCost(times[f"flexq W6A6 {scheme}"], times[f"flexq W6A8 {scheme}"], where)
+    for n, k, scheme, bits in progress(todo) if progress else todo:
+        configs = ((6, scheme), (8, scheme))
+        points = bench_linear([(n, k)], [tokens], device=device, configs=configs, peers=False, weight_bits=(bits,))
+        at_6, at_8 = (point.microseconds for point in points)
+        costs[n, k, scheme, bits] = LayerCost(at_6, at_8, where)
     free = LayerCost(0.0, 0.0, where)
     return {name: costs[kinds[name]] if name in kinds else free for name in layers}

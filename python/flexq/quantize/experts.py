@@ -278,7 +278,7 @@ def round_experts(name: str, weight: torch.Tensor, config: LayerConfig) -> tuple
     planes, scales, vanished = [], [], 0
     for index, expert in enumerate(weight.detach()):
         try:
-            quantized = ops.quantize_weight(expert.contiguous(), config.scheme, config.rotation)
+            quantized = ops.quantize_weight(expert.contiguous(), config.scheme, config.rotation, config.weight_bits)
         except ValueError as error:
             raise ValueError(f"layer {name}, expert {index}: {error}") from None
         vanished += ops.count_vanished(expert, quantized[1])

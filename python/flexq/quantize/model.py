@@ -160,7 +160,7 @@ def _quantized(name: str, module: nn.Module, config: LayerConfig) -> tuple[Linea
     """A linear layer rounded to nearest, and how many scales vanished."""
     linear = as_linear(module)
     try:
-        planes, scales = ops.quantize_weight(linear.weight.detach(), config.scheme, config.rotation)
+        planes, scales = ops.quantize_weight(linear.weight.detach(), config.scheme, config.rotation, config.weight_bits)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error}") from None
     return Linear.from_canonical(planes, scales, linear, config), ops.count_vanished(linear.weight, scales)

@@ -1,4 +1,4 @@
-"""Compensated rounding of weights to 6-bit codes, given how the layer's inputs correlate.
+"""Compensated rounding of weights to codes of few bits, given how the layer's inputs correlate.
 
 Each code is rounded in turn and its error made up for in those still to come, as in GPTQ (arXiv 2210.17323), columns by
 falling Hessian diagonal, against scales that are fixed beforehand for least error in the Hessian's metric; then every
@@ -13,9 +13,9 @@ import torch
 from flexq import ops
 from flexq.plan import LayerConfig
 
-_MIN_CODE, _MAX_CODE = -32, 31
-# Shares of absmax / 31 that are tried as a scale.
+# Shares of absmax / the largest code that are tried as a scale; the fewer the codes, the lower they go.
 _RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
+_LOWER_RATIOS = {4: (0.725, 0.7, 0.675, 0.65, 0.625, 0.6, 0.575, 0.55, 0.525, 0.5), 5: (0.725, 0.7, 0.675, 0.65)}
 _BLOCK = 128  # columns after which the columns to come are brought up to date at once
 _KEPT_GRAPHS = 16
 
@@ -82,28 +82,34 @@ def rotate(x: torch.Tensor, rotation: str) -> torch.Tensor:
     return (x.view(len(x), x.shape[1] // ops.GROUP_SIZE, ops.GROUP_SIZE) @ _hadamard(x.device)).reshape(x.shape)
 
 
-def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, scheme: str) -> torch.Tensor:
-    """fp16 [N, G] or [N, 1], stored values: of `_RATIOS` the one of least squared error weighted by `importance` [Kp].
+def _max_code(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, config: LayerConfig) -> torch.Tensor:
+    """fp16 [N, G] or [N, 1], stored values: of the ratios the one of least squared error weighted by `importance` [Kp].
 
     A scale that would vanish in float16 is 0, and so are its codes.
 
     Raises:
         ValueError: a scale that float16 cannot hold.
     """
-    width = ops.GROUP_SIZE if scheme == "group" else weight.shape[1]
+    width = ops.GROUP_SIZE if config.scheme == "group" else weight.shape[1]
+    bits, max_code = config.weight_bits, _max_code(config.weight_bits)
+    ratios = (*_RATIOS, *_LOWER_RATIOS.get(bits, ()))
     groups = weight.view(len(weight), weight.shape[1] // width, width)
     importance = importance.view(-1, width)
     largest = groups.abs().amax(-1)
-    most = torch.finfo(torch.float16).max * _MAX_CODE / _RATIOS[-1]
+    most = torch.finfo(torch.float16).max * max_code / ratios[-1]
     if not (largest < most).all():
         raise ValueError(
             f"float16 scales cannot hold a weight of {largest.max():.3g} (rotated, if it is); at most {most:.3g}"
         )
     best_error = torch.full_like(largest, torch.inf)
     best = torch.zeros_like(largest)
-    for ratio in _RATIOS:
-        scale = (largest * (ratio / _MAX_CODE)).half().float()
-        codes = (groups / scale.where(scale > 0, 1.0).unsqueeze(-1)).round_().clamp_(_MIN_CODE, _MAX_CODE)
+    for ratio in ratios:
+        scale = (largest * (ratio / max_code)).half().float()
+        codes = _nearest(bits, groups, scale.where(scale > 0, 1.0).unsqueeze(-1))
         error = ((groups - codes * scale.unsqueeze(-1)).square_() * importance).sum(-1)
         better = error < best_error
         best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
@@ -128,12 +134,12 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 def compensated_round(
     weight: torch.Tensor, hessian: Hessian, config: LayerConfig, damping: float = 0.01, passes: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a weight [N, K] to canonical planes uint8 [N, G, 6, 16] and scales float16.
+    """Round a weight [N, K] to canonical planes uint8 [N, G, b, 16] and scales float16.
 
     Args:
         weight: floating point, on any device.
         hessian: of the layer's inputs, on the same device.
-        config: scheme and rotation.
+        config: weight bits b, scheme and rotation.
         damping: share of the mean diagonal that is added to the diagonal; rank-deficient inputs get more if need be.
         passes: of coordinate descent after the first rounding.
 
@@ -146,40 +152,41 @@ def compensated_round(
     w = rotate(_pad(w), config.rotation)
     h = hessian.mean(config.rotation)
     importance = h.diagonal().clamp(min=0)
-    scales = _choose_scales(w, importance + damping * importance.mean(), config.scheme)
+    scales = _choose_scales(w, importance + damping * importance.mean(), config)
     width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
     # Columns in the order of their rounding, each with its scale; transposed, so that a column is a stretch of memory.
     order = torch.argsort(importance, descending=True, stable=True)
     step = scales.float().repeat_interleave(width, 1).T[order].contiguous()
     target = w.T[order].contiguous()
     h = h[order][:, order].contiguous()
-    codes = _round_in_turn(target, step, _inverse_factor(h, damping))
+    codes = _round_in_turn(config.weight_bits, target, step, _inverse_factor(h, damping))
     for _ in range(passes):
-        _descend(target, step, h, codes)
+        _descend(config.weight_bits, target, step, h, codes)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    planes = ops.pack_codes(codes[back].T.to(torch.int8).cpu())
+    planes = ops.pack_codes(codes[back].T.to(torch.int8).cpu(), config.weight_bits)
     return planes.to(weight.device), scales
 
 
 def _captured(function):
-    """A function of tensors whose many small kernels are captured as one CUDA graph for each set of shapes."""
+    """A function of bits and tensors whose many small kernels are captured as one CUDA graph for each bits and set of
+    shapes."""
     graphs: dict[tuple, tuple] = {}
 
     @functools.wraps(function)
-    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def call(bits: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not tensors[0].is_cuda:
-            return function(*tensors)
-        key = tuple((t.shape, t.device) for t in tensors)
+            return function(bits, *tensors)
+        key = bits, tuple((t.shape, t.device) for t in tensors)
         if key not in graphs:
             while len(graphs) >= _KEPT_GRAPHS:
                 graphs.pop(next(iter(graphs)))
             inputs = [t.clone() for t in tensors]
-            function(*inputs)  # whatever is set up at a first call
+            function(bits, *inputs)  # whatever is set up at a first call
             torch.cuda.synchronize(tensors[0].device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(tensors[0].device), torch.cuda.graph(graph):
-                outputs = function(*inputs)
+                outputs = function(bits, *inputs)
             graphs[key] = graph, inputs, outputs
         graph, inputs, outputs = graphs[key]
         for mine, given in zip(inputs, tensors, strict=True):
@@ -190,8 +197,9 @@ def _captured(function):
     return call
 
 
-def _nearest(values: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    return (values / divisor).round_().clamp_(_MIN_CODE, _MAX_CODE)
+def _nearest(bits: int, values: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """Codes of so many bits, as floats."""
+    return (values / divisor).round_().clamp_(-_max_code(bits) - 1, _max_code(bits))
 
 
 def _divisor(step: torch.Tensor) -> torch.Tensor:
@@ -200,38 +208,40 @@ def _divisor(step: torch.Tensor) -> torch.Tensor:
 
 
 @_captured
-def _round_block(block: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _round_block(
+    bits: int, block: torch.Tensor, step: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [B, N] of a block's columns, and each one's error in units of what makes up for it."""
     left, divisor = block.clone(), _divisor(step)
     codes, errors = torch.empty_like(left), torch.empty_like(left)
     for i in range(len(left)):
-        codes[i] = _nearest(left[i], divisor[i])
+        codes[i] = _nearest(bits, left[i], divisor[i])
         errors[i] = (left[i] - codes[i] * step[i]) / factor[i, i]
         left[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
     return codes, errors
 
 
-def _round_in_turn(target: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _round_in_turn(bits: int, target: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Codes as floats [Kp, N]; `factor` is the upper Cholesky factor of the inverse Hessian."""
     left = target.clone()
     codes = torch.empty_like(left)
     for begin in range(0, len(left), _BLOCK):
         end = min(begin + _BLOCK, len(left))
-        codes[begin:end], errors = _round_block(left[begin:end], step[begin:end], factor[begin:end, begin:end])
+        codes[begin:end], errors = _round_block(bits, left[begin:end], step[begin:end], factor[begin:end, begin:end])
         left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
     return codes
 
 
 @_captured
 def _descend_block(
-    codes: torch.Tensor, step: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor
+    bits: int, codes: torch.Tensor, step: torch.Tensor, gradient: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Better codes [B, N] of a block's columns, and by how much the error changes."""
     codes, gradient, divisor = codes.clone(), gradient.clone(), _divisor(step)
     changes = torch.empty_like(codes)
     for i in range(len(codes)):
         curvature = hessian[i, i]
-        best = _nearest(codes[i] * step[i] + gradient[i] / curvature, divisor[i])
+        best = _nearest(bits, codes[i] * step[i] + gradient[i] / curvature, divisor[i])
         best = best.where(curvature > 0, codes[i])
         changes[i] = (codes[i] - best) * step[i]
         codes[i] = best
@@ -239,11 +249,11 @@ def _descend_block(
     return codes, changes
 
 
-def _descend(target: torch.Tensor, step: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
+def _descend(bits: int, target: torch.Tensor, step: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor) -> None:
     """Each column in turn to its best codes while the others stay: one pass, in place."""
     error = target - codes * step
     for begin in range(0, len(target), _BLOCK):
         block = slice(begin, min(begin + _BLOCK, len(target)))
         gradient = hessian[block] @ error
-        codes[block], changes = _descend_block(codes[block], step[block], gradient, hessian[block, block])
+        codes[block], changes = _descend_block(bits, codes[block], step[block], gradient, hessian[block, block])
         error[block] += changes

@@ -103,7 +103,9 @@ def round_routed(
     canonical, how = [], Counter()
     for expert, count in enumerate(counts):
         if count == 0:
-            canonical.append(ops.quantize_weight(weight[expert].contiguous(), config.scheme, config.rotation))
+            canonical.append(
+                ops.quantize_weight(weight[expert].contiguous(), config.scheme, config.rotation, config.weight_bits)
+            )
             how[NEAREST] += 1
             continue
         hessian = Hessian(k, weight.device)

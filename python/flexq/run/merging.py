@@ -184,7 +184,7 @@ def gemm(layer: Linear, quantized: torch.Tensor, m: int, dtype: torch.dtype) -> 
     c = layer.config
     return torch.ops.flexq.gemm(
         quantized, layer._packed, layer.bias, m, layer.out_features, layer.in_features, c.act_bits, c.scheme,
-        c.rotation, dtype,
+        c.rotation, dtype, c.weight_bits,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def split_rows(planes: torch.Tensor, scales: torch.Tensor, parts: int, index: in
     """Device `index`'s rows of a weight (column parallel): its outputs are a part of the layer's.
 
     Args:
-        planes: uint8 [N, G, 6, 16].
+        planes: uint8 [N, G, b, 16].
         scales: float16 [N, G] or [N, 1].
         parts: devices, which divide N.
         index: 0 to parts - 1.
@@ -45,7 +45,7 @@ def split_inputs(
     """Device `index`'s inputs of a weight (row parallel): the sum of all devices' outputs is the layer's.
 
     Args:
-        planes: uint8 [N, G, 6, 16].
+        planes: uint8 [N, G, b, 16].
         scales: float16 [N, G] or [N, 1]; the latter is every device's.
         k: inputs, G = ceil(k / 128).
         parts: devices; each must get whole groups.
