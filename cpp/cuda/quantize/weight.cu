@@ -254,8 +254,8 @@ int64_t quantize_as(cudaStream_t stream, const WeightParams& params, const flexq
   const Launch by_row{.grid = checked_grid("quantize_weight", ceil_div(desc.n, kWarps)), .block = dim3(32 * kWarps)};
   const int64_t groups = params.of_rows.groups, warps = params.of_rows.per_group ? desc.n * groups : desc.n;
   const Launch by_scale{.grid = checked_grid("quantize_weight", ceil_div(warps, kWarps)), .block = dim3(32 * kWarps)};
-  const Findings found = look(stream, "flexq_quantize_weight", [&](Findings* found) {
-    launch(stream, "quantize_weight", look_kernel<T>, by_row, params, found);
+  const Findings found = look(stream, "flexq_quantize_weight", [&](Findings* to) {
+    launch(stream, "quantize_weight", look_kernel<T>, by_row, params, to);
   });
   if (found.where != Findings::kNone) {
     const auto where = static_cast<int64_t>(found.where);
@@ -302,8 +302,8 @@ void pack_codes(cudaStream_t stream, const flexq_weight_desc& desc, const int8_t
   const int64_t groups = num_groups(desc.k);
   const int bits = desc.weight_bits;
   const Launch how{.grid = checked_grid("pack_codes", ceil_div(desc.n * groups, kWarps)), .block = dim3(32 * kWarps)};
-  const Findings found = look(stream, "flexq_pack_codes", [&](Findings* found) {
-    launch(stream, "pack_codes", look_at_codes_kernel, how, codes, ldc, desc.n, groups, bits, found);
+  const Findings found = look(stream, "flexq_pack_codes", [&](Findings* to) {
+    launch(stream, "pack_codes", look_at_codes_kernel, how, codes, ldc, desc.n, groups, bits, to);
   });
   if (found.where != Findings::kNone) {
     const auto where = static_cast<int64_t>(found.where), row = where / (groups * kGroup),
