@@ -253,7 +253,7 @@ async def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
         for batch in arguments.batches:
             results[f"step_ms_{batch}"] = await served.step(batch) * 1e3
         for batch, prompt in arguments.prompts:
-            results[f"prompt_ms_{batch}x{prompt}"] = await served.seconds(batch, prompt, 1, repeats=3) * 1e3
+            results[f"prompt_ms_{batch}x{prompt}"] = await served.seconds(batch, prompt, 1, repeats=6) * 1e3
         for clients in arguments.loads:
             results |= await served.load(clients)
         return results | {"failed": served.failed}

@@ -176,7 +176,7 @@ def test_calibrated_with_a_budget(model, text, tmp_path):
     assert json.loads(printed)["layers"] == 14 and "of the parameters" in errors
     code, printed, errors = run("info", out, "--layers", "--json")
     info = json.loads(printed)
-    assert code == 0 and info["produced_by"]["recipe"] == "best" and info["produced_by"]["budget"] == 0.3
+    assert code == 0 and info["produced_by"]["recipe"] == "calibrated" and info["produced_by"]["budget"] == 0.3
     assert len(info["layers"]) == 2  # A6 and A8
     arguments = ["--text", text, "--window-length", "32", "--windows", "2", "-o", ranking, "--plot", plot]
     code, printed, errors = run("sensitivity", out, *arguments)

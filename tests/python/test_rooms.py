@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "run": ("quantize", "linear", "ops", "plan"),
     "bench": ("experts", "run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
     "evaluate": ("quantize", "plan", "progress"),
-    "planning": ("bench", "quantize", "experts", "linear", "plan", "progress"),
+    "planning": ("bench", "quantize", "experts", "linear", "ops", "plan", "progress"),
     "checkpoint": ("quantize", "experts", "linear", "execution", "ops", "plan", "progress"),
     "integrations": ("checkpoint", "run", "quantize", "experts", "linear", "ops", "plan"),
     "cli": ("checkpoint", "planning", "evaluate", "bench", "run", "quantize", "execution", "plan", "_core"),

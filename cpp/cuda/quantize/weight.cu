@@ -27,7 +27,7 @@ struct WeightParams {
   uint16_t* scales;
 };
 
-// What is wrong, if anything; in device memory.
+// What is wrong, if anything.
 struct Findings {
   static constexpr unsigned long long kNone = ~0ull;
   unsigned long long where;    // the smallest index of what must be refused
@@ -220,27 +220,33 @@ __global__ void __launch_bounds__(32 * kWarps)
   store_planes(planes + index * bits * kPlaneBytes, bits, lane, four);
 }
 
-// Runs look(findings on the device) and gives what it found, once the stream is there.
+// Page-locked host memory that kernels write to: there may be no device memory left where models are loaded.
+class HostFindings {
+ public:
+  HostFindings() {
+    check(cudaHostAlloc(&found_, sizeof(Findings), cudaHostAllocPortable | cudaHostAllocMapped), "memory for findings");
+  }
+  ~HostFindings() { cudaFreeHost(found_); }  // fails at the process's end, when CUDA is gone
+  HostFindings(const HostFindings&) = delete;
+  HostFindings& operator=(const HostFindings&) = delete;
+  Findings* get() const { return found_; }
+
+ private:
+  Findings* found_ = nullptr;
+};
+
+// Runs look(findings) and gives what it found, once the stream is there.
 template <typename Look>
 Findings look(cudaStream_t stream, const char* function, const Look& look) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capturing), "capture status");
   require(capturing == cudaStreamCaptureStatusNone, function,
           " waits for its stream, which is being captured: call it before");
-  Findings found{Findings::kNone, 0};
-  Findings* on_device = nullptr;
-  check(cudaMalloc(&on_device, sizeof found), "memory for findings");
-  try {
-    check(cudaMemcpyAsync(on_device, &found, sizeof found, cudaMemcpyHostToDevice, stream), "findings");
-    look(on_device);
-    check(cudaMemcpyAsync(&found, on_device, sizeof found, cudaMemcpyDeviceToHost, stream), "findings");
-    check(cudaStreamSynchronize(stream), function);
-  } catch (...) {
-    cudaFree(on_device);
-    throw;
-  }
-  cudaFree(on_device);
-  return found;
+  static thread_local const HostFindings findings;
+  *findings.get() = {Findings::kNone, 0};
+  look(findings.get());
+  check(cudaStreamSynchronize(stream), function);
+  return *findings.get();
 }
 
 template <typename T>
@@ -248,8 +254,8 @@ int64_t quantize_as(cudaStream_t stream, const WeightParams& params, const flexq
   const Launch by_row{.grid = checked_grid("quantize_weight", ceil_div(desc.n, kWarps)), .block = dim3(32 * kWarps)};
   const int64_t groups = params.of_rows.groups, warps = params.of_rows.per_group ? desc.n * groups : desc.n;
   const Launch by_scale{.grid = checked_grid("quantize_weight", ceil_div(warps, kWarps)), .block = dim3(32 * kWarps)};
-  const Findings found = look(stream, "flexq_quantize_weight", [&](Findings* on_device) {
-    launch(stream, "quantize_weight", look_kernel<T>, by_row, params, on_device);
+  const Findings found = look(stream, "flexq_quantize_weight", [&](Findings* to) {
+    launch(stream, "quantize_weight", look_kernel<T>, by_row, params, to);
   });
   if (found.where != Findings::kNone) {
     const auto where = static_cast<int64_t>(found.where);
@@ -296,8 +302,8 @@ void pack_codes(cudaStream_t stream, const flexq_weight_desc& desc, const int8_t
   const int64_t groups = num_groups(desc.k);
   const int bits = desc.weight_bits;
   const Launch how{.grid = checked_grid("pack_codes", ceil_div(desc.n * groups, kWarps)), .block = dim3(32 * kWarps)};
-  const Findings found = look(stream, "flexq_pack_codes", [&](Findings* on_device) {
-    launch(stream, "pack_codes", look_at_codes_kernel, how, codes, ldc, desc.n, groups, bits, on_device);
+  const Findings found = look(stream, "flexq_pack_codes", [&](Findings* to) {
+    launch(stream, "pack_codes", look_at_codes_kernel, how, codes, ldc, desc.n, groups, bits, to);
   });
   if (found.where != Findings::kNone) {
     const auto where = static_cast<int64_t>(found.where), row = where / (groups * kGroup),

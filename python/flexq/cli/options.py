@@ -60,6 +60,13 @@ def add_evaluation(parser: argparse.ArgumentParser, windows: int | None) -> None
     parser.add_argument("--plot", metavar="PNG", help="also draw the comparison (needs matplotlib)")
 
 
+def stored_dtype(args: argparse.Namespace):
+    """--dtype as a torch.dtype; None where it was not given."""
+    import torch
+
+    return None if args.dtype is None else getattr(torch, args.dtype)
+
+
 def resolve(args: argparse.Namespace) -> None:
     """--device auto as the device that is meant."""
     from flexq.execution import resolve_device

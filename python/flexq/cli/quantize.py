@@ -1,23 +1,17 @@
 """`flexq quantize`: a model into a folder that transformers and vLLM load."""
 
 import argparse
-import dataclasses
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-from flexq.cli import options
+from flexq.cli import calibrated, options
 from flexq.cli.evaluate import compare
 from flexq.cli.generate import generate_text
 from flexq.cli.options import UsageError, positive, positive_float, share
 from flexq.cli.output import megabytes, note, peak_memory, progress, where_it_ran
 
 HELP = "Quantize a model into a folder that transformers loads after `import flexq`."
-# Tokens a window, and windows, on which layers are measured: long enough to rank them, short enough for every layer.
-_PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
-# Of the unquantized weights' bytes: themselves, quantized ones, and what is computed beside them.
-_CALIBRATION_MEMORY = 2.0
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -37,6 +31,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     bits.add_argument("--budget", type=share, metavar="SHARE", help="A8 for this share of the parameters, else A6")
     bits.add_argument("--target-kl", type=positive_float, metavar="KL", help="A8 where it takes to reach this KL")
     bits.add_argument("--target-ppl", type=positive_float, metavar="PPL", help="the same for this perplexity")
+    bits.add_argument(
+        "--bits", type=positive_float, metavar="B", help="weight bits by layer, B in the mean (LM head aside)"
+    )
+    bits.add_argument("--size", type=positive_float, metavar="GB", help="the same for a checkpoint of at most GB")
+    p.add_argument(
+        "--weights", action="store_true", help="--target-kl chooses weight bits instead of activations' bits"
+    )
+    p.add_argument("--equalize", type=share, metavar="ALPHA", help="scale inputs channel by channel first (best: 0.25)")
+    head_help = "weight bits of the LM head, or 'float' (best: 8)"
+    p.add_argument("--head-bits", choices=("4", "5", "6", "8", "float"), help=head_help)
     p.add_argument("--estimate", action="store_true", help="rank layers for these by an estimate, not by measuring")
     of = ("parameters", "time")
     p.add_argument("--budget-of", choices=of, default=of[0], help="what --budget is a share of (default: parameters)")
@@ -64,10 +68,8 @@ def _plan(args: argparse.Namespace):
 
     settings = {name: getattr(args, name) for name in ("act_bits", "weight_bits", "scheme", "rotation")}
     settings = {name: value for name, value in settings.items() if value is not None}
-    if args.plan == "best":
-        if args.calibrate is None:
-            raise UsageError("recipe best rounds with a text in view: give one with --calibrate")
-        args.plan = None
+    if args.best:
+        return Plan.uniform(**({"scheme": "channel"} | settings))
     if args.plan is not None and settings:
         option = "--" + next(iter(settings)).replace("_", "-")
         raise UsageError(f"{option} and --plan exclude each other; edit the plan instead")
@@ -75,9 +77,24 @@ def _plan(args: argparse.Namespace):
 
 
 def _check(args: argparse.Namespace) -> None:
-    for option in ("budget", "target_kl", "target_ppl"):
-        if args.calibrate is None and getattr(args, option) is not None:
-            raise UsageError(f"--{option.replace('_', '-')} measures layers on a text: give one with --calibrate")
+    """Refuses what does not go together, and says in `args.best` whether the recipe best is meant."""
+    chosen = ("budget", "target_kl", "target_ppl", "bits", "size")
+    if args.calibrate is None:
+        if args.plan == "best":
+            raise UsageError("recipe best rounds with a text in view: give one with --calibrate")
+        for option in (*chosen, "equalize", "head_bits"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')} looks at a text: give one with --calibrate")
+    if args.weights and args.target_kl is None:
+        raise UsageError("--weights says what --target-kl chooses; without one there is nothing to choose")
+    of_weights = args.bits is not None or args.size is not None or args.weights
+    if of_weights and args.weight_bits is not None:
+        raise UsageError("--weight-bits gives every layer the same; leave it out where they are to be chosen")
+    # --calibrate alone is best too; other settings and activations' bits are not.
+    of_activations = not of_weights and any(getattr(args, option) is not None for option in chosen)
+    given = [args.plan, args.act_bits, args.weight_bits, args.scheme, args.rotation]
+    plain = all(value is None for value in given) and not of_activations
+    args.best = args.calibrate is not None and (args.plan == "best" or plain)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,8 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     reference = load_model(source) if whole else None
     done: Conversion
     if args.calibrate is not None:
-        _onto(reference, args.device)
-        done = _calibrated(args, source, output, plan, reference)
+        calibrated.place(reference, args.device)
+        done = calibrated.quantize(args, source, output, plan, reference)
     else:
         done = convert(
             source,
@@ -111,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.overwrite,
             progress("quantizing", args.quiet),
             reference,
-            _dtype(args),
+            options.stored_dtype(args),
         )
     result = _report(args, source, output, done, time.perf_counter() - begin)
     if args.compare:
@@ -119,12 +136,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.generate is not None:
         result["generation"] = generate_text(args, str(output), [args.generate], args.max_new_tokens)
     return result
-
-
-def _dtype(args: argparse.Namespace):
-    import torch
-
-    return None if args.dtype is None else getattr(torch, args.dtype)
 
 
 def _report(args: argparse.Namespace, source, output: Path, done, seconds: float) -> dict[str, Any]:
@@ -158,98 +169,3 @@ def _report(args: argparse.Namespace, source, output: Path, done, seconds: float
         "device": where,
         "peak_memory_bytes": peak_memory(),
     }
-
-
-def _calibrated(args: argparse.Namespace, source, output: Path, plan, reference):
-    """Compensated rounding on the calibration text, then the plan that a budget or target asks for."""
-    from flexq.checkpoint.convert import Conversion
-    from flexq.checkpoint.source import load_tokenizer
-    from flexq.checkpoint.write import write_model
-    from flexq.evaluate.text import Limits, read_text, windows_of
-    from flexq.quantize.calibrate import calibrate_model
-    from flexq.quantize.layers import shared_copy
-    from flexq.quantize.report import coverage
-
-    tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
-    windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows, reference)
-
-    def calibrated(to, resume: str | None = None):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the report says it
-            return calibrate_model(
-                shared_copy(reference), windows, to, args.include, args.skip, progress("calibrating", args.quiet),
-                resume=resume, weigh_tokens=not args.no_token_weights, device=args.device,
-            )  # fmt: skip
-
-    model = calibrated(plan, args.resume)
-    if args.budget is not None or args.target_kl is not None or args.target_ppl is not None:
-        length = min(_PROBE_LENGTH, Limits.of(reference).positions or _PROBE_LENGTH)
-        probes = windows_of(tokenizer, text, length, model=reference)[-_PROBE_WINDOWS:]
-        _choose_plan(args, model, reference, probes, lambda: calibrated(_in_scheme(plan, "group")))
-    model.flexq_plan.produced_by.update({"recipe": "best", "source": source.name})
-    dtype = _dtype(args)
-    if dtype is None and source.gguf_file is not None:
-        import torch
-
-        dtype = torch.bfloat16
-    companions = source.folder
-    sizes = write_model(
-        model,
-        output,
-        None if companions is not None else tokenizer,
-        int(args.shard_size * 1e9),
-        args.overwrite,
-        companions,
-        dtype,
-    )
-    return Conversion(model.flexq_plan, coverage(model), sizes)
-
-
-def _onto(model, device: str) -> None:
-    """A model onto a GPU if it fits there with what calibration takes; else its blocks go there one at a time."""
-    import torch
-
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if device == "cpu" or torch.cuda.mem_get_info(device)[0] > _CALIBRATION_MEMORY * size:
-        model.to(device)
-
-
-def _choose_plan(args: argparse.Namespace, model, reference, probes, in_group) -> None:
-    """Give the calibrated model what --budget, --target-kl or --target-ppl ask for, and say what that is."""
-    import torch
-
-    from flexq.planning import choose, sensitivity
-    from flexq.planning.costs import measure_costs
-
-    costs = None
-    if args.a6 == "where-faster" or args.budget_of == "time":
-        on = args.cost_device or ("cuda" if torch.cuda.is_available() else "cpu")
-        costs = measure_costs(model, args.cost_tokens, on, progress("timing layers", args.quiet))
-    choice = choose.choose(
-        model,
-        reference,
-        probes,
-        args.budget,
-        args.target_kl,
-        args.target_ppl,
-        costs,
-        args.budget_of,
-        args.a6 == "anywhere",
-        args.estimate,
-        in_group,
-        progress("measuring layers", args.quiet),
-    )
-    sizes = {n: m.num_weights for n, m in sensitivity.quantized_layers(model).items()}
-    at_8 = sum(sizes[name] for name in choice.at_8) / sum(sizes.values())
-    for text in choice.notes:
-        note(args, text)
-    note(args, f"{len(choice.at_8)} of {len(sizes)} layers keep A8: {100 * at_8:.1f}% of the parameters")
-    if choice.reached is not None:
-        what, target = ("KL", args.target_kl) if args.target_kl is not None else ("perplexity", args.target_ppl)
-        note(args, f"{what} {choice.reached:.5f} reached on {len(probes)} windows, at most {target:g} was asked for")
-
-
-def _in_scheme(plan, scheme: str):
-    """The plan with every layer's scales in one scheme."""
-    layers = {n: c and dataclasses.replace(c, scheme=scheme) for n, c in plan.layers.items()}
-    return dataclasses.replace(plan, defaults=dataclasses.replace(plan.defaults, scheme=scheme), layers=layers)

@@ -19,9 +19,9 @@ from torch import nn
 
 from flexq.linear import Linear
 from flexq.quantize.layers import input_embeddings
+from flexq.quantize.tracing import Call, once, result, watch
 from flexq.run import fusing
 from flexq.run.merging import merge, unmerge
-from flexq.run.tracing import Call, once, result, watch
 
 # How far a sound step may move the logits, of their norm: three times as far as the embeddings' last bit does, which a
 # deep W6A6 model answers with other codes in all later layers. A step that is wrong moves them by their own size.

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from flexq.linear import Linear
+from flexq.quantize.tracing import Call, result
 from flexq.run.merging import MergedLinear, MergedPart, gemm, merged_at, without_gradient
-from flexq.run.tracing import Call, result
 
 # ---- What takes the place of modules' forward ------------------------------------------------------------------------
 

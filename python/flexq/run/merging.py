@@ -15,7 +15,7 @@ from torch import nn
 from flexq.linear import Linear
 from flexq.plan import LayerConfig
 from flexq.quantize.layers import replace_module
-from flexq.run.tracing import Call
+from flexq.quantize.tracing import Call
 
 _numbers = itertools.count()
 

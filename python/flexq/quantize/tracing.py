@@ -1,6 +1,7 @@
 """Watching a forward pass: which modules are called with what, and what comes out."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,3 +86,25 @@ def once(calls: list[Call]) -> dict[str, Call]:
     for call in calls:
         count[call.name] += 1
     return {call.name: call for call in calls if count[call.name] == 1}
+
+
+def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Layers that read the same tensor side by side, q/k/v or gate/up, in the order of `names`; others by themselves.
+
+    Found by one forward pass over a few tokens; every layer by itself in a model that takes no token ids.
+
+    Args:
+        model: whose layers they are.
+        names: of linear layers, or of anything else that is called with a tensor.
+    """
+    names = list(names)
+    try:
+        calls = once(watch(model))
+    except (ValueError, TypeError, RuntimeError):
+        return [[name] for name in names]
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in names:
+        call = calls.get(name)
+        key = (name,) if call is None or call.x is None else (id(call.x), name.rpartition(".")[0])
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())

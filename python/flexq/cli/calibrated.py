@@ -1,0 +1,181 @@
+"""What `flexq quantize --calibrate` does: equalize, choose widths or activations' bits, round with a text in view."""
+
+import argparse
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flexq.cli import options
+from flexq.cli.output import note, progress
+
+# Tokens a window, and windows, on which layers are measured: long enough to rank them, short enough for every layer.
+_PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
+# And on which the estimate for weight bits is made, which costs one pass for all layers.
+_ESTIMATE_WINDOWS = 8
+# Of the calibration's windows, on which inputs' channels are measured.
+_EQUALIZE_WINDOWS = 4
+# Of the unquantized weights' bytes: themselves, quantized ones, and what is computed beside them.
+_CALIBRATION_MEMORY = 2.0
+
+
+def place(model, device: str) -> None:
+    """A model onto a GPU if it fits there with what calibration takes; else its blocks go there one at a time."""
+    import torch
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device == "cpu" or torch.cuda.mem_get_info(device)[0] > _CALIBRATION_MEMORY * size:
+        model.to(device)
+
+
+def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
+    """Write the calibrated model to `output`; returns a `Conversion`."""
+    from flexq.checkpoint.convert import Conversion
+    from flexq.checkpoint.source import load_tokenizer
+    from flexq.checkpoint.write import write_model
+    from flexq.evaluate.text import Limits, read_text, windows_of
+    from flexq.quantize.calibrate import calibrate_model
+    from flexq.quantize.layers import shared_copy
+    from flexq.quantize.report import coverage
+
+    tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
+    windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows, reference)
+    length = min(_PROBE_LENGTH, Limits.of(reference).positions or _PROBE_LENGTH)
+    probes = windows_of(tokenizer, text, length, model=reference)
+    floats, equalized = _equalized(args, source, reference, windows)
+
+    def calibrate(to, resume: str | None = None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the report says it
+            return calibrate_model(
+                shared_copy(floats), windows, to, args.include, args.skip, progress("calibrating", args.quiet),
+                resume=resume, weigh_tokens=not args.no_token_weights, device=args.device,
+            )  # fmt: skip
+
+    plan = _with_head(args, floats, plan)
+    if args.best or args.bits is not None or args.size is not None or args.weights:
+        model = _mixed(args, source, reference, floats, plan, probes, calibrate)
+    else:
+        model = calibrate(plan, args.resume)
+    if args.budget is not None or (args.target_kl is not None and not args.weights) or args.target_ppl is not None:
+        last = probes[-_PROBE_WINDOWS:]
+        _choose_activations(args, model, reference, last, lambda: calibrate(_in_scheme(plan, "group")))
+    model.flexq_plan.produced_by.update({"recipe": "best" if args.best else "calibrated", "source": source.name})
+    model.flexq_plan.produced_by.update(equalized)
+    companions = source.folder
+    sizes = write_model(
+        model,
+        output,
+        None if companions is not None else tokenizer,
+        int(args.shard_size * 1e9),
+        args.overwrite,
+        companions,
+        _stored_dtype(args, source),
+    )
+    return Conversion(model.flexq_plan, coverage(model), sizes)
+
+
+def _stored_dtype(args: argparse.Namespace, source):
+    """Of what is not quantized: --dtype, bfloat16 for a .gguf file, else the model's (None)."""
+    import torch
+
+    dtype = options.stored_dtype(args)
+    return torch.bfloat16 if dtype is None and source.gguf_file is not None else dtype
+
+
+def _equalized(args: argparse.Namespace, source, reference, windows) -> tuple[Any, dict[str, Any]]:
+    """The model with equalized inputs, if that is asked for, and what its plan says of it."""
+    from flexq.planning.mixed import BEST_ALPHA
+    from flexq.quantize.equalize import equalize_model
+    from flexq.quantize.layers import shared_copy
+
+    alpha = args.equalize if args.equalize is not None else BEST_ALPHA if args.best else 0.0
+    if alpha == 0.0:
+        return reference, {}
+    floats = shared_copy(reference)
+    done = equalize_model(floats, windows[:_EQUALIZE_WINDOWS], alpha, _stored_dtype(args, source))
+    note(args, f"equalized (alpha {alpha:g}): the inputs of {done.count} layers, {len(done.norms)} by norms")
+    return floats, {"equalized": {"alpha": alpha, "norms": len(done.norms), "rows": len(done.rows)}}
+
+
+def _with_head(args: argparse.Namespace, model, plan):
+    from flexq.planning.mixed import HEAD_BITS, with_head
+
+    bits = args.head_bits or (str(HEAD_BITS) if args.best else "float")
+    return plan if bits == "float" else with_head(model, plan, int(bits))
+
+
+def _mixed(args: argparse.Namespace, source, reference, floats, plan, probes, calibrate: Callable[..., Any]):
+    """The model with its weight bits chosen layer by layer, by --bits, --size or --target-kl, and then measured."""
+    from flexq.evaluate.text import spread
+    from flexq.planning.mixed import BEST_BITS, Mixed, bytes_beside, summary
+    from flexq.planning.sensitivity import Divergence
+    from flexq.quantize.inputs import predicts_tokens
+
+    asked = args.bits is not None or args.size is not None or args.weights
+    if not asked and not predicts_tokens(floats):
+        note(args, "the model predicts no tokens, by which layers are compared: 6 bits everywhere")
+        return calibrate(plan, args.resume)
+    windows = spread(probes, _ESTIMATE_WINDOWS)
+    mixed = Mixed.of(
+        floats, windows, plan, args.include, args.skip, progress("estimating widths", args.quiet), args.device
+    )
+    divergence = Divergence(reference, probes[-_PROBE_WINDOWS:])
+    if args.weights:
+        model, reached = mixed.for_target(args.target_kl, calibrate, divergence)
+    else:
+        if args.size is not None:
+            beside = bytes_beside(floats, mixed.resolved, _stored_dtype(args, source)) + mixed.head_bytes
+            chosen = mixed.at_bytes(1e9 * args.size - beside)
+            how = {"size": args.size}
+        else:
+            bits = args.bits if args.bits is not None else BEST_BITS
+            chosen, how = mixed.at_mean_bits(bits), {"asked_bits": bits}
+        model = calibrate(mixed.plan_at(chosen, **how), args.resume)
+        reached = divergence.mean(model)
+        model.flexq_plan.produced_by["measured_kl"] = reached
+    note(args, summary(mixed, model.flexq_plan))
+    note(args, f"KL {reached:.5f} measured on {len(divergence.windows)} windows of {probes[0].shape[1]} tokens")
+    return model
+
+
+def _choose_activations(args: argparse.Namespace, model, reference, probes, in_group) -> None:
+    """Give the calibrated model the activations' bits that --budget or a target asks for, and say what they are."""
+    import torch
+
+    from flexq.planning import choose, sensitivity
+    from flexq.planning.costs import measure_costs
+
+    costs = None
+    if args.a6 == "where-faster" or args.budget_of == "time":
+        on = args.cost_device or ("cuda" if torch.cuda.is_available() else "cpu")
+        costs = measure_costs(model, args.cost_tokens, on, progress("timing layers", args.quiet))
+    choice = choose.choose(
+        model,
+        reference,
+        probes,
+        args.budget,
+        args.target_kl,
+        args.target_ppl,
+        costs,
+        args.budget_of,
+        args.a6 == "anywhere",
+        args.estimate,
+        in_group,
+        progress("measuring layers", args.quiet),
+    )
+    sizes = {n: m.num_weights for n, m in sensitivity.quantized_layers(model).items()}
+    at_8 = sum(sizes[name] for name in choice.at_8) / sum(sizes.values())
+    for text in choice.notes:
+        note(args, text)
+    note(args, f"{len(choice.at_8)} of {len(sizes)} layers keep A8: {100 * at_8:.1f}% of the parameters")
+    if choice.reached is not None:
+        what, target = ("KL", args.target_kl) if args.target_kl is not None else ("perplexity", args.target_ppl)
+        note(args, f"{what} {choice.reached:.5f} reached on {len(probes)} windows, at most {target:g} was asked for")
+
+
+def _in_scheme(plan, scheme: str):
+    """The plan with every layer's scales in one scheme."""
+    layers = {n: c and dataclasses.replace(c, scheme=scheme) for n, c in plan.layers.items()}
+    return dataclasses.replace(plan, defaults=dataclasses.replace(plan.defaults, scheme=scheme), layers=layers)

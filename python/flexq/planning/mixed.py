@@ -1,0 +1,177 @@
+"""Plans of several weight widths: from a mean number of bits, a size or a target, and what they turn out to be."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexq.linear import Linear
+from flexq.ops import WEIGHT_BITS
+from flexq.plan import LayerConfig, Plan
+from flexq.planning import widths
+from flexq.planning.sensitivity import Divergence
+from flexq.planning.widths import Widths, WidthSensitivity
+from flexq.progress import Progress
+from flexq.quantize.experts import PROJECTIONS
+from flexq.quantize.layers import input_embeddings, lm_head_name, weight_at
+from flexq.quantize.model import resolve_plan
+
+# What `best` is.
+BEST_BITS, BEST_ALPHA, HEAD_BITS = 6.0, 0.25, 8
+# Share of the estimate, made with weights rounded to nearest, that calibrated ones keep: where a search begins.
+_CALIBRATED_SHARE = 0.4
+_TRIES = 4
+# A target is met by a model that is not more faithful than by this share of it.
+_NEAR = 0.85
+
+
+def with_head(model: nn.Module, plan: Plan, bits: int = HEAD_BITS) -> Plan:
+    """The plan with the model's LM head at these weight bits, if it has one and the plan does not name it."""
+    head = lm_head_name(model)
+    if head is None or head in plan.layers:
+        return plan
+    return replace(plan, layers={**plan.layers, head: replace(plan.defaults, weight_bits=bits)})
+
+
+@dataclass
+class Mixed:
+    """How the weight bits of a model's layers can be chosen.
+
+    Args:
+        plan: settings of all layers but for their weight bits.
+        resolved: the same, layer by layer.
+        ranking: of `widths.estimate`; of the layers whose width is chosen. The LM head's is the plan's.
+        groups: layers that get one width.
+        head_bytes: of the LM head as stored, if the plan quantizes it.
+    """
+
+    plan: Plan
+    resolved: dict[str, LayerConfig]
+    ranking: list[WidthSensitivity]
+    groups: list[list[str]]
+    head_bytes: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        windows: Sequence[torch.Tensor],
+        plan: Plan,
+        include: Sequence[str] | None = None,
+        skip: Sequence[str] = (),
+        progress: Progress | None = None,
+        device: torch.device | str | None = None,
+        among: Sequence[int] = WEIGHT_BITS,
+    ) -> "Mixed":
+        """Estimate what each width costs each layer of a model in floating point.
+
+        Args:
+            model: not quantized.
+            windows: token ids [1, L] each, on which that is estimated; a few of 512 do.
+            plan, include, skip: as for `quantize_model`; the plan's weight bits do not matter but for the LM head.
+            progress: wraps the loop over windows.
+            device: as for `fisher.backward`.
+            among: the widths to choose from.
+        """
+        resolved, head = resolve_plan(model, plan, include, skip), lm_head_name(model)
+        chosen = {name: config for name, config in resolved.items() if name != head}
+        left = dict.fromkeys(name for name, config in plan.layers.items() if config is None)
+        every = Plan(plan.defaults, {**left, **chosen})
+        models = widths.rounded_models(model, every, include, skip, among)
+        where = None if device is None else torch.device(device)
+        ranking = widths.estimate(model, models, windows, progress, where)
+        head_bytes = 0
+        if head in resolved:
+            n, k = weight_at(model, head).shape
+            head_bytes = Linear(k, n, False, resolved[head], "meta").stored_bytes
+        return cls(plan, resolved, ranking, widths.groups_of(model, ranking), head_bytes)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.ranking)
+
+    def at_mean_bits(self, bits: float) -> Widths:
+        """The best widths of at most so many bits a weight, in the mean over all layers but the LM head."""
+        return widths.solve(self.ranking, self.groups, bits * self.parameters)
+
+    def at_bytes(self, size: float) -> Widths:
+        """The best widths whose layers, stored, have at most so many bytes, scales included."""
+        return widths.solve(self.ranking, self.groups, size, widths.in_bytes)
+
+    def at_kl(self, kl: float) -> Widths:
+        """The narrowest widths whose estimated KL is at most this; the widest, where none is."""
+        for point in widths.frontier(self.ranking, self.groups):
+            if point.kl <= kl:
+                break
+        return point
+
+    def plan_at(self, chosen: Widths, **how: Any) -> Plan:
+        """A plan of these widths that says how it came about."""
+        plan = widths.plan_of(self.plan, self.resolved, chosen.bits)
+        bits = widths.mean_bits(self.ranking, chosen.bits)
+        plan.produced_by.update({"mean_weight_bits": round(bits, 4), "estimated_kl": chosen.kl, **how})
+        return plan
+
+    def for_target(
+        self, target: float, quantize: Callable[[Plan], nn.Module], divergence: Divergence
+    ) -> tuple[nn.Module, float]:
+        """The smallest model found whose measured KL divergence is at most `target`, and its divergence.
+
+        The estimate says how widths compare, a few quantized models how it compares with what is measured.
+
+        Args:
+            target: nats a token.
+            quantize: makes a model of a plan.
+            divergence: from the unquantized model.
+
+        Raises:
+            ValueError: the widest weights miss it too; says how near they come.
+        """
+        share, best, tried = _CALIBRATED_SHARE, None, set()
+        for _ in range(_TRIES):
+            chosen = self.at_kl(target / share)
+            if chosen.price in tried:
+                break
+            tried.add(chosen.price)
+            model = quantize(self.plan_at(chosen, target_kl=target))
+            reached = divergence.mean(model)
+            model.flexq_plan.produced_by["measured_kl"] = reached
+            if reached <= target and (best is None or chosen.price < best[0]):
+                best = chosen.price, model, reached
+            if _NEAR * target <= reached <= target:
+                break
+            share *= max(reached, 1e-12) / (target * (0.5 + _NEAR / 2))
+        if best is None:
+            raise ValueError(f"a KL of {target} cannot be met: the nearest model tried has {reached:.5f}")
+        return best[1:]
+
+
+def bytes_beside(model: nn.Module, resolved: Mapping[str, LayerConfig], dtype: torch.dtype | None = None) -> int:
+    """Of what a checkpoint stores beside the layers that a plan quantizes: embeddings, norms, biases, other layers.
+
+    Args:
+        model: not quantized.
+        resolved: of `resolve_plan`.
+        dtype: of floating point as stored; None for each tensor's own.
+    """
+    quantized = {id(weight_at(model, name)) for name in resolved}
+    kept = input_embeddings(model)  # stored though an LM head that is tied to it is quantized
+    quantized -= {id(getattr(kept, "weight", None))}
+
+    def size(tensor: torch.Tensor) -> int:
+        return (dtype or tensor.dtype).itemsize if tensor.is_floating_point() else tensor.element_size()
+
+    return sum(p.numel() * size(p) for p in model.parameters() if id(p) not in quantized)
+
+
+def summary(mixed: Mixed, plan: Plan) -> str:
+    """How a plan spreads the weights over the widths, in a sentence."""
+    chosen = {}
+    for layer in mixed.ranking:
+        config = plan.layers.get(layer.name) or plan.layers[f"{layer.name}.{PROJECTIONS[0]}"]
+        chosen[layer.name] = config.weight_bits
+    sizes = {bits: sum(x.parameters for x in mixed.ranking if chosen[x.name] == bits) for bits in WEIGHT_BITS}
+    parts = [f"{100 * size / mixed.parameters:.0f}% at {bits} bits" for bits, size in sizes.items() if size]
+    return f"weights: {', '.join(parts)}; {widths.mean_bits(mixed.ranking, chosen):.2f} bits in the mean"

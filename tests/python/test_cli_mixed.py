@@ -1,0 +1,58 @@
+"""`flexq quantize` and `flexq sensitivity` with weight bits chosen layer by layer."""
+
+import json
+
+import pytest
+from flexq.planning import widths
+from test_cli import model, run, text  # noqa: F401
+
+
+def produced_by(out) -> dict:
+    return json.loads((out / "config.json").read_text())["quantization_config"]["plan"]["produced_by"]
+
+
+def options_of(text):  # noqa: F811
+    return ["--calibrate", text, "--window-length", "32", "--calibration-windows", "4", "--json"]
+
+
+def test_recipe_best(model, text, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    code, _, errors = run("quantize", model, "-o", out, *options_of(text))
+    assert code == 0 and "equalized (alpha 0.25)" in errors and "bits in the mean" in errors, errors
+    found = produced_by(out)
+    assert found["recipe"] == "best" and found["mean_weight_bits"] <= 6.0 and found["equalized"]["norms"] == 4
+    assert found["measured_kl"] > 0
+    code, printed, errors = run("info", out, "--layers", "--json")
+    assert code == 0 and json.loads(printed)["layers"]["W8A8, scheme channel, rotation hadamard128"], errors
+
+
+def test_bits_and_size(model, text, tmp_path):  # noqa: F811
+    code, printed, errors = run("quantize", model, "-o", tmp_path / "a", *options_of(text), "--bits", "4.5")
+    assert code == 0 and 4.0 <= produced_by(tmp_path / "a")["mean_weight_bits"] <= 4.5, errors
+    size = (sum(json.loads(printed)["bytes_by_part"].values()) + 3000) / 1e9
+    code, printed, errors = run("quantize", model, "-o", tmp_path / "b", *options_of(text), "--size", size)
+    assert code == 0 and sum(json.loads(printed)["bytes_by_part"].values()) <= 1e9 * size, errors
+    assert produced_by(tmp_path / "b")["mean_weight_bits"] >= produced_by(tmp_path / "a")["mean_weight_bits"]
+
+
+def test_sensitivity_of_weights(model, text, tmp_path):  # noqa: F811
+    out, plot = tmp_path / "w.json", tmp_path / "w.png"
+    arguments = ["--weights", "--text", text, "--window-length", "32", "--windows", "2", "-o", out, "--plot", plot]
+    code, printed, errors = run("sensitivity", model, *arguments)
+    assert code == 0 and "KL at 5 bits" in printed and "6 in the mean" in printed, errors
+    assert len(widths.load(out)) == 14 and plot.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "5"], "--bits looks at a text: give one with --calibrate"),
+        (["--calibrate", "TEXT", "--weights"], "without one there is nothing to choose"),
+        (["--calibrate", "TEXT", "--bits", "5", "--weight-bits", "6"], "leave it out where they are to be chosen"),
+        (["--calibrate", "TEXT", "--bits", "5", "--size", "1"], "not allowed with"),
+    ],
+)
+def test_what_does_not_go_together(model, text, tmp_path, arguments, message):  # noqa: F811
+    arguments = [text if a == "TEXT" else a for a in arguments]
+    code, _, errors = run("quantize", model, "-o", tmp_path / "out", *arguments)
+    assert code == 2 and message in errors

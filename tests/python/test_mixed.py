@@ -1,0 +1,155 @@
+"""Weight bits layer by layer: the estimate, the knapsack, and plans from a mean, a size or a target."""
+
+import itertools
+
+import pytest
+import torch
+from flexq.plan import LayerConfig, Plan
+from flexq.planning import widths
+from flexq.planning.mixed import Mixed, bytes_beside, summary, with_head
+from flexq.planning.sensitivity import Divergence, quantized_layers
+from flexq.planning.widths import WidthSensitivity, frontier, solve
+from flexq.quantize.calibrate import calibrate_model
+from flexq.quantize.layers import shared_copy
+from flexq.quantize.model import quantize_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_calibrate import model_of, windows
+
+WIDTHS = (4, 5, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    reference = model_of("llama")
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(20)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def mixed(reference):
+    return Mixed.of(reference, windows(), Plan.uniform(scheme="channel"))
+
+
+def layer(name: str, size: int, kl: dict[int, float]) -> WidthSensitivity:
+    return WidthSensitivity(name, size, {b: size * b // 8 for b in kl}, kl, dict.fromkeys(kl, 0.0))
+
+
+def best_of_all(ranking, budget: float) -> float:
+    """By trying every combination."""
+    least = torch.inf
+    for bits in itertools.product(WIDTHS, repeat=len(ranking)):
+        price = sum(b * x.parameters for b, x in zip(bits, ranking, strict=True))
+        if price <= budget:
+            least = min(least, sum(x.kl[b] for b, x in zip(bits, ranking, strict=True)))
+    return least
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 100)), min_size=1, max_size=5), st.floats(4, 8))
+def test_the_frontier_is_the_best_there_is_at_its_prices(layers, bits):
+    ranking = [layer(str(i), size, {b: kl * 4.0**-b for b in WIDTHS}) for i, (size, kl) in enumerate(layers)]
+    groups = [[x.name] for x in ranking]
+    points = list(frontier(ranking, groups))
+    assert [p.price for p in points] == sorted(p.price for p in points)
+    for point in points:
+        assert point.kl == pytest.approx(best_of_all(ranking, point.price + 1e-9))
+    found = solve(ranking, groups, bits * sum(x.parameters for x in ranking))
+    assert found.price <= bits * sum(x.parameters for x in ranking) * (1 + 1e-6)
+
+
+def test_widths_that_gain_nothing_are_left_out():
+    """A hull: where 5 bits are hardly better than 4, none gets 5; where 8 are worse than 6, none gets 8."""
+    ranking = [layer("a", 10, {4: 1.0, 5: 0.99, 6: 0.1, 8: 0.2})]
+    assert [p.bits["a"] for p in frontier(ranking, [["a"]])] == [4, 6]
+
+
+def test_groups_have_one_width():
+    ranking = [layer("q", 10, {b: 4.0**-b for b in WIDTHS}), layer("k", 1, {b: 9 * 4.0**-b for b in WIDTHS})]
+    for point in frontier(ranking, [["q", "k"]]):
+        assert point.bits["q"] == point.bits["k"]
+    with pytest.raises(ValueError, match="the budget must be 44 or more, what the narrowest widths take; got 30"):
+        solve(ranking, [["q", "k"]], 30)
+
+
+def test_estimate_is_near_what_is_measured(reference, mixed):
+    """The KL of uniform widths, summed over layers, and the order of a few layers at 4 bits."""
+    divergence = Divergence(reference, windows())
+    for bits in WIDTHS:
+        plan = Plan.uniform(scheme="channel", weight_bits=bits)
+        measured = divergence.mean(quantize_model(shared_copy(reference), plan))
+        estimated = sum(x.kl[bits] for x in mixed.ranking)
+        assert 0.4 < estimated / measured < 2.5, (bits, estimated, measured)
+    single = []
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
+        plan = Plan(LayerConfig(scheme="channel", weight_bits=8), {name: LayerConfig(scheme="channel", weight_bits=4)})
+        single.append(divergence.mean(quantize_model(shared_copy(reference), plan)))
+    by_name = {x.name: x.kl[4] for x in mixed.ranking}
+    order = by_name["model.layers.0.mlp.down_proj"] > by_name["model.layers.1.self_attn.q_proj"]
+    assert order == (single[0] > single[1])
+
+
+def test_merged_layers_are_found(mixed):
+    assert [group for group in mixed.groups if len(group) > 1] == [
+        group
+        for i in (0, 1)
+        for group in (
+            [f"model.layers.{i}.self_attn.{part}_proj" for part in "qkv"],
+            [f"model.layers.{i}.mlp.{part}_proj" for part in ("gate", "up")],
+        )
+    ]
+
+
+def test_a_mean_number_of_bits(reference, mixed):
+    chosen = mixed.at_mean_bits(5.0)
+    plan = mixed.plan_at(chosen, asked_bits=5.0)
+    assert plan.produced_by["mean_weight_bits"] <= 5.0 and plan.produced_by["asked_bits"] == 5.0
+    model = quantize_model(shared_copy(reference), plan)
+    total = sum(x.num_weights for x in quantized_layers(model).values())
+    bits = sum(x.num_weights * x.config.weight_bits for x in quantized_layers(model).values()) / total
+    assert 4.6 < bits <= 5.0 and bits == pytest.approx(plan.produced_by["mean_weight_bits"], abs=1e-3)
+    assert f"{bits:.2f} bits in the mean" in summary(mixed, model.flexq_plan)
+    assert chosen.kl < sum(x.kl[5] for x in mixed.ranking)  # better than 5 bits everywhere
+
+
+def test_a_number_of_bytes(reference, mixed):
+    chosen = mixed.at_bytes(0.75 * sum(x.bytes[8] for x in mixed.ranking))
+    model = quantize_model(shared_copy(reference), mixed.plan_at(chosen))
+    stored = sum(x.stored_bytes for x in quantized_layers(model).values())
+    assert stored == chosen.price <= 0.75 * sum(x.bytes[8] for x in mixed.ranking)
+    every = sum(p.numel() * p.element_size() for p in reference.parameters())
+    weights = sum(x.num_weights for x in quantized_layers(model).values())
+    assert bytes_beside(reference, mixed.resolved) == every - 4 * weights
+
+
+def test_a_target(reference, mixed):
+    divergence = Divergence(reference, windows())
+
+    def quantize(plan):
+        return calibrate_model(shared_copy(reference), windows(), plan)
+
+    uniform = divergence.mean(quantize(Plan.uniform(scheme="channel", weight_bits=5)))
+    model, reached = mixed.for_target(uniform, quantize, divergence)
+    assert reached <= uniform and model.flexq_plan.produced_by["measured_kl"] == reached
+    assert model.flexq_plan.produced_by["mean_weight_bits"] < 5.5
+    with pytest.raises(ValueError, match="cannot be met: the nearest model tried has"):
+        mixed.for_target(1e-9, quantize, divergence)
+
+
+def test_the_head_keeps_its_width(reference):
+    plan = with_head(reference, Plan.uniform(scheme="channel"))
+    assert plan.layers == {"lm_head": LayerConfig(scheme="channel", weight_bits=8)}
+    assert with_head(reference, plan, 6) is plan
+    mixed = Mixed.of(reference, windows()[:1], plan)
+    assert "lm_head" not in {x.name for x in mixed.ranking} and mixed.head_bytes == 96 * (128 + 2)
+    model = quantize_model(shared_copy(reference), mixed.plan_at(mixed.at_mean_bits(4.5)))
+    assert model.lm_head.config.weight_bits == 8
+
+
+def test_files_round_trip(mixed, tmp_path):
+    widths.save(mixed.ranking, tmp_path / "w.json", model="a")
+    assert widths.load(tmp_path / "w.json") == mixed.ranking
+    (tmp_path / "w.json").write_text('{"format": "flexq-sensitivity", "version": 1, "layers": []}')
+    with pytest.raises(ValueError, match="is not a file of this version's sensitivity to weight bits"):
+        widths.load(tmp_path / "w.json")
