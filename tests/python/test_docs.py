@@ -73,3 +73,15 @@ def test_figures_are_drawn_from_the_tables(tmp_path, monkeypatch):
     committed = {path.name: path for path in (ROOT / "docs").rglob("*.svg")}
     assert len(drawn) >= 7 and set(drawn) <= set(committed)
     assert [name for name in drawn if drawn[name].read_bytes() != committed[name].read_bytes()] == []
+
+
+def test_the_table_of_devices_is_whole():
+    page = (ROOT / "docs/reference/devices.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "cpp/cpu").glob("*.cpp"))
+    instruction_sets = re.findall(r'\bkernels\w*\s*(?:=\s*)?\{\s*"([a-z][\w-]+)"', sources)
+    assert len(instruction_sets) >= 5
+    built = re.findall(r"\b(\d{2,3})a?-real", (ROOT / "cmake/FlexqCuda.cmake").read_text())
+    built += re.findall(r"newer in ([\d ]+);", (ROOT / "tools/wheel.sh").read_text())[0].split()
+    capabilities = [f"{a[:-1]}.{a[-1]}" for a in built]
+    assert len(capabilities) >= 6
+    assert [name for name in [*instruction_sets, *capabilities] if name not in page] == []

@@ -96,6 +96,19 @@ def _escaped(text: str) -> str:
     return "".join(parts)
 
 
+def _declarations(code: str) -> str:
+    """As they are in the header, without the macro before functions; what hangs on its width moves along."""
+    macro, out, hanging = "FLEXQ_API ", [], False
+    for line in code.splitlines():
+        if line.startswith(macro):
+            line, hanging = line.removeprefix(macro), True
+        elif hanging:
+            line = line.removeprefix(" " * len(macro))
+        hanging = hanging and not line.endswith(";")
+        out.append(line)
+    return "\n".join(out)
+
+
 def page(source: str) -> str:
     """The header as Markdown below a title. ValueError names functions without a comment."""
     opening, sections = parse(source)
@@ -110,7 +123,7 @@ def page(source: str) -> str:
             for paragraph in _paragraphs(entry.comment):
                 out += [_escaped(paragraph), ""]
             if entry.code:
-                out += ["```c", entry.code.replace("FLEXQ_API ", ""), "```", ""]
+                out += ["```c", _declarations(entry.code), "```", ""]
     return "\n".join(out)
 
 
