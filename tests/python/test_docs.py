@@ -6,6 +6,7 @@ from pathlib import Path
 
 import flexq
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -85,3 +86,11 @@ def test_the_table_of_devices_is_whole():
     capabilities = [f"{a[:-1]}.{a[-1]}" for a in built]
     assert len(capabilities) >= 6
     assert [name for name in [*instruction_sets, *capabilities] if name not in page] == []
+
+
+YAML = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+
+
+@pytest.mark.parametrize("file", YAML, ids=lambda p: p.name)
+def test_what_services_read_is_yaml(file):
+    assert isinstance(yaml.safe_load(file.read_text()), dict)
