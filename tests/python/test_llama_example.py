@@ -27,6 +27,7 @@ QWEN2_CONFIG = Qwen2Config(**SIZES, tie_word_embeddings=False, head_dim=40)
 MIXED = {
     "format": "flexq-plan", "version": 1,
     "layers": {"*.q_proj": {"act_bits": 6, "scheme": "channel"}, "*.0.mlp.up_proj": {"rotation": "none"},
+               "*.v_proj": {"weight_bits": 4}, "*.1.mlp.down_proj": {"weight_bits": 8},
                "lm_head": {"act_bits": 8}},
 }  # fmt: skip
 
