@@ -152,8 +152,8 @@ def bench_experts(
         shape: of SHAPES.
         tokens: values of M; CPU_TOKENS or CUDA_TOKENS if None.
         device: "cpu" or a CUDA device.
-        peers: also transformers' experts in bf16 (grouped GEMMs, and batched ones of few tokens), if they fit, and vLLM's
-            fused ones in bf16 and fp8, where it is installed.
+        peers: also transformers' experts in bf16 (grouped GEMMs, and batched ones of few tokens), if they fit, and
+            vLLM's fused ones in bf16 and fp8, where it is installed.
         progress: wraps the loop over numbers of tokens.
         report: called with the points of each M as soon as they are there.
 
