@@ -90,6 +90,21 @@ def test_estimate_is_near_what_is_measured(reference, mixed):
     assert order == (single[0] > single[1])
 
 
+def test_estimate_of_calibrated_weights(reference, mixed):
+    """Scaled, layer by layer, to what a calibrated model's errors are at 6 bits; activations' part stays."""
+
+    def calibrate(plan):
+        return calibrate_model(shared_copy(reference), windows(), plan)
+
+    found = Mixed.of(reference, windows(), Plan.uniform(scheme="channel"), calibrate=calibrate)
+    exact = widths.estimate(reference, {6: calibrate(Plan.uniform(scheme="channel"))}, windows())
+    for nearest, scaled, at_6 in zip(mixed.ranking, found.ranking, exact, strict=True):
+        assert scaled.kl[6] == pytest.approx(min(at_6.kl[6], nearest.kl[6]), rel=0.05)
+        assert all(scaled.kl[bits] <= nearest.kl[bits] * 1.001 for bits in WIDTHS)
+        assert scaled.kl[4] > scaled.kl[5] > scaled.kl[6] > scaled.kl[8]
+        assert scaled.bytes == nearest.bytes
+
+
 def test_merged_layers_are_found(mixed):
     assert [group for group in mixed.groups if len(group) > 1] == [
         group

@@ -4,6 +4,7 @@ Two GEMMs over the chosen experts, the activation between them, both quantizatio
 left out: it is the same for all.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -110,6 +111,33 @@ class _TransformersExperts:
         return sum(p.nbytes for p in self.module.parameters())
 
 
+class _VllmExperts:
+    """vLLM's fused experts (Triton), in bf16 and with fp8 weights and activations, one scale an expert."""
+
+    def __init__(self, module: nn.Module):
+        from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+        self.fused = fused_experts
+        self.half = (module.gate_up_proj.data, module.down_proj.data)
+        self.float8, scales = [], []
+        for weight in self.half:
+            scale = weight.abs().amax(dim=(1, 2)).float() / torch.finfo(torch.float8_e4m3fn).max
+            of_experts = zip(weight, scale, strict=True)
+            self.float8.append(torch.stack([(w / s).to(torch.float8_e4m3fn) for w, s in of_experts]))
+            scales.append(scale)
+        self.config = fp8_w8a8_moe_quant_config(w1_scale=scales[0], w2_scale=scales[1])
+
+    def calls(self) -> dict[str, Callable[..., Any]]:
+        def half(x, ids, weights):
+            return self.fused(x, *self.half, weights.float(), ids.int())
+
+        def float8(x, ids, weights):
+            return self.fused(x, *self.float8, weights.float(), ids.int(), quant_config=self.config)
+
+        return {"vLLM bf16": half, "vLLM fp8": float8}
+
+
 def bench_experts(
     shape: str = "qwen3-30b-a3b",
     tokens: Sequence[int] | None = None,
@@ -124,7 +152,8 @@ def bench_experts(
         shape: of SHAPES.
         tokens: values of M; CPU_TOKENS or CUDA_TOKENS if None.
         device: "cpu" or a CUDA device.
-        peers: also transformers' experts in bf16 (grouped GEMMs, and batched ones of few tokens), if they fit.
+        peers: also transformers' experts in bf16 (grouped GEMMs, and batched ones of few tokens), if they fit, and
+            vLLM's fused ones in bf16 and fp8, where it is installed.
         progress: wraps the loop over numbers of tokens.
         report: called with the points of each M as soon as they are there.
 
@@ -140,6 +169,7 @@ def bench_experts(
     ours = {scheme: _random_experts(size, scheme, device, dtype) for scheme in ("group", "channel")}
     per_expert = ours["group"].stored_bytes / size.experts
     others = _transformers(size, device, dtype) if peers else None
+    fused = _vllm(others) if others is not None and on_gpu else None
     points = []
     with torch.inference_mode():
         for m in progress(list(tokens)) if progress else tokens:
@@ -151,12 +181,14 @@ def bench_experts(
             for scheme, layer in ours.items():
                 runs = [lambda r=r, layer=layer: layer.multiply(*r) for r in routings]
                 kernels[f"flexq W6A8 {scheme}"] = Kernel(runs, read)
-            for name, call in others.calls(m).items() if others is not None else ():
+            calls = (others.calls(m) if others is not None else {}) | (fused.calls() if fused is not None else {})
+            for name, call in calls.items():
                 runs = [lambda r=r, call=call: call(*r) for r in routings]
                 try:
                     runs[0]()
-                except (RuntimeError, NotImplementedError):
-                    continue  # a device or number of tokens that it does not do
+                except Exception as error:  # a device or number of tokens that it does not do
+                    warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+                    continue
                 kernels[name] = Kernel(runs, others.bytes)
             seconds = graph_seconds(kernels) if on_gpu else cpu_seconds(kernels)
             row = [ExpertsPoint(shape, name, m, value * 1e6, floor, chosen) for name, value in seconds.items()]
@@ -170,6 +202,16 @@ def _transformers(size: ExpertsShape, device: str, dtype: torch.dtype) -> _Trans
     try:
         return _TransformersExperts(size, device, dtype)
     except (torch.OutOfMemoryError, ImportError):
+        return None
+
+
+def _vllm(others: _TransformersExperts) -> _VllmExperts | None:
+    try:
+        return _VllmExperts(others.module)
+    except ImportError:
+        return None
+    except Exception as error:  # whatever a version of it does not do is left out, and said
+        warnings.warn(f"vLLM's experts are left out: {error}", stacklevel=2)
         return None
 
 

@@ -99,7 +99,8 @@ def _triton_read() -> Callable[[torch.Tensor], Any] | None:
 def read_bandwidth(size: int, device: str = "cpu") -> float:
     """Bytes per second at which `device` reads buffers of `size` bytes: the roof of a memory-bound kernel.
 
-    On a GPU the best of PyTorch's reductions and, where Triton is, a kernel that only reads.
+    On a GPU the best of PyTorch's reductions and, where Triton is, a kernel that only reads; of 4 GB at most, beyond
+    which the speed no longer changes and elements can no longer be counted in 32 bits.
     """
     if device == "cpu":
         data = torch.ones(size // 4, dtype=torch.int32)
@@ -109,6 +110,7 @@ def read_bandwidth(size: int, device: str = "cpu") -> float:
             data.sum(dtype=torch.int32)
             times.append(time.perf_counter() - begin)
         return size / min(times)
+    size = min(size, 1 << 32)
     copies = copies_of(size)
     buffers = [torch.ones(size // 4, dtype=torch.float32, device=device) for _ in range(copies)]
     halves = [(b[: size // 8], b[size // 8 : 2 * (size // 8)]) for b in buffers]

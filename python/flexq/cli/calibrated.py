@@ -14,8 +14,8 @@ from flexq.cli.output import note, progress
 _PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
 # And on which the estimate for weight bits is made, which costs one pass for all layers.
 _ESTIMATE_WINDOWS = 8
-# Of the calibration's windows, on which inputs' channels are measured.
-_EQUALIZE_WINDOWS = 4
+# Of the calibration's windows, on which inputs' channels are measured, and by which the estimate is calibrated.
+_FEW_WINDOWS = 4
 # Of the unquantized weights' bytes: themselves, quantized ones, and what is computed beside them.
 _CALIBRATION_MEMORY = 2.0
 
@@ -45,17 +45,17 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     probes = windows_of(tokenizer, text, length, model=reference)
     floats, equalized = _equalized(args, source, reference, windows)
 
-    def calibrate(to, resume: str | None = None):
+    def calibrate(to, resume: str | None = None, on=windows):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says it
             return calibrate_model(
-                shared_copy(floats), windows, to, args.include, args.skip, progress("calibrating", args.quiet),
+                shared_copy(floats), on, to, args.include, args.skip, progress("calibrating", args.quiet),
                 resume=resume, weigh_tokens=not args.no_token_weights, device=args.device,
             )  # fmt: skip
 
     plan = _with_head(args, floats, plan)
     if args.best or args.bits is not None or args.size is not None or args.weights:
-        model = _mixed(args, source, reference, floats, plan, probes, calibrate)
+        model = _mixed(args, source, reference, floats, plan, windows, probes, calibrate)
     else:
         model = calibrate(plan, args.resume)
     if args.budget is not None or (args.target_kl is not None and not args.weights) or args.target_ppl is not None:
@@ -86,6 +86,7 @@ def _stored_dtype(args: argparse.Namespace, source):
 
 def _equalized(args: argparse.Namespace, source, reference, windows) -> tuple[Any, dict[str, Any]]:
     """The model with equalized inputs, if that is asked for, and what its plan says of it."""
+    from flexq.evaluate.text import spread
     from flexq.planning.mixed import BEST_ALPHA
     from flexq.quantize.equalize import equalize_model
     from flexq.quantize.layers import shared_copy
@@ -94,7 +95,7 @@ def _equalized(args: argparse.Namespace, source, reference, windows) -> tuple[An
     if alpha == 0.0:
         return reference, {}
     floats = shared_copy(reference)
-    done = equalize_model(floats, windows[:_EQUALIZE_WINDOWS], alpha, _stored_dtype(args, source))
+    done = equalize_model(floats, spread(windows, _FEW_WINDOWS), alpha, _stored_dtype(args, source))
     note(args, f"equalized (alpha {alpha:g}): the inputs of {done.count} layers, {len(done.norms)} by norms")
     return floats, {"equalized": {"alpha": alpha, "norms": len(done.norms), "rows": len(done.rows)}}
 
@@ -106,7 +107,7 @@ def _with_head(args: argparse.Namespace, model, plan):
     return plan if bits == "float" else with_head(model, plan, int(bits))
 
 
-def _mixed(args: argparse.Namespace, source, reference, floats, plan, probes, calibrate: Callable[..., Any]):
+def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, probes, calibrate: Callable[..., Any]):
     """The model with its weight bits chosen layer by layer, by --bits, --size or --target-kl, and then measured."""
     from flexq.evaluate.text import spread
     from flexq.planning.mixed import BEST_BITS, Mixed, bytes_beside, summary
@@ -117,9 +118,15 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, probes, ca
     if not asked and not predicts_tokens(floats):
         note(args, "the model predicts no tokens, by which layers are compared: 6 bits everywhere")
         return calibrate(plan, args.resume)
-    windows = spread(probes, _ESTIMATE_WINDOWS)
     mixed = Mixed.of(
-        floats, windows, plan, args.include, args.skip, progress("estimating widths", args.quiet), args.device
+        floats,
+        spread(probes, _ESTIMATE_WINDOWS),
+        plan,
+        args.include,
+        args.skip,
+        progress("estimating widths", args.quiet),
+        args.device,
+        lambda at_6: calibrate(at_6, on=spread(windows, _FEW_WINDOWS)),
     )
     divergence = Divergence(reference, probes[-_PROBE_WINDOWS:])
     if args.weights:

@@ -20,8 +20,8 @@ from flexq.quantize.model import resolve_plan
 
 # What `best` is.
 BEST_BITS, BEST_ALPHA, HEAD_BITS = 6.0, 0.25, 8
-# Share of the estimate, made with weights rounded to nearest, that calibrated ones keep: where a search begins.
-_CALIBRATED_SHARE = 0.4
+# What is measured, as a share of the estimate: where a search for a target begins.
+_FIRST_SHARE = 1.0
 _TRIES = 4
 # A target is met by a model that is not more faithful than by this share of it.
 _NEAR = 0.85
@@ -63,7 +63,7 @@ class Mixed:
         skip: Sequence[str] = (),
         progress: Progress | None = None,
         device: torch.device | str | None = None,
-        among: Sequence[int] = WEIGHT_BITS,
+        calibrate: Callable[[Plan], nn.Module] | None = None,
     ) -> "Mixed":
         """Estimate what each width costs each layer of a model in floating point.
 
@@ -73,15 +73,18 @@ class Mixed:
             plan, include, skip: as for `quantize_model`; the plan's weight bits do not matter but for the LM head.
             progress: wraps the loop over windows.
             device: as for `fisher.backward`.
-            among: the widths to choose from.
+            calibrate: makes a model of a plan as the one to come is made, if need be on less text. Without, the
+                estimate is that of weights rounded to nearest, whose errors are spread over layers otherwise.
         """
         resolved, head = resolve_plan(model, plan, include, skip), lm_head_name(model)
         chosen = {name: config for name, config in resolved.items() if name != head}
         left = dict.fromkeys(name for name, config in plan.layers.items() if config is None)
-        every = Plan(plan.defaults, {**left, **chosen})
-        models = widths.rounded_models(model, every, include, skip, among)
+        at_6 = {name: replace(config, weight_bits=6) for name, config in chosen.items()}
+        every = Plan(replace(plan.defaults, weight_bits=6), {**left, **at_6})
+        models = widths.rounded_models(model, every, include, skip)
+        calibrated = None if calibrate is None else calibrate(every)
         where = None if device is None else torch.device(device)
-        ranking = widths.estimate(model, models, windows, progress, where)
+        ranking = widths.estimate(model, models, windows, progress, where, calibrated)
         head_bytes = 0
         if head in resolved:
             n, k = weight_at(model, head).shape
@@ -129,7 +132,7 @@ class Mixed:
         Raises:
             ValueError: the widest weights miss it too; says how near they come.
         """
-        share, best, tried = _CALIBRATED_SHARE, None, set()
+        share, best, tried = _FIRST_SHARE, None, set()
         for _ in range(_TRIES):
             chosen = self.at_kl(target / share)
             if chosen.price in tried:

@@ -30,6 +30,8 @@ from flexq.quantize.tracing import shared_inputs
 
 FORMAT = "flexq-width-sensitivity"
 VERSION = 1
+_CALIBRATED = 0  # beside widths
+_LEAST_LEFT = 0.02  # of an error, by calibration: less is the estimate's noise
 
 
 @dataclass
@@ -76,8 +78,12 @@ def estimate(
     windows: Sequence[torch.Tensor],
     progress: Progress | None = None,
     device: torch.device | None = None,
+    calibrated: nn.Module | None = None,
 ) -> list[WidthSensitivity]:
     """The sensitivity of every layer to its weight bits, in the model's order.
+
+    Rounding with a text in view takes most of some layers' error away and little of others'. Where the model so rounded
+    is given at one width, the errors of each layer's weights are scaled to what they are there, at every width alike.
 
     Args:
         reference: unquantized; float32 gives the best gradients.
@@ -85,12 +91,15 @@ def estimate(
         windows: token ids [1, L] each.
         progress: wraps the loop over windows.
         device: as for `fisher.backward`.
+        calibrated: the model with all weights at 6 bits, rounded as they are going to be.
 
     Raises:
         ValueError: no windows, or models whose layers differ in more than their weight bits.
     """
     if not windows:
         raise ValueError("sensitivity needs at least one window of text")
+    widths = list(models)
+    models = dict(models) if calibrated is None else {**models, _CALIBRATED: calibrated}
     parts = {bits: _by_place(model) for bits, model in models.items()}
     first = next(iter(parts.values()))
     if any(of_width.keys() != first.keys() for of_width in parts.values()):
@@ -104,16 +113,35 @@ def estimate(
     results = []
     for name, layers in first.items():
         kl = {bits: torch.tensor(each, dtype=torch.float64) for bits, each in added[name].items()}
+        if calibrated is not None:
+            kl = _as_calibrated(kl)
         results.append(
             WidthSensitivity(
                 name,
                 sum(layer.num_weights for layer in layers),
-                {bits: sum(layer.stored_bytes for layer in parts[bits][name]) for bits in models},
+                {bits: sum(layer.stored_bytes for layer in parts[bits][name]) for bits in widths},
                 {bits: each.mean().item() for bits, each in kl.items()},
                 {b: (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0 for b, each in kl.items()},
             )
         )
     return results
+
+
+def _as_calibrated(kl: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Of each width and window, from those of weights rounded to nearest and of calibrated ones at 6 bits."""
+    rounded = {bits: each for bits, each in kl.items() if bits != _CALIBRATED}
+    # An error's square goes with the step's: what 8 bits have in common with 6 is the activations' part.
+    ratio = (_max_code(6) / _max_code(8)) ** 2
+    mean = {bits: each.mean().item() for bits, each in kl.items()}
+    of_activations = max(0.0, (mean[8] - ratio * mean[6]) / (1 - ratio))
+    left = (mean[_CALIBRATED] - of_activations) / max(mean[6] - of_activations, torch.finfo(torch.float32).tiny)
+    left = min(max(left, _LEAST_LEFT), 1.0)
+    share = of_activations / max(mean[8], torch.finfo(torch.float32).tiny)
+    return {bits: left * each + (1 - left) * share * rounded[8] for bits, each in rounded.items()}
+
+
+def _max_code(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
 
 
 def _by_place(model: nn.Module) -> dict[str, list[Layer]]:
