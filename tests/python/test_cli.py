@@ -132,6 +132,26 @@ def test_bench_decode(monkeypatch, capsys, side_by_side):
     assert all(p["milliseconds"] > 0 and p["weight_bytes"] > 0 for p in points)
 
 
+def test_bench_decode_of_experts(monkeypatch):
+    shape = bench_decode.SHAPES["qwen3-30b-a3b"] | {
+        "hidden_size": 128, "moe_intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 64,
+    }  # fmt: skip
+    monkeypatch.setitem(bench_decode.SHAPES, "tiny", shape)
+    points = bench_decode.bench_decode("tiny", None, (1, 64), (16,), (), device="cpu")
+    assert [(p.contender, p.batch) for p in points] == [
+        ("flexq W6A8", 1),
+        ("flexq W6A8", 64),
+        ("bf16", 1),
+        ("bf16", 64),
+    ]
+    few, many = (p.floor_milliseconds for p in points if p.contender == "bf16")
+    assert few < 0.7 * many  # of 8 experts two are read
+    assert points[0].weight_bytes < 0.6 * points[2].weight_bytes
+    with pytest.raises(ValueError, match="tiny has experts, for which fp8 has no kernels"):
+        bench_decode.bench_decode("tiny", ["bf16", "fp8"], device="cpu")
+
+
 def test_bench_decode_of_a_contender_that_fails(monkeypatch, capfd):
     monkeypatch.setitem(bench_decode.SHAPES, "odd", {"hidden_size": 128, "num_attention_heads": 0})
     with pytest.raises(RuntimeError, match="the process of flexq W6A8 failed"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexq.bench.models import CONTENDERS, CPU_CONTENDERS, DEFAULT_CONTENDERS, SHAPES, make_model, shape_config
+from flexq.bench.models import CONTENDERS, CPU_CONTENDERS, DEFAULT_CONTENDERS, SHAPES, fits_shape, make_model
 from flexq.bench.timing import read_bandwidth
 from flexq.progress import Progress
 
@@ -58,17 +58,54 @@ class DecodePoint:
         return asdict(self)
 
 
-def model_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of all weights, and of those that a decode step reads: not the embeddings, of which it takes a row."""
-    embeddings = model.get_input_embeddings().weight
-    others = {
-        id(p): p.numel() * p.element_size()
-        for p in model.parameters()
-        if p.numel() and not any(p is q for m in model.modules() if hasattr(m, "weight_bytes") for q in m.parameters())
-    }
-    packed = sum(m.weight_bytes for m in model.modules() if hasattr(m, "weight_bytes"))
-    total = packed + sum(others.values())
-    return total, total - (embeddings.numel() * embeddings.element_size() if id(embeddings) in others else 0)
+@dataclass
+class ModelBytes:
+    """Of a model's weights.
+
+    Args:
+        total: of all.
+        embeddings: of those that a decode step takes a row of, unless they are the LM head's too.
+        experts: of the experts among them.
+        chosen: experts that a token gets, of all there are.
+    """
+
+    total: int
+    embeddings: int
+    experts: int
+    chosen: float
+
+    def read(self, batch: int) -> float:
+        """By a decode step of so many tokens, each of which chooses any experts."""
+        share = 1 - (1 - self.chosen) ** batch
+        return self.total - self.embeddings - self.experts * (1 - share)
+
+
+def model_bytes(model: nn.Module) -> ModelBytes:
+    quantized = {name: m for name, m in model.named_modules() if hasattr(m, "weight_bytes")}
+    inside = tuple(f"{name}." for name in quantized)
+
+    def size_of(root: str) -> int:
+        """Of the weights below `root`, quantized ones as they are stored."""
+        own = {
+            id(p): p.numel() * p.element_size()
+            for name, p in model.named_parameters()
+            if name.startswith(root) and not name.startswith(inside)
+        }
+        outermost = (m for name, m in quantized.items() if f"{name}.".startswith(root) and not name.startswith(inside))
+        return sum(own.values()) + sum(m.weight_bytes for m in outermost)
+
+    tied = model.get_input_embeddings().weight
+    is_read = any(
+        p is tied for name, p in model.named_parameters(remove_duplicate=False) if name.startswith("lm_head.")
+    )
+    experts = [f"{name}." for name, _ in model.named_modules() if name.endswith(".experts")]
+    config = model.config
+    return ModelBytes(
+        total=size_of(""),
+        embeddings=0 if is_read else tied.numel() * tied.element_size(),
+        experts=sum(size_of(name) for name in experts),
+        chosen=config.num_experts_per_tok / config.num_experts if experts else 1.0,
+    )
 
 
 class _Step:
@@ -210,7 +247,7 @@ def _contend(
     model = None
     with contextlib.suppress(torch.OutOfMemoryError):  # bf16 where only fewer bits fit
         model = make_model(shape, contender, device, torch.bfloat16)
-    total_bytes, read_bytes = model_bytes(model) if model is not None else (0, 0)
+    sizes = model_bytes(model) if model is not None else None
 
     def time_point(prepare: Callable[[], Callable[[], None]], batch: int, context: int, prefill: bool, times: int):
         run = None
@@ -226,8 +263,8 @@ def _contend(
         if run is None:
             return
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-        floor = 1e3 * read_bytes / bandwidth
-        report(DecodePoint(shape, name, batch, context, milliseconds, prefill, total_bytes, peak, floor, shares))
+        floor = 1e3 * sizes.read(batch if not prefill else context) / bandwidth
+        report(DecodePoint(shape, name, batch, context, milliseconds, prefill, sizes.total, peak, floor, shares))
 
     def prepare_step(batch: int, context: int) -> Callable[[], None]:
         step = _Step(model, batch, context, contender.compiled, device)
@@ -332,13 +369,17 @@ def bench_decode(
         ValueError: an unknown shape or contender, or memory_limit with side_by_side.
         RuntimeError: the process of a contender failed.
     """
+    chosen = bool(contenders)
     if not contenders:
         humming = ("Humming W6A8",) if importlib.util.find_spec("humming") is not None else ()
         contenders = CPU_CONTENDERS if device == "cpu" else DEFAULT_CONTENDERS + humming
     for name in contenders:
         if name not in CONTENDERS:
             raise ValueError(f"unknown contender {name!r}; known are {', '.join(CONTENDERS)}")
-    shape_config(shape)
+    without = [name for name in contenders if not fits_shape(shape, CONTENDERS[name])]
+    if without and chosen:
+        raise ValueError(f"{shape} has experts, for which {', '.join(without)} has no kernels")
+    contenders = [name for name in contenders if name not in without]
     if side_by_side and memory_limit is not None:
         raise ValueError("memory_limit is of one contender at a time; side_by_side runs them all at once")
     on_gpu = device != "cpu"

@@ -3,18 +3,20 @@ downloaded and no model is ever there in floating point unless it is measured so
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from flexq import ops
 from flexq.bench.peers import humming_layer
+from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import LayerConfig
 from flexq.quantize.layers import linear_layers, replace_module
 from flexq.run.fuse import fuse_model
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-2-13b": {
         "hidden_size": 5120,
@@ -36,6 +38,20 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
     },
     "smollm2-135m": {
         "hidden_size": 576,
@@ -125,6 +141,23 @@ def _flexq_linear(config: LayerConfig) -> Callable[..., nn.Module]:
     return make
 
 
+def _flexq_experts(config: LayerConfig) -> Callable[..., Experts]:
+    def make(experts: int, hidden: int, intermediate: int, device, dtype) -> Experts:
+        canonical = []
+        for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+            groups = ops.num_groups(k)
+            planes = torch.randint(0, 256, (experts, n, groups, 6, 16), dtype=torch.uint8, device=device)
+            if k % ops.GROUP_SIZE:
+                for of_expert in planes:
+                    _zero_padding(of_expert, k)
+            per_row = groups if config.scheme == "group" else 1
+            scales = torch.full((experts, n, per_row), 0.02 / 18, dtype=torch.float16, device=device)
+            canonical.append((planes, scales))
+        return Experts.from_canonical(*canonical, intermediate, gate_up_config=config, dtype=dtype)
+
+    return make
+
+
 def _zero_padding(planes: torch.Tensor, k: int) -> None:
     """Codes past K are zero."""
     bits = torch.arange(ops.GROUP_SIZE).view(16, 8) < k % ops.GROUP_SIZE
@@ -142,6 +175,8 @@ class Contender:
         compiled: by torch.compile, else eager. On a GPU a step is one CUDA graph in any case.
         fused: by `fuse_model`.
         lm_head: whether it is one of those layers too.
+        experts: numbers of experts, features outside and inside, device and dtype to experts with random weights; None:
+            there are none of this kind. Those of bf16 are the model's own.
     """
 
     name: str
@@ -149,15 +184,20 @@ class Contender:
     compiled: bool = True
     fused: bool = False
     lm_head: bool = False
+    experts: Callable[..., nn.Module] | None = None
+
+
+def _flexq(name: str, config: LayerConfig, lm_head: bool = False) -> Contender:
+    return Contender(name, _flexq_linear(config), fused=True, lm_head=lm_head, experts=_flexq_experts(config))
 
 
 CONTENDERS = {
     c.name: c
     for c in (
-        Contender("flexq W6A8", _flexq_linear(LayerConfig()), fused=True),
-        Contender("flexq W6A6", _flexq_linear(LayerConfig(act_bits=6)), fused=True),
-        Contender("flexq W6A8 channel", _flexq_linear(LayerConfig(scheme="channel")), fused=True),
-        Contender("flexq W6A8 head", _flexq_linear(LayerConfig()), fused=True, lm_head=True),
+        _flexq("flexq W6A8", LayerConfig()),
+        _flexq("flexq W6A6", LayerConfig(act_bits=6)),
+        _flexq("flexq W6A8 channel", LayerConfig(scheme="channel")),
+        _flexq("flexq W6A8 head", LayerConfig(), lm_head=True),
         Contender("bf16", _float_linear),
         Contender("bf16 graph", _float_linear, compiled=False),
         Contender("W8A8", Int8Linear),
@@ -171,21 +211,36 @@ DEFAULT_CONTENDERS = ("flexq W6A8", "flexq W6A6", "bf16", "bf16 graph", "W8A8", 
 CPU_CONTENDERS = ("flexq W6A8", "bf16")
 
 
-def shape_config(shape: str) -> dict[str, int]:
+def shape_config(shape: str) -> dict[str, Any]:
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
     return SHAPES[shape]
 
 
-def make_model(shape: str, contender: Contender, device: str, dtype: torch.dtype) -> nn.Module:
-    """A Llama of that shape and random weights on `device`, its linear layers made by the contender one by one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def has_experts(shape: str) -> bool:
+    return "num_experts" in shape_config(shape)
 
-    config = LlamaConfig(**({"vocab_size": 32000, "max_position_embeddings": 8192} | shape_config(shape)), dtype=dtype)
+
+def fits_shape(shape: str, contender: Contender) -> bool:
+    """Whether the contender has every kind of layer that a model of this shape has."""
+    return not has_experts(shape) or contender.experts is not None or contender.make is _float_linear
+
+
+def make_model(shape: str, contender: Contender, device: str, dtype: torch.dtype) -> nn.Module:
+    """A Llama, or what the shape's model_type says, with random weights on `device`, its linear layers and experts made
+    by the contender one by one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 8192} | shape_config(shape)
+    config = AutoConfig.for_model(**settings, dtype=dtype)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype).eval()
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for name, linear in linear_layers(model).items():
         replace_module(model, name, contender.make(linear.out_features, linear.in_features, device, dtype))
+    if has_experts(shape) and contender.experts is not None:
+        sizes = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        for layer in model.model.layers:
+            layer.mlp.experts = contender.experts(*sizes, device, dtype)
     head = contender.make if contender.lm_head else _float_linear
     model.lm_head = head(config.vocab_size, config.hidden_size, device, dtype)
     with torch.device(device):
@@ -194,7 +249,8 @@ def make_model(shape: str, contender: Contender, device: str, dtype: torch.dtype
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type == "meta":
                 value = torch.ones if parameter.dim() == 1 else torch.randn
-                filled = value(parameter.shape, device=device, dtype=dtype)
+                scale = 0.02 if parameter.dim() == 3 else 1.0  # of experts
+                filled = value(parameter.shape, device=device, dtype=dtype) * scale
                 setattr(module, name, nn.Parameter(filled, requires_grad=False))
     if contender.fused:
         fuse_model(model)

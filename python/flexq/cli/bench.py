@@ -131,7 +131,7 @@ def run_host(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_decode_arguments(p: argparse.ArgumentParser) -> None:
-    shape_help = "llama-2-7b (default), llama-2-13b, llama-2-70b, llama-3.1-8b or smollm2-135m"
+    shape_help = "llama-2-7b (default), llama-2-13b, llama-2-70b, llama-3.1-8b, qwen3-30b-a3b or smollm2-135m"
     p.add_argument("--shape", default="llama-2-7b", metavar="NAME", help=shape_help)
     p.add_argument("--contenders", nargs="+", metavar="NAME", help="'flexq W6A8', 'flexq W6A6', bf16, W8A8, fp8, ...")
     p.add_argument("--batches", type=positive, nargs="+", default=(1, 4, 8, 16, 64), metavar="B", help="tokens a step")
