@@ -83,7 +83,7 @@ struct QuantizeKernel {
       const int count = static_cast<int>(std::min<int64_t>(kGroup, k_ - begin));
       if (source_.kind == ActivationSource::kPlain) return Q::load(x_ + begin, count, rotate_, values);
       alignas(64) float fused[kGroup];
-      for (int i = 0; i < count; ++i) fused[i] = fused_value(begin + i);
+      source_.kind == ActivationSource::kRmsNorm ? norm(begin, count, fused) : silu_mul(begin, count, fused);
       return Q::load(static_cast<const float*>(fused), count, rotate_, values);
     }
 
@@ -108,12 +108,24 @@ struct QuantizeKernel {
       norm_ = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(k_) + static_cast<double>(source_.eps)));
     }
 
-    float fused_value(int64_t k) const {
-      if (source_.kind == ActivationSource::kRmsNorm) {
-        return rounded<T>(rounded<T>(residual_sum(k) * norm_) * to_float(static_cast<const T*>(source_.weight)[k]));
+    // Loops with nothing in them but arithmetic, which the compiler turns into vectors.
+    void norm(int64_t begin, int count, float* values) const {
+      const T *x = x_ + begin, *weight = static_cast<const T*>(source_.weight) + begin;
+      const float factor = norm_;
+      if (other_ != nullptr) {
+        for (int i = 0; i < count; ++i) values[i] = residual_sum(begin + i);
+      } else {
+        for (int i = 0; i < count; ++i) values[i] = to_float(x[i]);
       }
-      const float gate = to_float(x_[k]);
-      return rounded<T>(rounded<T>(gate / (1.0f + std::exp(-gate))) * to_float(other_[k]));
+      for (int i = 0; i < count; ++i) values[i] = rounded<T>(rounded<T>(values[i] * factor) * to_float(weight[i]));
+    }
+
+    void silu_mul(int64_t begin, int count, float* values) const {
+      const T *gate = x_ + begin, *up = other_ + begin;
+      for (int i = 0; i < count; ++i) values[i] = std::exp(-to_float(gate[i]));
+      for (int i = 0; i < count; ++i) {
+        values[i] = rounded<T>(rounded<T>(to_float(gate[i]) / (1.0f + values[i])) * to_float(up[i]));
+      }
     }
 
     const ActivationSource& source_;
