@@ -1,10 +1,11 @@
 """The tables of docs/results/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
-python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--fast | --plans | --estimated-plans] [--no-rotation]
-                              [--resume DIR]
+python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--fast | --widths | --plans | --estimated-plans]
+                              [--no-rotation] [--resume DIR]
 
 TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
-Instead, --fast evaluates recipes that calibrate nothing on every fourth window of all; --plans measures the layers'
+Instead, --fast evaluates recipes that calibrate nothing on every fourth window of all; --widths equalizes and compares
+weight bits, on fewer and shorter windows; --plans measures the layers'
 sensitivity and compares plans, --estimated-plans estimates it (both may be given); with --no-rotation for weights
 rounded to nearest without rotation. --resume keeps the calibration's blocks in DIR.
 """
@@ -14,6 +15,7 @@ import random
 import time
 from pathlib import Path
 
+import torch
 from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import find_model, load_tokenizer
 from flexq.evaluate.perplexity import evaluate
@@ -21,8 +23,11 @@ from flexq.evaluate.text import spread, windows_of
 from flexq.plan import Plan
 from flexq.planning import choose as planning
 from flexq.planning import sensitivity
+from flexq.planning.mixed import BEST_ALPHA, Mixed, with_head
 from flexq.quantize.calibrate import DEFAULT_WINDOWS, calibrate_model
-from flexq.quantize.model import quantize_model, shared_copy
+from flexq.quantize.equalize import equalize_model
+from flexq.quantize.layers import shared_copy
+from flexq.quantize.model import quantize_model
 
 BUDGETS = (0.3, 0.2, 0.1, 0.05)
 
@@ -47,6 +52,33 @@ def recipes(reference, calibration, held_out) -> None:
 def uncalibrated(reference, windows) -> None:
     for recipe in ("w6a8", "w6a6"):
         report(f"fast {recipe}", quantize_model(shared_copy(reference), recipe), windows, reference)
+
+
+def widths(reference, tokenizer, text) -> None:
+    """Weight bits everywhere and layer by layer, scheme channel, A8, equalized."""
+    windows = windows_of(tokenizer, text, 1024)
+    calibration, held_out = spread(windows[:-32], 8), spread(windows[-32:], 6)
+    few = spread(windows[:-32], 4)
+    probes = spread(windows_of(tokenizer, text, 512)[:-64], 10)
+    plan = Plan.uniform(scheme="channel")
+
+    def calibrated(model, plan, on=calibration):
+        return calibrate_model(shared_copy(model), on, plan)
+
+    report("6 bits, not equalized", calibrated(reference, plan), held_out, reference)
+    equalized = shared_copy(reference)
+    equalize_model(equalized, few, BEST_ALPHA, torch.bfloat16)
+    for bits in (6, 5, 8):
+        model = calibrated(equalized, Plan.uniform(scheme="channel", weight_bits=bits))
+        report(f"{bits} bits", model, held_out, reference)
+    mixed = Mixed.of(
+        equalized, probes, with_head(equalized, plan), calibrate=lambda at_6: calibrated(equalized, at_6, few)
+    )
+    for bits in (6.0, 5.0, 4.5):
+        model = calibrated(equalized, mixed.plan_at(mixed.at_mean_bits(bits)))
+        report(f"{bits} bits by layer, head 8", model, held_out, reference)
+        model.lm_head = equalized.lm_head
+        report(f"{bits} bits by layer", model, held_out, reference)
 
 
 def at_random(sizes, budget) -> set[str]:
@@ -89,6 +121,7 @@ def main() -> None:
     parser.add_argument("text", metavar="TEXT", type=Path)
     parser.add_argument("--held-out", type=int, default=16, metavar="WINDOWS")
     parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--widths", action="store_true")
     parser.add_argument("--plans", action="store_true")
     parser.add_argument("--estimated-plans", action="store_true")
     parser.add_argument("--no-rotation", action="store_true")
@@ -110,6 +143,8 @@ def main() -> None:
             plans(reference, model, held_out, probes[-3:], "measure")
         if args.estimated_plans:
             plans(reference, model, held_out, probes[-8:], "estimate")
+    elif args.widths:
+        widths(reference, tokenizer, text)
     elif args.fast:
         uncalibrated(reference, windows[::4])
     else:

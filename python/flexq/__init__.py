@@ -8,6 +8,7 @@ from flexq import _imports
 
 if TYPE_CHECKING:
     from flexq.checkpoint.convert import quantize_checkpoint
+    from flexq.checkpoint.convert_others import convert_checkpoint
     from flexq.checkpoint.read import load_model
     from flexq.checkpoint.source import CheckpointError, ModelError
     from flexq.checkpoint.write import save_model
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # Where each public name lives; imported when it is first asked for, so that `import flexq` costs next to nothing.
 _HOMES = {
     "flexq.checkpoint.convert": ("quantize_checkpoint",),
+    "flexq.checkpoint.convert_others": ("convert_checkpoint",),
     "flexq.checkpoint.read": ("load_model",),
     "flexq.checkpoint.source": ("CheckpointError", "ModelError"),
     "flexq.checkpoint.write": ("save_model",),
@@ -73,6 +75,7 @@ __all__ = [
     "Plan",
     "activation_codes",
     "calibrate_model",
+    "convert_checkpoint",
     "dequantize_weight",
     "fuse_model",
     "gemm",

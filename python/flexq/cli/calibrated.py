@@ -54,7 +54,7 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
             )  # fmt: skip
 
     plan = _with_head(args, floats, plan)
-    if args.best or args.bits is not None or args.size is not None or args.weights:
+    if args.bits is not None or args.size is not None or args.weights:
         model = _mixed(args, source, reference, floats, plan, windows, probes, calibrate)
     else:
         model = calibrate(plan, args.resume)
@@ -110,14 +110,9 @@ def _with_head(args: argparse.Namespace, model, plan):
 def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, probes, calibrate: Callable[..., Any]):
     """The model with its weight bits chosen layer by layer, by --bits, --size or --target-kl, and then measured."""
     from flexq.evaluate.text import spread
-    from flexq.planning.mixed import BEST_BITS, Mixed, bytes_beside, summary
+    from flexq.planning.mixed import Mixed, bytes_beside, summary
     from flexq.planning.sensitivity import Divergence
-    from flexq.quantize.inputs import predicts_tokens
 
-    asked = args.bits is not None or args.size is not None or args.weights
-    if not asked and not predicts_tokens(floats):
-        note(args, "the model predicts no tokens, by which layers are compared: 6 bits everywhere")
-        return calibrate(plan, args.resume)
     mixed = Mixed.of(
         floats,
         spread(probes, _ESTIMATE_WINDOWS),
@@ -137,8 +132,7 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
             chosen = mixed.at_bytes(1e9 * args.size - beside)
             how = {"size": args.size}
         else:
-            bits = args.bits if args.bits is not None else BEST_BITS
-            chosen, how = mixed.at_mean_bits(bits), {"asked_bits": bits}
+            chosen, how = mixed.at_mean_bits(args.bits), {"asked_bits": args.bits}
         model = calibrate(mixed.plan_at(chosen, **how), args.resume)
         reached = divergence.mean(model)
         model.flexq_plan.produced_by["measured_kl"] = reached

@@ -11,7 +11,7 @@ from flexq.cli.options import EXIT_CODES, UsageError, positive
 from flexq.cli.output import print_json
 
 # Modules of this package, each a command of its name, or of the one in _NAMES.
-_COMMANDS = ("quantize", "evaluate", "sensitivity", "generate", "info")
+_COMMANDS = ("quantize", "convert", "evaluate", "sensitivity", "generate", "info")
 _NAMES = {"evaluate": "eval"}
 
 

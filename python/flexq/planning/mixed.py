@@ -18,8 +18,8 @@ from flexq.quantize.experts import PROJECTIONS
 from flexq.quantize.layers import input_embeddings, lm_head_name, weight_at
 from flexq.quantize.model import resolve_plan
 
-# What `best` is.
-BEST_BITS, BEST_ALPHA, HEAD_BITS = 6.0, 0.25, 8
+# Of the recipe `best`.
+BEST_ALPHA, HEAD_BITS = 0.25, 8
 # What is measured, as a share of the estimate: where a search for a target begins.
 _FIRST_SHARE = 1.0
 _TRIES = 4
