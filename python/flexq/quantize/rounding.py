@@ -164,8 +164,7 @@ def compensated_round(
         _descend(config.weight_bits, target, step, h, codes)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    planes = ops.pack_codes(codes[back].T.to(torch.int8).cpu(), config.weight_bits)
-    return planes.to(weight.device), scales
+    return ops.pack_codes(codes[back].T.to(torch.int8), config.weight_bits), scales
 
 
 def _captured(function):
