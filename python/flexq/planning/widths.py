@@ -31,8 +31,7 @@ from flexq.quantize.tracing import shared_inputs
 FORMAT = "flexq-width-sensitivity"
 VERSION = 1
 _CALIBRATED = 0  # beside widths
-# Of an error, by calibration: what more it takes at 6 bits is not relied on at others. (SmolLM2's first attention would
-# be given 4 bits, in a plan with a tenth more KL than one without.)
+# Of an error, by calibration: what more it takes away at 6 bits is not relied on at others.
 _LEAST_LEFT = 0.25
 
 
