@@ -99,7 +99,10 @@ def test_estimate_of_calibrated_weights(reference, mixed):
     found = Mixed.of(reference, windows(), Plan.uniform(scheme="channel"), calibrate=calibrate)
     exact = widths.estimate(reference, {6: calibrate(Plan.uniform(scheme="channel"))}, windows())
     for nearest, scaled, at_6 in zip(mixed.ranking, found.ranking, exact, strict=True):
-        assert scaled.kl[6] == pytest.approx(min(at_6.kl[6], nearest.kl[6]), rel=0.05)
+        if at_6.kl[6] > 0.4 * nearest.kl[6]:
+            assert scaled.kl[6] == pytest.approx(min(at_6.kl[6], nearest.kl[6]), rel=0.05)
+        else:  # of what calibration takes away, no more than three quarters are relied on
+            assert at_6.kl[6] * 0.99 < scaled.kl[6] < 0.5 * nearest.kl[6]
         assert all(scaled.kl[bits] <= nearest.kl[bits] * 1.001 for bits in WIDTHS)
         assert scaled.kl[4] > scaled.kl[5] > scaled.kl[6] > scaled.kl[8]
         assert scaled.bytes == nearest.bytes
