@@ -91,6 +91,7 @@ Device query_device(int32_t device) {
   Device d{.num_sms = sms,
            .has_sm90 = major >= 9,
            .has_wgmma = kHasWgmma && major == 9,
+           .shared_per_cta = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
            .dram_bytes_per_us = costs.bandwidth_share * peak,
            .clocks_per_us = clocks,
            .costs = costs,

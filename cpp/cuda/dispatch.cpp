@@ -149,7 +149,8 @@ Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int3
   for (int i = 0; i < num_mma_configs(); ++i) {
     const MmaShape c = mma_shape(i);
     const bool bits = c.act_bits != 0;
-    if ((bits && (c.act_bits != act_bits || m > c.tokens)) || !has_mma(i, desc.weight_bits, p.per_group())) continue;
+    if ((bits && (c.act_bits != act_bits || m > c.tokens)) || !has_mma(device, i, desc.weight_bits, p.per_group()))
+      continue;
     const int splits = mma_splits(p, c);
     add({GemmPlan::kMma, i, splits, 1, c.max_blocks});
     // Fewer rows where they fill the GPU evenly.

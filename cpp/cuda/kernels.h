@@ -21,6 +21,8 @@ struct Device {
   int num_sms;
   bool has_sm90;   // clusters, and kernels that start before the one ahead of them has finished
   bool has_wgmma;  // sm_90a code runs
+  int64_t
+      shared_per_cta;  // bytes, the most that a kernel may ask for: 99 KB on sm_86, sm_89 and sm_120, 227 KB on sm_90
   double dram_bytes_per_us, clocks_per_us;
   CostTable costs;
   std::string cost_table_name, cost_table_text;
@@ -86,7 +88,8 @@ struct MmaShape {
 };
 int num_mma_configs();
 MmaShape mma_shape(int config);
-bool has_mma(int config, int32_t weight_bits, bool per_group);
+// Whether there is such a kernel, and the device has the shared memory that it needs.
+bool has_mma(const Device& device, int config, int32_t weight_bits, bool per_group);
 // Also throws FLEXQ_UNSUPPORTED for what is too large for a launch.
 size_t mma_workspace_size(const GemmPlan& plan, const flexq_weight_desc& desc, int64_t m);
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan);

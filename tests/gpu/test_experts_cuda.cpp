@@ -65,6 +65,9 @@ Device device_for(const Gpu& gpu) {
   int major = 0;
   cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
   device.has_sm90 = major >= 9;
+  int shared = 0;
+  cuda_check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  device.shared_per_cta = shared;
   for (const flexq_kernel_info& info : kernels_for(gpu.cuda, FLEXQ_SCHEME_GROUP, 128)) {
     device.has_wgmma = device.has_wgmma || std::strncmp(info.name, "wgmma", 5) == 0;
   }
@@ -389,7 +392,7 @@ void test_hidden(const Gpu& gpu, const Device& device) {
 std::vector<GemmPlan> plans_for(const Device& device, flexq_scheme scheme, int32_t weight_bits = 6) {
   std::vector<GemmPlan> plans;
   for (int i = 0; i < flexq::cuda::num_mma_configs(); ++i) {
-    if (!kernels::has_mma(i, weight_bits, scheme == FLEXQ_SCHEME_GROUP)) continue;
+    if (!kernels::has_experts_mma(device, i, weight_bits, scheme == FLEXQ_SCHEME_GROUP)) continue;
     const flexq::cuda::MmaShape shape = flexq::cuda::mma_shape(i);
     for (int blocks = shape.min_blocks; blocks <= shape.max_blocks; ++blocks) {
       plans.push_back({GemmPlan::kMma, i, 1, 1, blocks});
@@ -397,7 +400,7 @@ std::vector<GemmPlan> plans_for(const Device& device, flexq_scheme scheme, int32
   }
   for (int i = 0; device.has_wgmma && i < flexq::cuda::num_wgmma_configs(); ++i) {
     const flexq::cuda::WgmmaShape shape = flexq::cuda::wgmma_shape(i);
-    if (!kernels::has_wgmma(i) || !(scheme == FLEXQ_SCHEME_GROUP ? shape.group : shape.channel)) continue;
+    if (!kernels::has_experts_wgmma(i) || !(scheme == FLEXQ_SCHEME_GROUP ? shape.group : shape.channel)) continue;
     plans.push_back({GemmPlan::kWgmma, i, 1, 1});
   }
   return plans;

@@ -344,15 +344,30 @@ DirectParams params_of(const DirectArgs& args, flexq_projection projection, cons
   return p;
 }
 
+// Of a kernel with so many steps: what each has of activations and, where x is quantized by channel, its values.
+template <bool kUp, bool kPerGroup, int kBits>
+size_t shared_bytes(int64_t steps) {
+  constexpr size_t kStep = sizeof(Step) + (kUp && !kPerGroup ? 32 * sizeof(float4) : 0);
+  return sizeof(Shared<kUp, kPerGroup, kBits>) + static_cast<size_t>(steps) * kStep;
+}
+
+template <bool kUp>
+size_t shared_bytes(const flexq_projection_format& format, int64_t steps) {
+  return dispatch_weight_bits(format.weight_bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    return format.scheme == FLEXQ_SCHEME_GROUP ? shared_bytes<kUp, true, kBits>(steps)
+                                               : shared_bytes<kUp, false, kBits>(steps);
+  });
+}
+
 template <typename X, bool kPerGroup, int kBits>
 void launch_kernel(cudaStream_t stream, const Device& device, const DirectParams& params, int64_t rows, int64_t steps) {
   constexpr bool kUp = !std::is_void_v<X>;
-  constexpr size_t kStep = sizeof(Step) + (kUp && !kPerGroup ? 32 * sizeof(float4) : 0);
   const char* what = kUp ? "direct_gate_up" : "direct_down";
   launch(stream, what, direct_kernel<X, kPerGroup, kBits>,
          {.grid = checked_grid(what, ceil_div(params.row_blocks, params.blocks), rows),
           .block = dim3(32 * kWarps),
-          .shared_bytes = sizeof(Shared<kUp, kPerGroup, kBits>) + static_cast<size_t>(steps) * kStep,
+          .shared_bytes = shared_bytes<kUp, kPerGroup, kBits>(steps),
           .overlapped = device.has_sm90,
           .most_shared = true},
          params);
@@ -370,10 +385,11 @@ void launch_for(cudaStream_t stream, const Device& device, const flexq_projectio
 
 }  // namespace
 
-bool has_direct(const flexq_experts_desc& desc, int64_t top_k) {
-  constexpr int64_t kMaxUpSteps = 128;  // whose values are in shared memory
-  return top_k <= kMaxPairs && top_k * num_groups(desc.intermediate) <= kMaxSteps &&
-         num_groups(desc.hidden) <= kMaxUpSteps;
+bool has_direct(const Device& device, const flexq_experts_desc& desc, int64_t top_k) {
+  const int64_t up_steps = num_groups(desc.hidden), down_steps = top_k * num_groups(desc.intermediate);
+  if (top_k > kMaxPairs || std::max(up_steps, down_steps) > kMaxSteps) return false;
+  const size_t most = std::max(shared_bytes<true>(desc.gate_up, up_steps), shared_bytes<false>(desc.down, down_steps));
+  return most <= static_cast<size_t>(device.shared_per_cta);
 }
 
 void direct_gate_up(cudaStream_t stream, const Device& device, const DirectArgs& args) {

@@ -57,12 +57,12 @@ std::optional<Candidate> gemm_of(const Device& device, flexq_weight_desc desc, i
     if (plan.family == GemmPlan::kMma) {
       const MmaShape shape = mma_shape(plan.config);
       if (shape.tokens != tile_tokens || shape.act_bits != 0 ||
-          !has_mma(plan.config, desc.weight_bits, desc.scheme == FLEXQ_SCHEME_GROUP))
+          !has_experts_mma(device, plan.config, desc.weight_bits, desc.scheme == FLEXQ_SCHEME_GROUP))
         continue;
       candidate.microseconds *= plan.splits;  // K is not split here
       plan.splits = 1;
     } else {
-      if (wgmma_shape(plan.config).tokens != tile_tokens || !has_wgmma(plan.config)) continue;
+      if (wgmma_shape(plan.config).tokens != tile_tokens || !has_experts_wgmma(plan.config)) continue;
       if (plan.splits > 1 || plan.multicast > 1) continue;
     }
     if (kernel != nullptr && std::strcmp(name_of(plan).text, kernel) != 0) continue;
@@ -270,9 +270,10 @@ struct Direct {
     size = gate_up + align_up(static_cast<size_t>(pairs * 2 * desc.intermediate) * dtype_size(x_dtype));
   }
 
-  static bool fits(const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m, int64_t top_k) {
+  static bool fits(const Device& device, const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m,
+                   int64_t top_k) {
     const bool few = m == 1 || (m <= kDirectTokens && m * top_k * kExpertsPerPair <= desc.experts);
-    return few && stream.kernel == nullptr && has_direct(desc, top_k);
+    return few && stream.kernel == nullptr && has_direct(device, desc, top_k);
   }
 
   void run(cudaStream_t stream, const Device& device, const ExpertsCall& call,
@@ -325,7 +326,7 @@ struct Direct {
 
 size_t workspace_size(const Device& device, const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m,
                       int64_t top_k, flexq_dtype x_dtype) {
-  if (Direct::fits(stream, desc, m, top_k)) return Direct(desc, m * top_k, x_dtype).size;
+  if (Direct::fits(device, stream, desc, m, top_k)) return Direct(desc, m * top_k, x_dtype).size;
   const int64_t pairs = tokens_at_once(m, top_k) * top_k;
   return Workspace(desc, plan_of(device, stream, desc, pairs), pairs, x_dtype).size;
 }
@@ -333,7 +334,7 @@ size_t workspace_size(const Device& device, const flexq_stream& stream, const fl
 void forward(const Device& device, const flexq_stream& stream, const ExpertsCall& call,
              const std::array<int64_t, 2>& weight_strides) {
   const flexq_routing& routing = call.routing;
-  if (Direct::fits(stream, call.desc, routing.m, routing.top_k)) {
+  if (Direct::fits(device, stream, call.desc, routing.m, routing.top_k)) {
     return Direct(call.desc, routing.m * routing.top_k, call.x_dtype)
         .run(static_cast<cudaStream_t>(stream.handle), device, call, weight_strides);
   }

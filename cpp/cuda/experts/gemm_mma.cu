@@ -8,7 +8,9 @@
 
 namespace flexq::cuda::experts {
 
-bool has_mma(int config, int32_t weight_bits, bool per_group) { return has_mma_kernel(config, weight_bits, per_group); }
+bool has_experts_mma(const Device& device, int config, int32_t weight_bits, bool per_group) {
+  return has_mma_kernel(config, weight_bits, per_group) && cuda::has_mma(device, config, weight_bits, per_group);
+}
 
 void gemm_mma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan) {
   const flexq_weight_desc& desc = args.gemm.desc;

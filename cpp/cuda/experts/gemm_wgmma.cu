@@ -10,7 +10,7 @@
 
 namespace flexq::cuda::experts {
 
-bool has_wgmma(int config) { return has_wgmma_kernel(config, true) || has_wgmma_kernel(config, false); }
+bool has_experts_wgmma(int config) { return has_wgmma_kernel(config, true) || has_wgmma_kernel(config, false); }
 
 void gemm_wgmma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan) {
   const flexq_weight_desc& desc = args.gemm.desc;

@@ -42,8 +42,8 @@ struct ExpertsGemmArgs {
 void gemm_mma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan);
 void gemm_wgmma(cudaStream_t stream, const Device& device, const ExpertsGemmArgs& args, const GemmPlan& plan);
 // Whether the family has a kernel of this config for experts.
-bool has_mma(int config, int32_t weight_bits, bool per_group);
-bool has_wgmma(int config);
+bool has_experts_mma(const Device& device, int config, int32_t weight_bits, bool per_group);
+bool has_experts_wgmma(int config);
 
 // h = f(gate) * up of every pair, quantized.
 struct HiddenArgs {
@@ -91,8 +91,8 @@ struct DirectArgs {
 };
 void direct_gate_up(cudaStream_t stream, const Device& device, const DirectArgs& args);
 void direct_down(cudaStream_t stream, const Device& device, const DirectArgs& args);
-// Whether a token's pairs are few and short enough for them.
-bool has_direct(const flexq_experts_desc& desc, int64_t top_k);
+// Whether a token's pairs are few and short enough for them, on this device.
+bool has_direct(const Device& device, const flexq_experts_desc& desc, int64_t top_k);
 
 // 16-byte accesses to all rows are aligned.
 inline bool rows_are_vectors(const void* rows, int64_t ld, flexq_dtype dtype) {

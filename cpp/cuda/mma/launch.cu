@@ -48,7 +48,10 @@ size_t mma_workspace_size(const GemmPlan& plan, const flexq_weight_desc& desc, i
   return align_up(static_cast<size_t>(plan.splits * grids.tiles * kConfigs[plan.config].sums() * 4));
 }
 
-bool has_mma(int config, int32_t weight_bits, bool per_group) { return has_kernel(config, weight_bits, per_group); }
+bool has_mma(const Device& device, int config, int32_t weight_bits, bool per_group) {
+  return has_kernel(config, weight_bits, per_group) &&
+         config_for(config, weight_bits).shared_bytes(per_group) <= device.shared_per_cta;
+}
 
 void gemm_mma(cudaStream_t stream, const Device& device, const GemmArgs& args, const GemmPlan& plan) {
   const Config c = config_for(plan.config, args.desc.weight_bits);
