@@ -26,11 +26,15 @@ run experts 150 "$build/tests/test_experts_cuda"
 run kernels 100 "$build/benchmarks/cuda_linear"
 run layer 60 "$build/benchmarks/cuda_linear" --layer
 run moe 200 "$build/benchmarks/cuda_experts"
+run widths 100 "$build/benchmarks/cuda_linear" W4 W5 W6 W8 8192x8192 28672x4096 1 16 64 256 1024
 run linear 150 python3 -m flexq bench linear --device cuda --quiet \
   --tokens 1 8 16 32 64 128 256 1024 4096
 run decode 300 python3 -m flexq bench decode --quiet --side-by-side --contexts 128 \
   --contenders "flexq W6A8" "flexq W6A8 channel" bf16 W8A8 fp8
 run host 30 python3 -m flexq bench host --device cuda
+if python3 -c 'import vllm' 2> /dev/null; then
+  run serve 500 python3 benchmarks/serve_gpu.py --contenders bf16 fp8 flexq-channel-head --loads 64
+fi
 # Some tests provoke errors of the API on purpose.
 run memcheck 90 compute-sanitizer --tool memcheck --report-api-errors no "$build/tests/test_cuda" --quick
 run memcheck-experts 60 compute-sanitizer --tool memcheck "$build/tests/test_experts_cuda"
