@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flexq.bench import models
+
 _DENSE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -38,15 +40,7 @@ _DENSE = {
     "dtype": "bfloat16",
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": _DENSE
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
+    "llama-3.1-8b": _DENSE | models.SHAPES["llama-3.1-8b"],
     "qwen3-32b": _DENSE
     | {
         "architectures": ["Qwen3ForCausalLM"],
@@ -60,21 +54,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attention_bias": False,
     },
     "qwen3-30b-a3b": _DENSE
+    | models.SHAPES["qwen3-30b-a3b"]
     | {
         "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "vocab_size": 151936,
         "attention_bias": False,
     },
 }

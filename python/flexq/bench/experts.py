@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexq import ops
+from flexq.bench.models import random_experts
 from flexq.bench.timing import Kernel, Kernels, cpu_seconds, graph_seconds, read_bandwidth
-from flexq.experts import Experts
 from flexq.plan import LayerConfig
 from flexq.progress import Progress
 
@@ -67,18 +66,6 @@ class ExpertsPoint:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _random_experts(shape: ExpertsShape, scheme: str, device: str, dtype: torch.dtype) -> Experts:
-    """Random planes: no float weights are made."""
-    groups = [ops.num_groups(k) for k in (shape.hidden, shape.intermediate)]
-    rows, config = (2 * shape.intermediate, shape.hidden), LayerConfig(scheme=scheme)
-    canonical = []
-    for n, g in zip(rows, groups, strict=True):
-        planes = torch.randint(0, 256, (shape.experts, n, g, 6, 16), dtype=torch.uint8, device=device)
-        scales = torch.full((shape.experts, n, g if scheme == "group" else 1), 1e-3, dtype=torch.float16, device=device)
-        canonical.append((planes, scales))
-    return Experts.from_canonical(*canonical, shape.intermediate, gate_up_config=config, dtype=dtype)
 
 
 class _TransformersExperts:
@@ -166,7 +153,10 @@ def bench_experts(
     dtype = torch.bfloat16
     torch.manual_seed(0)
     tokens = tokens or (CUDA_TOKENS if on_gpu else CPU_TOKENS)
-    ours = {scheme: _random_experts(size, scheme, device, dtype) for scheme in ("group", "channel")}
+    ours = {
+        scheme: random_experts(LayerConfig(scheme=scheme), size.experts, size.hidden, size.intermediate, device, dtype)
+        for scheme in ("group", "channel")
+    }
     per_expert = ours["group"].stored_bytes / size.experts
     others = _transformers(size, device, dtype) if peers else None
     fused = _vllm(others) if others is not None and on_gpu else None

@@ -1,6 +1,7 @@
 """Whole models of a known shape with random weights, made layer by layer where they are needed, so that nothing is
 downloaded and no model is ever there in floating point unless it is measured so."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -126,43 +127,30 @@ def _float_linear(n: int, k: int, device, dtype) -> nn.Module:
     return layer
 
 
+def _random_canonical(rows: tuple[int, ...], k: int, config: LayerConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random planes [*rows, G, 6, 16], whose codes past K are zero, and scales [*rows, G or 1]."""
+    groups = ops.num_groups(k)
+    planes = torch.randint(0, 256, (*rows, groups, 6, 16), dtype=torch.uint8, device=device)
+    if k % ops.GROUP_SIZE:
+        bits = torch.arange(ops.GROUP_SIZE).view(16, 8) < k % ops.GROUP_SIZE
+        planes[..., -1, :, :] &= (bits.int() << torch.arange(8)).sum(1).to(torch.uint8).to(device)
+    per_row = groups if config.scheme == "group" else 1
+    return planes, torch.full((*rows, per_row), 0.02 / 18, dtype=torch.float16, device=device)
+
+
+def random_experts(config: LayerConfig, experts: int, hidden: int, intermediate: int, device, dtype) -> Experts:
+    """Of random planes: no float weights are made."""
+    gate_up = _random_canonical((experts, 2 * intermediate), hidden, config, device)
+    down = _random_canonical((experts, hidden), intermediate, config, device)
+    return Experts.from_canonical(gate_up, down, intermediate, gate_up_config=config, dtype=dtype)
+
+
 def _flexq_linear(config: LayerConfig) -> Callable[..., nn.Module]:
     def make(n: int, k: int, device, dtype) -> nn.Module:
-        groups = ops.num_groups(k)
-        planes = torch.randint(0, 256, (n, groups, config.weight_bits, 16), dtype=torch.uint8, device=device)
-        if k % ops.GROUP_SIZE:
-            _zero_padding(planes, k)
-        scales = torch.full(
-            (n, groups if config.scheme == "group" else 1), 0.02 / 18, dtype=torch.float16, device=device
-        )
         like = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
-        return Linear.from_canonical(planes, scales, like, config)
+        return Linear.from_canonical(*_random_canonical((n,), k, config, device), like, config)
 
     return make
-
-
-def _flexq_experts(config: LayerConfig) -> Callable[..., Experts]:
-    def make(experts: int, hidden: int, intermediate: int, device, dtype) -> Experts:
-        canonical = []
-        for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
-            groups = ops.num_groups(k)
-            planes = torch.randint(0, 256, (experts, n, groups, 6, 16), dtype=torch.uint8, device=device)
-            if k % ops.GROUP_SIZE:
-                for of_expert in planes:
-                    _zero_padding(of_expert, k)
-            per_row = groups if config.scheme == "group" else 1
-            scales = torch.full((experts, n, per_row), 0.02 / 18, dtype=torch.float16, device=device)
-            canonical.append((planes, scales))
-        return Experts.from_canonical(*canonical, intermediate, gate_up_config=config, dtype=dtype)
-
-    return make
-
-
-def _zero_padding(planes: torch.Tensor, k: int) -> None:
-    """Codes past K are zero."""
-    bits = torch.arange(ops.GROUP_SIZE).view(16, 8) < k % ops.GROUP_SIZE
-    mask = (bits.int() << torch.arange(8)).sum(1).to(torch.uint8)
-    planes[:, -1] &= mask.to(planes.device)
 
 
 @dataclass(frozen=True)
@@ -188,7 +176,9 @@ class Contender:
 
 
 def _flexq(name: str, config: LayerConfig, lm_head: bool = False) -> Contender:
-    return Contender(name, _flexq_linear(config), fused=True, lm_head=lm_head, experts=_flexq_experts(config))
+    return Contender(
+        name, _flexq_linear(config), fused=True, lm_head=lm_head, experts=functools.partial(random_experts, config)
+    )
 
 
 CONTENDERS = {

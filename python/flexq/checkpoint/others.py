@@ -140,13 +140,15 @@ def _unpacked_stream(packed: torch.Tensor, bits: int, length: int) -> torch.Tens
     return (pairs >> shift & ((1 << bits) - 1)).to(torch.int32)
 
 
-def _need(layer: str, read: Read, name: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> torch.Tensor:
+def _need(layer: str, read: Read, name: str, dtype: torch.dtype | None, *shapes: tuple[int, ...]) -> torch.Tensor:
+    """The tensor, which is of one of the shapes."""
     tensor = read(name)
     if tensor is None:
         raise ModelError(f"{layer} has no tensor {name}")
-    if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
+    if tuple(tensor.shape) not in shapes or (dtype is not None and tensor.dtype != dtype):
         kind = "" if dtype is None else f"{dtype} "
-        raise ModelError(f"{layer}.{name} must be {kind}{list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+        allowed = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ModelError(f"{layer}.{name} must be {kind}{allowed}, got {tensor.dtype} {list(tensor.shape)}")
     return tensor
 
 
@@ -175,9 +177,8 @@ def _read_compressed(form: Format, layer: str, read: Read, n: int, k: int) -> La
     _require(read("weight_zero_point") is None, f"{layer} has zero points")
     _require_order(layer, read("weight_g_idx"), form, k)
     words, stream = -(-k // (32 // form.bits)), -(-k * form.bits // 32)
-    given = read("weight_packed")
-    is_stream = given is not None and given.dim() == 2 and given.shape[1] == stream != words
-    packed = _need(layer, read, "weight_packed", torch.int32, (n, stream if is_stream else words))
+    packed = _need(layer, read, "weight_packed", torch.int32, (n, words), (n, stream))
+    is_stream = packed.shape[1] == stream != words
     scales = _need(layer, read, "weight_scale", None, (n, _groups(form, k)))
     _require(words != stream or 32 % form.bits == 0, f"{layer}: {k} inputs do not tell how its codes are packed")
     codes = _unpacked_stream(packed, form.bits, k) if is_stream else _unpacked(packed, form.bits, 1, k)

@@ -19,6 +19,7 @@ from torch import nn
 
 from flexq.experts import ExpertWeights
 from flexq.linear import Linear
+from flexq.planning.heat_map import heat_map
 from flexq.progress import Progress
 from flexq.quantize import fisher
 from flexq.quantize.blocks import Stack, Trace, decoder_stack, starting_at, trace
@@ -305,34 +306,11 @@ def plot(
         block_of: a layer's block; by default the first number in its name.
         title: what was measured: model, method, text.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'") from None
-    block_of = block_of or (lambda name: next((int(part) for part in name.split(".") if part.isdigit()), 0))
-    kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in sorted(ranking, key=lambda x: x.name)))
-    count = max(block_of(layer.name) for layer in ranking) + 1
-    grid = torch.zeros(len(kinds), count)
-    for layer in ranking:
-        grid[kinds.index(layer.name.rpartition(".")[2]), block_of(layer.name)] = max(layer.kl, 0.0)
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), width_ratios=(2, 1), layout="constrained")
-    image = axes[0].imshow(grid.sqrt(), aspect="auto", cmap="viridis")
-    axes[0].set(
-        yticks=range(len(kinds)),
-        yticklabels=kinds,
-        xlabel="block",
-        title="square root of the KL added by A6 (nats a token)",
-    )
-    figure.colorbar(image, ax=axes[0])
-    axes[1].plot(*zip(*curve(ranking), strict=True))
-    axes[1].set(
-        xlabel="share of parameters at A8", ylabel="KL left, sum over layers (nats a token)", title="what 8 bits buy"
-    )
-    axes[1].grid(alpha=0.3)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    values = {layer.name: layer.kl for layer in ranking}
+    with heat_map(values, "square root of the KL added by A6 (nats a token)", path, block_of, title) as axes:
+        axes.plot(*zip(*curve(ranking), strict=True))
+        axes.set(
+            xlabel="share of parameters at A8",
+            ylabel="KL left, sum over layers (nats a token)",
+            title="what 8 bits buy",
+        )
