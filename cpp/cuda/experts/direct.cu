@@ -395,26 +395,13 @@ bool has_direct(const Device& device, const flexq_experts_desc& desc, int64_t to
 void direct_gate_up(cudaStream_t stream, const Device& device, const DirectArgs& args) {
   const flexq_activation_desc act = activation_of_expert(args.desc, FLEXQ_GATE_UP, args.tokens);
   DirectParams params = params_of(args, FLEXQ_GATE_UP, device);
-  params.act.m = act.m;
-  params.act.k = act.k;
-  params.act.groups = num_groups(act.k);
-  params.act.qmax = act_max_code(act.act_bits);
-  params.act.rotate = act.rotation == FLEXQ_ROTATION_HADAMARD128;
-  params.act.per_group = act.scheme == FLEXQ_SCHEME_GROUP;
-  params.act.vectors = rows_are_vectors(args.x, args.ldx, args.x_dtype);
+  params.act = quantize::params_for(act);
+  params.act.vectors = quantize::rows_are_vectors(args.x, args.ldx, args.x_dtype);
   params.x = args.x;
   params.ldx = args.ldx;
-  const auto launch_of = [&](auto type) {
+  quantize::dispatch_type(args.x_dtype, [&](auto type) {
     launch_for<decltype(type)>(stream, device, args.desc.gate_up, params, args.tokens * args.top_k, params.groups);
-  };
-  switch (args.x_dtype) {
-    case FLEXQ_F16:
-      return launch_of(__half{});
-    case FLEXQ_BF16:
-      return launch_of(__nv_bfloat16{});
-    default:
-      return launch_of(float{});
-  }
+  });
 }
 
 void direct_down(cudaStream_t stream, const Device& device, const DirectArgs& args) {

@@ -98,7 +98,7 @@ inline HiddenRows hidden_rows(const flexq_experts_desc& desc, const void* u) {
 
 // Of both halves of a row of u, where they are halves.
 inline bool hidden_rows_are_vectors(const HiddenRows& rows, flexq_dtype dtype) {
-  return rows_are_vectors(rows.u, rows.interleaved ? 2 * rows.intermediate : rows.intermediate, dtype);
+  return quantize::rows_are_vectors(rows.u, rows.interleaved ? 2 * rows.intermediate : rows.intermediate, dtype);
 }
 
 }  // namespace flexq::cuda::experts

@@ -94,9 +94,4 @@ void direct_down(cudaStream_t stream, const Device& device, const DirectArgs& ar
 // Whether a token's pairs are few and short enough for them, on this device.
 bool has_direct(const Device& device, const flexq_experts_desc& desc, int64_t top_k);
 
-// 16-byte accesses to all rows are aligned.
-inline bool rows_are_vectors(const void* rows, int64_t ld, flexq_dtype dtype) {
-  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && ld * (dtype == FLEXQ_F32 ? 4 : 2) % 16 == 0;
-}
-
 }  // namespace flexq::cuda::experts

@@ -174,22 +174,8 @@ __global__ void __launch_bounds__(32 * kMaxTokenWarps)
 template <typename Source>
 QuantizeParams<Source> params_of(const flexq_activation_desc& act, void* quantized, const Source& from, int64_t items,
                                  bool vectors) {
-  const ActivationLayout layout(act);
-  auto* bytes = static_cast<uint8_t*>(quantized);
-  QuantizeParams<Source> params{};
-  params.m = act.m;
-  params.k = act.k;
-  params.groups = num_groups(act.k);
-  params.tiles = layout.tiles;
-  params.qmax = act_max_code(act.act_bits);
-  params.rotate = act.rotation == FLEXQ_ROTATION_HADAMARD128;
-  params.per_group = act.scheme == FLEXQ_SCHEME_GROUP;
+  QuantizeParams<Source> params{quantize::params_for(act, quantized), from, items};
   params.vectors = vectors;
-  params.cluster = 1;
-  params.codes = bytes;
-  params.scales = reinterpret_cast<float*>(bytes + layout.scales);
-  params.from = from;
-  params.items = items;
   return params;
 }
 
@@ -217,22 +203,16 @@ void launch_for(cudaStream_t stream, const Device& device, const char* what, con
 template <typename Source>
 void launch_for(cudaStream_t stream, const Device& device, const char* what, flexq_dtype dtype,
                 const QuantizeParams<Source>& params) {
-  switch (dtype) {
-    case FLEXQ_F16:
-      return launch_for<__half>(stream, device, what, params);
-    case FLEXQ_BF16:
-      return launch_for<__nv_bfloat16>(stream, device, what, params);
-    default:
-      return launch_for<float>(stream, device, what, params);
-  }
+  quantize::dispatch_type(dtype, [&](auto type) { launch_for<decltype(type)>(stream, device, what, params); });
 }
 
 }  // namespace
 
 void quantize_inputs(cudaStream_t stream, const Device& device, const InputsArgs& args) {
   const Tokens from{args.x, args.ldx, static_cast<int>(args.top_k), args.places, args.weights, args.weights_dtype};
-  launch_for(stream, device, "quantize_inputs", args.dtype,
-             params_of(args.act, args.quantized, from, args.tokens, rows_are_vectors(args.x, args.ldx, args.dtype)));
+  launch_for(
+      stream, device, "quantize_inputs", args.dtype,
+      params_of(args.act, args.quantized, from, args.tokens, quantize::rows_are_vectors(args.x, args.ldx, args.dtype)));
 }
 
 void quantize_hidden(cudaStream_t stream, const Device& device, const HiddenArgs& args) {

@@ -82,15 +82,9 @@ void launch_for(cudaStream_t stream, const Device& device, const Params& params)
   }
 }
 
-// 16-byte accesses to all rows are aligned.
-bool rows_are_vectors(const ActivationSource& source) {
-  const int64_t element = source.dtype == FLEXQ_F32 ? 4 : 2;
-  bool vectors = true;
-  for (const void* p : {source.x, source.other, source.weight, static_cast<const void*>(source.sum)}) {
-    vectors = vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  }
-  for (const int64_t ld : {source.ldx, source.ld_other, source.ld_sum}) vectors = vectors && ld * element % 16 == 0;
-  return vectors;
+bool source_is_vectors(const ActivationSource& s) {
+  return rows_are_vectors(s.x, s.ldx, s.dtype) && rows_are_vectors(s.other, s.ld_other, s.dtype) &&
+         rows_are_vectors(s.weight, 0, s.dtype) && rows_are_vectors(s.sum, s.ld_sum, s.dtype);
 }
 
 }  // namespace
@@ -98,31 +92,11 @@ bool rows_are_vectors(const ActivationSource& source) {
 
 void quantize_activation(cudaStream_t stream, const Device& device, const flexq_activation_desc& desc,
                          const ActivationSource& source, void* quantized) {
-  const ActivationLayout layout(desc);
-  auto* bytes = static_cast<uint8_t*>(quantized);
-  const quantize::Params params{
-      .source = source,
-      .m = desc.m,
-      .k = desc.k,
-      .groups = num_groups(desc.k),
-      .tiles = layout.tiles,
-      .qmax = act_max_code(desc.act_bits),
-      .rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128,
-      .per_group = desc.scheme == FLEXQ_SCHEME_GROUP,
-      .vectors = quantize::rows_are_vectors(source),
-      .cluster = 1,
-      .prefetch = false,
-      .codes = bytes,
-      .scales = reinterpret_cast<float*>(bytes + layout.scales),
-  };
-  switch (source.dtype) {
-    case FLEXQ_F16:
-      return quantize::launch_for<__half>(stream, device, params);
-    case FLEXQ_BF16:
-      return quantize::launch_for<__nv_bfloat16>(stream, device, params);
-    default:
-      return quantize::launch_for<float>(stream, device, params);
-  }
+  quantize::Params params = quantize::params_for(desc, quantized);
+  params.source = source;
+  params.vectors = quantize::source_is_vectors(source);
+  quantize::dispatch_type(source.dtype,
+                          [&](auto type) { quantize::launch_for<decltype(type)>(stream, device, params); });
 }
 
 }  // namespace flexq::cuda

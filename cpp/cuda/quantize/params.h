@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "core/backend.h"
+#include "core/format.h"
+#include "cuda/layout.h"
 
 namespace flexq::cuda::quantize {
 
@@ -29,6 +31,32 @@ struct Params {
   uint8_t* codes;
   float* scales;
 };
+
+// Those of a format; what a launch adds: source, vectors, codes and scales.
+inline Params params_for(const flexq_activation_desc& desc) {
+  Params params{};
+  params.m = desc.m;
+  params.k = desc.k;
+  params.groups = num_groups(desc.k);
+  params.tiles = ceil_div(desc.m, kTokenTile);
+  params.qmax = act_max_code(desc.act_bits);
+  params.rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
+  params.per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
+  params.cluster = 1;
+  return params;
+}
+// The same, with the memory that codes and scales go to (layout.h).
+inline Params params_for(const flexq_activation_desc& desc, void* quantized) {
+  Params params = params_for(desc);
+  params.codes = static_cast<uint8_t*>(quantized);
+  params.scales = reinterpret_cast<float*>(params.codes + ActivationLayout(desc).scales);
+  return params;
+}
+
+// 16-byte accesses to all rows are aligned.
+inline bool rows_are_vectors(const void* rows, int64_t ld, flexq_dtype dtype) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && ld * (dtype == FLEXQ_F32 ? 4 : 2) % 16 == 0;
+}
 
 // Groups that a warp keeps in registers while a statistic of the whole token is reduced. Fusing takes registers too.
 constexpr int kept_groups(ActivationSource::Kind kind, int lanes) {

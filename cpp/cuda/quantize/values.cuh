@@ -27,6 +27,19 @@ __device__ T from_float(float x) {
   }
 }
 
+// Calls f with a value of the type.
+template <typename F>
+decltype(auto) dispatch_type(flexq_dtype dtype, F&& f) {
+  switch (dtype) {
+    case FLEXQ_F16:
+      return f(__half{});
+    case FLEXQ_BF16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(float{});
+  }
+}
+
 // What an unfused operation would have stored and read back.
 template <typename T>
 __device__ float rounded(float x) {

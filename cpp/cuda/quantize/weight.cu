@@ -280,7 +280,7 @@ int64_t quantize_weight(cudaStream_t stream, const flexq_weight_desc& desc, cons
   params.of_rows.groups = num_groups(desc.k);
   params.of_rows.rotate = desc.rotation == FLEXQ_ROTATION_HADAMARD128;
   params.of_rows.per_group = desc.scheme == FLEXQ_SCHEME_GROUP;
-  params.of_rows.vectors = reinterpret_cast<uintptr_t>(w) % 16 == 0 && ldw * (dtype == FLEXQ_F32 ? 4 : 2) % 16 == 0;
+  params.of_rows.vectors = quantize::rows_are_vectors(w, ldw, dtype);
   params.w = w;
   params.n = desc.n;
   params.ldw = ldw;
@@ -288,14 +288,8 @@ int64_t quantize_weight(cudaStream_t stream, const flexq_weight_desc& desc, cons
   params.shares = scale_shares(desc.weight_bits);
   params.planes = planes;
   params.scales = scales;
-  switch (dtype) {
-    case FLEXQ_F16:
-      return quantize_as<__half>(stream, params, desc, dtype);
-    case FLEXQ_BF16:
-      return quantize_as<__nv_bfloat16>(stream, params, desc, dtype);
-    default:
-      return quantize_as<float>(stream, params, desc, dtype);
-  }
+  return quantize::dispatch_type(dtype,
+                                 [&](auto type) { return quantize_as<decltype(type)>(stream, params, desc, dtype); });
 }
 
 void pack_codes(cudaStream_t stream, const flexq_weight_desc& desc, const int8_t* codes, int64_t ldc, uint8_t* planes) {
