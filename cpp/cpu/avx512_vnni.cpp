@@ -7,7 +7,7 @@
 namespace flexq::cpu {
 namespace {
 
-struct Avx512Vnni {
+struct Avx512Vnni : ExactProducts {
   static constexpr int kVectors = 1;
   static constexpr int kTokens = 8;
   static constexpr int kPackedTokens = 2;
@@ -52,12 +52,6 @@ struct Avx512Vnni {
     constexpr int kOrAnd = 0xf8;  // quad | (shifted & mask)
     return kTo == 0 ? _mm512_and_si512(shifted, mask) : _mm512_ternarylogic_epi32(quad, shifted, mask, kOrAnd);
   }
-
-  static constexpr int kQuads = 1;
-  template <int kBits, int kActBits>
-  static constexpr bool kSigned = false;
-  template <int kBits>
-  static constexpr bool kActBitsMatter = false;
 
   template <int kBits, int kActBits>
   static Int multiply(Int sum, const Bytes* w, const Token* a) {

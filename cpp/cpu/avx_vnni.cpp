@@ -7,13 +7,7 @@
 namespace flexq::cpu {
 namespace {
 
-struct AvxVnni : Vectors256 {
-  static constexpr int kQuads = 1;
-  template <int kBits, int kActBits>
-  static constexpr bool kSigned = false;
-  template <int kBits>
-  static constexpr bool kActBitsMatter = false;
-
+struct AvxVnni : Vectors256, ExactProducts {
   template <int kBits, int kActBits>
   static Int multiply(Int sum, const Bytes* w, const Token* a) {
     return _mm256_dpbusd_avx_epi32(sum, *w, *a);

@@ -25,6 +25,15 @@ namespace flexq::cpu {
 inline constexpr int kTokenBlock = 64;
 inline constexpr int kPrefetchBytes = 6144;
 
+// Of a policy that multiplies one quad at a time, unsigned weights of any width by signed codes, and overflows nowhere.
+struct ExactProducts {
+  static constexpr int kQuads = 1;
+  template <int kBits, int kActBits>
+  static constexpr bool kSigned = false;
+  template <int kBits>
+  static constexpr bool kActBitsMatter = false;
+};
+
 template <typename V>
 struct GemmKernel {
   using Int = typename V::Int;

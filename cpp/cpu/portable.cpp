@@ -6,7 +6,7 @@
 namespace flexq::cpu {
 namespace {
 
-struct Portable {
+struct Portable : ExactProducts {
   static constexpr int kVectors = 1;
   static constexpr int kTokens = 4;
   static constexpr int kPackedTokens = 0;
@@ -83,12 +83,6 @@ struct Portable {
       return kTo == 0 ? field : quad.lane[i] | field;
     });
   }
-
-  static constexpr int kQuads = 1;
-  template <int kBits, int kActBits>
-  static constexpr bool kSigned = false;
-  template <int kBits>
-  static constexpr bool kActBitsMatter = false;
 
   template <int kBits, int kActBits>
   static Int multiply(const Int& sum, const Bytes* weights, const Token* token) {
