@@ -121,7 +121,7 @@ std::set<std::string> kernel_names(const flexq::Stream& stream, const flexq::Exp
   for (const flexq_projection p : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
     flexq::WeightDesc single = desc.weight(p);
     single.n *= 8;
-    for (const int64_t m : {8, 16, 32, 64, 128}) {
+    for (const int64_t m : {8, 16, 32, 64, 128, 256}) {
       int32_t count = 0;
       flexq::check(flexq_gemm_kernels(&stream, &single, 8, m, nullptr, 0, &count));
       std::vector<flexq_kernel_info> infos(static_cast<size_t>(count), FLEXQ_KERNEL_INFO_INIT);

@@ -84,6 +84,7 @@ struct Routed {
   int num_tiles = 0;
   std::vector<ExpertTile> tiles;
   std::vector<Place> places;
+  std::vector<int32_t> pairs;  // of rows
 };
 
 int64_t most_tiles(int64_t experts, int64_t pairs, int tile) {
@@ -102,6 +103,7 @@ Routed host_route(const std::vector<int64_t>& ids, const std::vector<int32_t>& m
       if (ids[p] < 0 || ids[p] >= known) continue;
       if ((map.empty() ? ids[p] : map[sz(ids[p])]) != e) continue;
       out.places[p] = {first_tile * tile + row - first, row};
+      out.pairs.push_back(static_cast<int32_t>(p));
       ++row;
     }
     for (int at = first; at < row; at += tile) {
@@ -115,7 +117,7 @@ Routed host_route(const std::vector<int64_t>& ids, const std::vector<int32_t>& m
 struct DeviceRouted {
   DeviceRouted(const Gpu& gpu, const Device& device, const std::vector<int64_t>& ids, const std::vector<int32_t>& map,
                int64_t experts, int tile, bool wide = true)
-      : tiles(sz(most_tiles(experts, static_cast<int64_t>(ids.size()), tile))), places(ids.size()) {
+      : tiles(sz(most_tiles(experts, static_cast<int64_t>(ids.size()), tile))), places(ids.size()), pairs(ids.size()) {
     const DeviceArray<int64_t> wide_ids(ids);
     const DeviceArray<int32_t> narrow_ids(std::vector<int32_t>(ids.begin(), ids.end())), device_map(map);
     const auto run = [&] {
@@ -133,10 +135,12 @@ struct DeviceRouted {
     };
     run();
   }
-  kernels::Routed routed() const { return {num_tiles.data(), tiles.data(), places.data()}; }
+  kernels::Routed routed() const { return {num_tiles.data(), tiles.data(), places.data(), pairs.data()}; }
+  kernels::ExpertTable table(int tile_tokens) const { return {num_tiles.data(), tiles.data(), tile_tokens, 0, 0}; }
   DeviceArray<int32_t> num_tiles{1};
   DeviceArray<ExpertTile> tiles;
   DeviceArray<Place> places;
+  DeviceArray<int32_t> pairs;
 };
 
 void check_route(const Gpu& gpu, const Device& device, const std::vector<int64_t>& ids, const std::vector<int32_t>& map,
@@ -160,6 +164,10 @@ void check_route(const Gpu& gpu, const Device& device, const std::vector<int64_t
     expect(places[i].act == expected.places[i].act && places[i].row == expected.places[i].row,
            "pair %zu (id %lld) has place %d, row %d; not %d, %d", i, static_cast<long long>(ids[i]), places[i].act,
            places[i].row, expected.places[i].act, expected.places[i].row);
+  }
+  const std::vector<int32_t> pairs = got.pairs.host();
+  for (size_t i = 0; i < expected.pairs.size(); ++i) {
+    expect(pairs[i] == expected.pairs[i], "row %zu is of pair %d, not %d", i, pairs[i], expected.pairs[i]);
   }
 }
 
@@ -237,10 +245,9 @@ std::vector<int64_t> random_ids(size_t count, int64_t experts, std::mt19937& rng
 
 void test_inputs(const Gpu& gpu, const Device& device) {
   std::mt19937 rng(2);
-  int round = 0;
   for (const int64_t k : {100, 576, 3000, 20000}) {
     for (const int64_t tokens : {1, 37}) {
-      for (int i = 0; i < 12; ++i, ++round) {
+      for (int i = 0; i < 24; ++i) {
         const int64_t experts = 5, top_k = i % 3 + 1, pairs = tokens * top_k, ldx = k + (i % 2 ? 5 : 0);
         const int tile = i % 2 ? 8 : 16;
         const auto dtype = static_cast<flexq_dtype>(i % 3);
@@ -257,21 +264,42 @@ void test_inputs(const Gpu& gpu, const Device& device) {
         const DeviceRouted routed(gpu, device, ids, {}, experts, tile);
         const DeviceArray<uint8_t> device_x(x);
         const DeviceArray<float> device_weights(weights);
+        const flexq_activation_desc act_of_tokens = act;
         act.m = most_tiles(experts, pairs, tile) * tile;
         size_t bytes = 0;
         flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
         const DeviceArray<uint8_t> quantized(bytes);
-        kernels::quantize_inputs(handle_of(gpu), device,
-                                 {.act = act,
-                                  .quantized = quantized.data(),
-                                  .x = device_x.data(),
-                                  .dtype = dtype,
-                                  .ldx = ldx,
-                                  .tokens = tokens,
-                                  .top_k = top_k,
-                                  .places = routed.places.data(),
-                                  .weights = on_input ? device_weights.data() : nullptr,
-                                  .weights_dtype = FLEXQ_F32});
+        const void* factors = on_input ? device_weights.data() : nullptr;
+        if (i < 12) {
+          kernels::quantize_inputs(handle_of(gpu), device,
+                                   {.act = act,
+                                    .quantized = quantized.data(),
+                                    .x = device_x.data(),
+                                    .dtype = dtype,
+                                    .ldx = ldx,
+                                    .tokens = tokens,
+                                    .top_k = top_k,
+                                    .places = routed.places.data(),
+                                    .weights = factors,
+                                    .weights_dtype = FLEXQ_F32});
+        } else {
+          size_t bytes_of_tokens = 0;
+          flexq::check(flexq_activation_size(&gpu.cuda, &act_of_tokens, &bytes_of_tokens));
+          const DeviceArray<uint8_t> of_tokens(bytes_of_tokens);
+          flexq::check(flexq_quantize_activation(&gpu.cuda, &act_of_tokens, device_x.data(), dtype, ldx,
+                                                 of_tokens.data(), bytes_of_tokens));
+          kernels::gather(handle_of(gpu), device,
+                          {.tokens = act_of_tokens,
+                           .places = act,
+                           .from = of_tokens.data(),
+                           .to = quantized.data(),
+                           .table = routed.table(tile),
+                           .pairs = routed.pairs.data(),
+                           .top_k = top_k,
+                           .weights = factors,
+                           .weights_dtype = FLEXQ_F32});
+          cuda_check(cudaStreamSynchronize(handle_of(gpu)));
+        }
         cuda_check(cudaStreamSynchronize(handle_of(gpu)));
         const Plain got = exported(gpu.cuda, act, quantized.data(), bytes, true);
         const std::vector<Place> places = routed.places.host();
@@ -314,8 +342,10 @@ void set_activation(flexq_experts_desc& desc, int which) {
 void test_hidden(const Gpu& gpu, const Device& device) {
   std::mt19937 rng(3);
   for (const int64_t intermediate : {96, 100, 203, 2000, 17000}) {
-    for (int i = 0; i < 24; ++i) {
+    for (int i = 0; i < 48; ++i) {
       const int64_t pairs = i % 2 ? 5 : 50;
+      const bool many = i >= 24;
+      const int tile = many ? 16 : 8;
       flexq_experts_desc desc = FLEXQ_EXPERTS_DESC_INIT;
       desc.experts = 4;
       desc.hidden = 64;
@@ -325,11 +355,11 @@ void test_hidden(const Gpu& gpu, const Device& device) {
       const auto dtype = static_cast<flexq_dtype>(i % 3);
       flexq::ActivationDesc act(pairs, intermediate, i / 4 % 2 ? 6 : 8, static_cast<flexq_scheme>(i / 3 % 2),
                                 static_cast<flexq_rotation>(rng() % 2));
-      now("hidden, I %lld, layout %d, activation %d, %s, dtype %d, bits %d, rotation %d",
+      now("hidden, I %lld, layout %d, activation %d, %s, dtype %d, bits %d, rotation %d, many %d",
           static_cast<long long>(intermediate), desc.layout, i % 4, name_of(act.scheme), dtype, act.act_bits,
-          act.rotation);
+          act.rotation, many);
       const std::vector<int64_t> ids = random_ids(sz(pairs), desc.experts, rng);
-      const DeviceRouted routed(gpu, device, ids, {}, desc.experts, 8);
+      const DeviceRouted routed(gpu, device, ids, {}, desc.experts, tile);
       const std::vector<uint8_t> u = as_bytes(random_values(sz(pairs * 2 * intermediate), rng), dtype);
       std::vector<float> h(sz(pairs * intermediate));
       const bool interleaved = desc.layout == FLEXQ_GATE_UP_INTERLEAVED;
@@ -346,18 +376,19 @@ void test_hidden(const Gpu& gpu, const Device& device) {
       const std::vector<uint8_t> h_bytes = as_bytes(h, dtype);
       const Plain expected = quantized_on_cpu(gpu, act, h_bytes.data(), dtype, intermediate);
       const DeviceArray<uint8_t> device_u(u);
-      act.m = most_tiles(desc.experts, pairs, 8) * 8;
+      act.m = most_tiles(desc.experts, pairs, tile) * tile;
       size_t bytes = 0;
       flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
       const DeviceArray<uint8_t> quantized(bytes);
-      kernels::quantize_hidden(handle_of(gpu), device,
-                               {.desc = desc,
-                                .act = act,
-                                .quantized = quantized.data(),
-                                .u = device_u.data(),
-                                .dtype = dtype,
-                                .pairs = pairs,
-                                .places = routed.places.data()});
+      (many ? kernels::quantize_hidden_tiles : kernels::quantize_hidden)(handle_of(gpu), device,
+                                                                         {.desc = desc,
+                                                                          .act = act,
+                                                                          .quantized = quantized.data(),
+                                                                          .u = device_u.data(),
+                                                                          .dtype = dtype,
+                                                                          .pairs = pairs,
+                                                                          .places = routed.places.data(),
+                                                                          .table = routed.table(tile)});
       cuda_check(cudaStreamSynchronize(handle_of(gpu)));
       const Plain got = exported(gpu.cuda, act, quantized.data(), bytes, true);
       const std::vector<Place> places = routed.places.host();
@@ -401,7 +432,7 @@ std::vector<GemmPlan> plans_for(const Device& device, flexq_scheme scheme, int32
   for (int i = 0; device.has_wgmma && i < flexq::cuda::num_wgmma_configs(); ++i) {
     const flexq::cuda::WgmmaShape shape = flexq::cuda::wgmma_shape(i);
     if (!kernels::has_experts_wgmma(i) || !(scheme == FLEXQ_SCHEME_GROUP ? shape.group : shape.channel)) continue;
-    plans.push_back({GemmPlan::kWgmma, i, 1, 1});
+    for (const int multicast : {1, 2}) plans.push_back({GemmPlan::kWgmma, i, 1, multicast});
   }
   return plans;
 }
@@ -492,9 +523,9 @@ void test_gemms(const Gpu& gpu, const Device& device) {
         const bool bias = rng() % 2;
         now("gemm %s, %s, W%d, %lld x %lld, dtype %d, bias %d", flexq::cuda::name_of(plan).text, name_of(scheme),
             weight_bits, static_cast<long long>(n), static_cast<long long>(k), dtype, bias);
-        // Experts of no pair, one, a full tile, and a little more than one and two.
+        // Experts of no pair, one, a full tile, a third more, and a little more than two.
         std::vector<int64_t> ids;
-        const int counts[] = {tile, 0, 1, 2 * tile + 3, tile + 1};
+        const int counts[] = {tile, 0, 1, 2 * tile + 3, tile + tile * 3 / 8};
         for (int e = 0; e < 5; ++e) ids.insert(ids.end(), sz(counts[e]), e);
         ids.push_back(-1);
         std::shuffle(ids.begin(), ids.end(), rng);
@@ -596,16 +627,18 @@ void test_combine(const Gpu& gpu, const Device& device) {
         const std::vector<int64_t> ids = random_ids(sz(pairs), 4, rng);
         const DeviceRouted routed(gpu, device, ids, {}, 4, 8);
         const std::vector<Place> places = routed.places.host();
-        const std::vector<float> products = random_values(sz(pairs * n), rng);
+        const auto products_dtype = static_cast<flexq_dtype>((i + 2) % 3);
+        const std::vector<uint8_t> products = as_bytes(random_values(sz(pairs * n), rng), products_dtype);
         const std::vector<uint8_t> weights = as_bytes(random_values(sz(pairs), rng), weights_dtype);
-        const DeviceArray<float> device_products(products);
-        const DeviceArray<uint8_t> device_weights(weights), y(sz(tokens * ldy) * element_of(y_dtype));
+        const DeviceArray<uint8_t> device_products(products), device_weights(weights),
+            y(sz(tokens * ldy) * element_of(y_dtype));
         kernels::combine(handle_of(gpu), device,
                          {.tokens = tokens,
                           .top_k = top_k,
                           .n = n,
                           .places = routed.places.data(),
                           .products = device_products.data(),
+                          .products_dtype = products_dtype,
                           .weights = ones ? nullptr : device_weights.data(),
                           .weights_dtype = weights_dtype,
                           .y = y.data(),
@@ -620,7 +653,8 @@ void test_combine(const Gpu& gpu, const Device& device) {
               const int row = places[sz(pair)].row;
               if (row < 0) continue;
               const volatile float product =  // rounded before it is added
-                  (ones ? 1.0f : value_at(weights, sz(pair), weights_dtype)) * products[sz(row * n + j)];
+                  (ones ? 1.0f : value_at(weights, sz(pair), weights_dtype)) *
+                  value_at(products, sz(row * n + j), products_dtype);
               sum += product;
             }
             const float value = value_at(got, sz(t * ldy + j), y_dtype);
@@ -845,6 +879,25 @@ void test_layers(const Gpu& gpu, bool quick) {
   }
 }
 
+// Pairs so many that quantizers take tiles of them and products are as wide as x.
+void test_many_pairs(const Gpu& gpu) {
+  std::mt19937 rng(13);
+  for (const int round : {0, 1, 2, 3}) {
+    flexq_experts_desc desc = desc_of(9, 576, 200);
+    set_formats(desc, round);
+    const Experts layer(gpu, desc, rng);
+    for (const int64_t m : {930, 1203}) {
+      const auto dtype = static_cast<flexq_dtype>((m + round) % 3);
+      now("many pairs, formats %d, %lld tokens, dtype %d", round, static_cast<long long>(m), dtype);
+      Call c = random_call(m, 8, desc.hidden, desc.experts, dtype, round % 2 ? 3 : 0, rng);
+      for (size_t i = 0; i < c.ids.size(); i += 3) c.ids[i] = 4;  // uneven
+      c.bias = round % 2;
+      c.on_input = round == 2;
+      check_layer(gpu, layer, c);
+    }
+  }
+}
+
 // Tokens that are not sorted: a token's pairs and groups are any number of steps for a warp, up to all that there may
 // be.
 void test_few_tokens(const Gpu& gpu) {
@@ -1020,12 +1073,19 @@ int main(int argc, char** argv) {
   const Gpu gpu(stream);
   const Device device = device_for(gpu);
   const std::pair<const char*, std::function<void()>> tests[] = {
-      {"route", [&] { test_route(gpu, device); }},     {"inputs", [&] { test_inputs(gpu, device); }},
-      {"hidden", [&] { test_hidden(gpu, device); }},   {"gemms", [&] { test_gemms(gpu, device); }},
-      {"combine", [&] { test_combine(gpu, device); }}, {"layers", [&] { test_layers(gpu, quick); }},
-      {"few tokens", [&] { test_few_tokens(gpu); }},   {"kernels", [&] { test_kernels(gpu, device); }},
-      {"not here", [&] { test_not_here(gpu); }},       {"graph", [&] { test_graph(gpu); }},
-      {"not finite", [&] { test_not_finite(gpu); }},   {"many tokens", [&] { test_many_tokens(gpu); }},
+      {"route", [&] { test_route(gpu, device); }},
+      {"inputs", [&] { test_inputs(gpu, device); }},
+      {"hidden", [&] { test_hidden(gpu, device); }},
+      {"gemms", [&] { test_gemms(gpu, device); }},
+      {"combine", [&] { test_combine(gpu, device); }},
+      {"layers", [&] { test_layers(gpu, quick); }},
+      {"few tokens", [&] { test_few_tokens(gpu); }},
+      {"many pairs", [&] { test_many_pairs(gpu); }},
+      {"kernels", [&] { test_kernels(gpu, device); }},
+      {"not here", [&] { test_not_here(gpu); }},
+      {"graph", [&] { test_graph(gpu); }},
+      {"not finite", [&] { test_not_finite(gpu); }},
+      {"many tokens", [&] { test_many_tokens(gpu); }},
       {"refuses", [&] { test_refuses(gpu); }},
   };
   for (const auto& [name, test] : tests) {

@@ -3,6 +3,7 @@
 #include "cuda/experts/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
+#include "cuda/quantize/values.cuh"
 
 namespace flexq::cuda::experts {
 namespace {
@@ -11,11 +12,9 @@ constexpr int kThreads = 128;
 constexpr int kPairs = 8;  // whose products are loaded at once
 
 // A thread has kCount neighbouring columns of a token; roundings as on the CPU. kCount 4: rows are aligned for that.
-template <int kCount>
+template <int kCount, typename T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineArgs a) {
-  struct alignas(4 * kCount) Vector {
-    float value[kCount];
-  };
+  using Vector = quantize::Vector<T, kCount>;
   ptx::launch_dependents();
   const int64_t token = blockIdx.x;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kCount;
@@ -35,13 +34,16 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
     Vector products[kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      if (rows[j] >= 0) products[j] = *reinterpret_cast<const Vector*>(a.products + rows[j] * a.n + column);
+      if (rows[j] >= 0)
+        products[j] = *reinterpret_cast<const Vector*>(static_cast<const T*>(a.products) + rows[j] * a.n + column);
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       if (rows[j] < 0) continue;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sums[i] = __fadd_rn(sums[i], __fmul_rn(weights[j], products[j].value[i]));
+      for (int i = 0; i < kCount; ++i) {
+        sums[i] = __fadd_rn(sums[i], __fmul_rn(weights[j], quantize::to_float(products[j].value[i])));
+      }
     }
   }
   const int64_t at = token * a.ldy + column;
@@ -62,11 +64,14 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 
 void combine(cudaStream_t stream, const Device& device, const CombineArgs& args) {
   const bool vectors = args.n % 4 == 0 && reinterpret_cast<uintptr_t>(args.y) % 16 == 0 && args.ldy % 4 == 0;
-  launch(stream, "combine", vectors ? combine_kernel<4> : combine_kernel<1>,
-         {.grid = checked_grid("combine", args.tokens, ceil_div(args.n, kThreads * (vectors ? 4 : 1))),
-          .block = dim3(kThreads),
-          .overlapped = device.has_sm90},
-         args);
+  quantize::dispatch_type(args.products_dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(stream, "combine", vectors ? combine_kernel<4, T> : combine_kernel<1, T>,
+           {.grid = checked_grid("combine", args.tokens, ceil_div(args.n, kThreads * (vectors ? 4 : 1))),
+            .block = dim3(kThreads),
+            .overlapped = device.has_sm90},
+           args);
+  });
 }
 
 }  // namespace flexq::cuda::experts

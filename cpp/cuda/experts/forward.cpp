@@ -19,8 +19,12 @@ constexpr flexq_projection kProjections[] = {FLEXQ_GATE_UP, FLEXQ_DOWN};
 
 // ---- Which kernels run ----
 
+// From so many values of pairs' tokens on, quantizers take tiles of 8 pairs, and products are as wide as x.
+constexpr int64_t kManyValues = int64_t{1} << 22;
+
 struct Plan {
   int tile_tokens;
+  bool many;
   GemmPlan gemms[2];
 };
 
@@ -31,7 +35,10 @@ int64_t most_tiles(int64_t experts, int64_t pairs, int tile_tokens) {
 }
 
 // Where every pair's expert is any of them: an expert has a number of pairs of Poisson's distribution.
-double expected_tiles(int64_t experts, int64_t pairs, int tile_tokens) {
+struct Expected {
+  double tiles, experts;  // with any pairs
+};
+Expected expected(int64_t experts, int64_t pairs, int tile_tokens) {
   const double mean = static_cast<double>(pairs) / static_cast<double>(experts);
   double tiles = mean / tile_tokens + 0.5;  // of an expert with many
   if (mean <= 64) {
@@ -41,18 +48,19 @@ double expected_tiles(int64_t experts, int64_t pairs, int tile_tokens) {
       tiles += probability * static_cast<double>(ceil_div(count, tile_tokens));
     }
   }
-  return std::clamp(tiles * static_cast<double>(experts), 1.0,
-                    static_cast<double>(most_tiles(experts, pairs, tile_tokens)));
+  const auto all = static_cast<double>(experts);
+  return {std::clamp(tiles * all, 1.0, static_cast<double>(most_tiles(experts, pairs, tile_tokens))),
+          std::max(1.0, all * -std::expm1(-mean))};
 }
 
 // The cheapest plan with this many tokens in a tile, or the one of this name; none if there is none. To the model of
 // cost the tiles are one tile of a weight with the rows of all of them.
 std::optional<Candidate> gemm_of(const Device& device, flexq_weight_desc desc, int32_t act_bits, int tile_tokens,
-                                 double tiles, const char* kernel) {
+                                 const Expected& of, const char* kernel) {
   const int64_t row_blocks = num_row_blocks(desc);
-  desc.n = row_blocks * kRecordRows * std::max<int64_t>(1, std::llround(tiles));
+  desc.n = row_blocks * kRecordRows * std::max<int64_t>(1, std::llround(of.tiles));
   std::optional<Candidate> best;
-  for (Candidate candidate : Candidates(device, desc, act_bits, tile_tokens)) {
+  for (Candidate candidate : Candidates(device, desc, act_bits, tile_tokens, std::min(1.0, of.experts / of.tiles))) {
     GemmPlan& plan = candidate.plan;
     if (plan.family == GemmPlan::kMma) {
       const MmaShape shape = mma_shape(plan.config);
@@ -63,7 +71,7 @@ std::optional<Candidate> gemm_of(const Device& device, flexq_weight_desc desc, i
       plan.splits = 1;
     } else {
       if (wgmma_shape(plan.config).tokens != tile_tokens || !has_experts_wgmma(plan.config)) continue;
-      if (plan.splits > 1 || plan.multicast > 1) continue;
+      if (plan.splits > 1) continue;
     }
     if (kernel != nullptr && std::strcmp(name_of(plan).text, kernel) != 0) continue;
     if (!best || candidate.microseconds < best->microseconds) best = candidate;
@@ -75,13 +83,13 @@ std::optional<Plan> cheapest(const Device& device, const flexq_experts_desc& des
   std::optional<Plan> best;
   double least = 0;
   for (const int tile_tokens : {8, 16, 32, 64, 128, 256}) {
-    const double tiles = expected_tiles(desc.experts, pairs, tile_tokens);
-    Plan plan{tile_tokens, {}};
+    const Expected of = expected(desc.experts, pairs, tile_tokens);
+    Plan plan{tile_tokens, pairs * desc.hidden >= kManyValues, {}};
     double microseconds = 0;
     bool complete = true;
     for (const flexq_projection projection : kProjections) {
       const auto gemm = gemm_of(device, weight_of_expert(desc, projection), format_of(desc, projection).act_bits,
-                                tile_tokens, tiles, kernel);
+                                tile_tokens, of, kernel);
       complete = complete && gemm.has_value();
       if (!gemm) continue;
       plan.gemms[projection] = gemm->plan;
@@ -113,7 +121,9 @@ int64_t tokens_at_once(int64_t m, int64_t top_k) { return std::min(m, std::max<i
 
 // Of one batch of tokens.
 struct Workspace {
-  Workspace(const flexq_experts_desc& desc, const Plan& plan, int64_t pairs, flexq_dtype x_dtype) {
+  Workspace(const flexq_experts_desc& desc, const Plan& plan, int64_t m, int64_t top_k, flexq_dtype x_dtype)
+      : products_dtype(plan.many ? x_dtype : FLEXQ_F32), x(activation_of_expert(desc, FLEXQ_GATE_UP, m)) {
+    const int64_t pairs = m * top_k;
     max_tiles = most_tiles(desc.experts, pairs, plan.tile_tokens);
     for (const flexq_projection projection : kProjections) {
       act[projection] = activation_of_expert(desc, projection, max_tiles * plan.tile_tokens);
@@ -124,20 +134,26 @@ struct Workspace {
     num_tiles = add(sizeof(int32_t));
     tiles = add(matrix(max_tiles, 1, sizeof(ExpertTile)));
     places = add(matrix(pairs, 1, sizeof(Place)));
+    pairs_of_rows = add(matrix(pairs, 1, sizeof(int32_t)));
     hidden = add(ActivationLayout(act[FLEXQ_DOWN]).size);
     // The products lie over what is done with by then.
-    inputs = products = size;
+    products = quantized_x = size;
+    if (plan.many) add(ActivationLayout(x).size);
+    inputs = size;
     add(ActivationLayout(act[FLEXQ_GATE_UP]).size);
     gate_up = add(matrix(pairs, 2 * desc.intermediate, dtype_size(x_dtype)));
-    size = std::max(size, products + align_up(matrix(pairs, desc.hidden, sizeof(float))));
+    size = std::max(size, products + align_up(matrix(pairs, desc.hidden, dtype_size(products_dtype))));
   }
+  flexq_dtype products_dtype;
+  flexq_activation_desc x;
   int64_t max_tiles;
   flexq_activation_desc act[2];
-  size_t num_tiles, tiles, places;
-  size_t inputs;    // quantized x of each place
-  size_t gate_up;   // [pairs][2I]
-  size_t hidden;    // quantized h of each place
-  size_t products;  // fp32 [pairs][H]
+  size_t num_tiles, tiles, places, pairs_of_rows;
+  size_t quantized_x;  // of each token, if they are many
+  size_t inputs;       // of each place
+  size_t gate_up;      // [pairs][2I]
+  size_t hidden;       // quantized h of each place
+  size_t products;     // [pairs][H]
   size_t size = 0;
 
  private:
@@ -174,14 +190,6 @@ GemmArgs gemm_args(const ExpertsCall& call, flexq_projection projection, const f
           nullptr};
 }
 
-ExpertTable table_of(const ExpertsCall& call, flexq_projection projection, const std::array<int64_t, 2>& strides) {
-  const int64_t n = weight_of_expert(call.desc, projection).n;
-  ExpertTable table{};
-  table.weight_stride = strides[static_cast<size_t>(projection)];
-  table.bias_stride = n * static_cast<int64_t>(dtype_size(call.bias_dtype));
-  return table;
-}
-
 // ---- Many tokens: pairs are sorted by expert ----
 
 struct Batch {
@@ -196,48 +204,69 @@ struct Batch {
     const flexq_experts_desc& desc = call.desc;
     const flexq_routing& routing = call.routing;
     const int64_t first_pair = first * routing.top_k, pairs = tokens * routing.top_k;
-    const Workspace at(desc, plan, pairs, call.x_dtype);
+    const Workspace at(desc, plan, tokens, routing.top_k, call.x_dtype);
     auto* workspace = static_cast<uint8_t*>(call.workspace);
-    const Routed routed{reinterpret_cast<int32_t*>(workspace + at.num_tiles),
-                        reinterpret_cast<ExpertTile*>(workspace + at.tiles),
-                        reinterpret_cast<Place*>(workspace + at.places)};
+    const Routed routed{
+        reinterpret_cast<int32_t*>(workspace + at.num_tiles), reinterpret_cast<ExpertTile*>(workspace + at.tiles),
+        reinterpret_cast<Place*>(workspace + at.places), reinterpret_cast<int32_t*>(workspace + at.pairs_of_rows)};
+    const ExpertTable table{routed.num_tiles, routed.tiles, plan.tile_tokens, 0, 0};
+    const void* x = at_element(call.x, first * call.ldx, dtype_size(call.x_dtype));
     const void* weights = at_element(routing.weights, first_pair, dtype_size(routing.weights_dtype));
     const void* of_inputs = routing.weights_on_input ? weights : nullptr;
     const void* of_outputs = routing.weights_on_input ? nullptr : weights;
 
+    if (plan.many) {
+      const ActivationSource source{.kind = ActivationSource::kPlain, .dtype = call.x_dtype, .x = x, .ldx = call.ldx};
+      quantize_activation(stream, device, at.x, source, workspace + at.quantized_x);
+    }
     route(stream, device,
           {.ids = ids_from(desc, routing, first_pair),
            .pairs = pairs,
            .tile_tokens = plan.tile_tokens,
            .max_tiles = at.max_tiles,
            .to = routed});
-    quantize_inputs(stream, device,
-                    {.act = at.act[FLEXQ_GATE_UP],
-                     .quantized = workspace + at.inputs,
-                     .x = at_element(call.x, first * call.ldx, dtype_size(call.x_dtype)),
-                     .dtype = call.x_dtype,
-                     .ldx = call.ldx,
-                     .tokens = tokens,
-                     .top_k = routing.top_k,
-                     .places = routed.places,
-                     .weights = of_inputs,
-                     .weights_dtype = routing.weights_dtype});
-    gemm(FLEXQ_GATE_UP, at, routed, workspace + at.inputs, workspace + at.gate_up, call.x_dtype);
-    quantize_hidden(stream, device,
-                    {.desc = desc,
-                     .act = at.act[FLEXQ_DOWN],
-                     .quantized = workspace + at.hidden,
-                     .u = workspace + at.gate_up,
-                     .dtype = call.x_dtype,
-                     .pairs = pairs,
-                     .places = routed.places});
-    gemm(FLEXQ_DOWN, at, routed, workspace + at.hidden, workspace + at.products, FLEXQ_F32);
+    if (plan.many) {
+      gather(stream, device,
+             {.tokens = at.x,
+              .places = at.act[FLEXQ_GATE_UP],
+              .from = workspace + at.quantized_x,
+              .to = workspace + at.inputs,
+              .table = table,
+              .pairs = routed.pairs,
+              .top_k = routing.top_k,
+              .weights = of_inputs,
+              .weights_dtype = routing.weights_dtype});
+    } else {
+      quantize_inputs(stream, device,
+                      {.act = at.act[FLEXQ_GATE_UP],
+                       .quantized = workspace + at.inputs,
+                       .x = x,
+                       .dtype = call.x_dtype,
+                       .ldx = call.ldx,
+                       .tokens = tokens,
+                       .top_k = routing.top_k,
+                       .places = routed.places,
+                       .weights = of_inputs,
+                       .weights_dtype = routing.weights_dtype});
+    }
+    gemm(FLEXQ_GATE_UP, at, table, workspace + at.inputs, workspace + at.gate_up, call.x_dtype);
+    const HiddenArgs hidden{.desc = desc,
+                            .act = at.act[FLEXQ_DOWN],
+                            .quantized = workspace + at.hidden,
+                            .u = workspace + at.gate_up,
+                            .dtype = call.x_dtype,
+                            .pairs = pairs,
+                            .places = routed.places,
+                            .table = table};
+    (plan.many ? quantize_hidden_tiles : quantize_hidden)(stream, device, hidden);
+    gemm(FLEXQ_DOWN, at, table, workspace + at.hidden, workspace + at.products, at.products_dtype);
     combine(stream, device,
             {.tokens = tokens,
              .top_k = routing.top_k,
              .n = desc.hidden,
              .places = routed.places,
-             .products = reinterpret_cast<const float*>(workspace + at.products),
+             .products = workspace + at.products,
+             .products_dtype = at.products_dtype,
              .weights = of_outputs,
              .weights_dtype = routing.weights_dtype,
              .y = const_cast<uint8_t*>(at_element(call.y, first * call.ldy, dtype_size(call.y_dtype))),
@@ -246,14 +275,12 @@ struct Batch {
   }
 
  private:
-  void gemm(flexq_projection projection, const Workspace& at, const Routed& routed, const void* quantized, void* y,
+  void gemm(flexq_projection projection, const Workspace& at, const ExpertTable& table, const void* quantized, void* y,
             flexq_dtype y_dtype) const {
-    ExpertsGemmArgs args{gemm_args(call, projection, at.act[projection], quantized, y, y_dtype),
-                         table_of(call, projection, weight_strides), at.max_tiles,
+    ExpertsGemmArgs args{gemm_args(call, projection, at.act[projection], quantized, y, y_dtype), table, at.max_tiles,
                          tokens * call.routing.top_k <= plan.tile_tokens * call.desc.experts};
-    args.table.num_tiles = routed.num_tiles;
-    args.table.tiles = routed.tiles;
-    args.table.tile_tokens = plan.tile_tokens;
+    args.table.weight_stride = weight_strides[static_cast<size_t>(projection)];
+    args.table.bias_stride = args.gemm.desc.n * static_cast<int64_t>(dtype_size(call.bias_dtype));
     const GemmPlan& chosen = plan.gemms[projection];
     (chosen.family == GemmPlan::kMma ? gemm_mma : gemm_wgmma)(stream, device, args, chosen);
   }
@@ -305,7 +332,8 @@ struct Direct {
                      .u = workspace + gate_up,
                      .dtype = call.x_dtype,
                      .pairs = routing.m * routing.top_k,
-                     .places = nullptr});
+                     .places = nullptr,
+                     .table = {}});
     args.x = workspace;
     args.prepacked = call.down;
     args.weight_stride = weight_strides[FLEXQ_DOWN];
@@ -327,8 +355,8 @@ struct Direct {
 size_t workspace_size(const Device& device, const flexq_stream& stream, const flexq_experts_desc& desc, int64_t m,
                       int64_t top_k, flexq_dtype x_dtype) {
   if (Direct::fits(device, stream, desc, m, top_k)) return Direct(desc, m * top_k, x_dtype).size;
-  const int64_t pairs = tokens_at_once(m, top_k) * top_k;
-  return Workspace(desc, plan_of(device, stream, desc, pairs), pairs, x_dtype).size;
+  const int64_t batch = tokens_at_once(m, top_k);
+  return Workspace(desc, plan_of(device, stream, desc, batch * top_k), batch, top_k, x_dtype).size;
 }
 
 void forward(const Device& device, const flexq_stream& stream, const ExpertsCall& call,

@@ -9,10 +9,14 @@
 namespace flexq::cuda::experts {
 
 template <int kTokens>
-__device__ LinearParams WgmmaParams::linear_of(int token_tile) const {
+__device__ ExpertTile WgmmaParams::look_up(int token_tile) const {
+  return load_tile(table, token_tile / (kTokens / kTokenTile));
+}
+
+template <int kTokens>
+__device__ LinearParams WgmmaParams::linear_of(const ExpertTile& at, int token_tile) const {
   LinearParams linear = *this;
-  const int tile = token_tile / (kTokens / kTokenTile);
-  move_to_tile(linear, table, tile, load_tile(table, tile));
+  move_to_tile(linear, table, token_tile / (kTokens / kTokenTile), at);
   return linear;
 }
 
@@ -25,7 +29,7 @@ __global__ void __launch_bounds__(65536 / wgmma::kConfigs[kConfig].launch_regist
   WgmmaParams p = params;
   p.tiles = p.row_tiles * load_num_tiles(params.table);
   p.whole_tiles = p.tiles;
-  p.multicast = p.splits = 1;  // known to the compiler
+  p.splits = 1;  // known to the compiler
   wgmma::run(wgmma::Cta<kConfig, kPerGroup, kBits, WgmmaParams>(p, shared));
 #endif
 }

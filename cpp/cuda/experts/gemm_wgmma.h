@@ -9,9 +9,14 @@ namespace flexq::cuda::experts {
 struct WgmmaParams : wgmma::Params {
   ExpertTable table;
 
-  // The layer of a tile's expert.
+  // A tile is for its expert's layer.
+  using TokenTile = ExpertTile;
+  static constexpr bool kPartTiles = true;
   template <int kTokens>
-  __device__ LinearParams linear_of(int token_tile) const;
+  __device__ ExpertTile look_up(int token_tile) const;
+  template <int kTokens>
+  __device__ LinearParams linear_of(const ExpertTile& at, int token_tile) const;
+  __device__ int token_tiles_from(const ExpertTile& at, int) const { return (at.tokens + kTokenTile - 1) / kTokenTile; }
 };
 
 constexpr bool has_wgmma_kernel(int config, bool per_group) {

@@ -1,4 +1,4 @@
-// What is between the two GEMMs: h = f(gate) * up of a pair, a group of 128 at a time.
+// What is between the two GEMMs: h = f(gate) * up of a pair, a lane's part of a group of 128 at a time.
 #pragma once
 
 #include <cmath>
@@ -8,11 +8,14 @@
 
 namespace flexq::cuda::experts {
 
-// The values that a lane of a warp has of a group.
+// A warp has a group of a pair, or where there are many that of a tile of 8.
 using Lane = quantize::Part<32>;
 using Values = float[Lane::kValues];
-static_assert(Lane::kVectors == 1, "a lane's values are neighbours");
+using TileLane = quantize::Part<4>;
+using TileValues = float[TileLane::kValues];
 
+// kSilu: plain SiLU(gate) * up of halves, the usual case.
+template <bool kSilu = false>
 struct HiddenRows {
   const void* u;  // [rows][2I]
   int64_t intermediate;
@@ -20,58 +23,67 @@ struct HiddenRows {
   bool interleaved;
   float alpha, limit, up_offset;
 
-  // As they are stored: the gate's four and up's, or the eight of both.
-  template <typename T>
-  struct Stored {
-    quantize::Vector<T, Lane::kValues> first, second;
-  };
-
-  template <typename T>
-  __device__ Stored<T> load_stored(const quantize::Params& p, const Lane& part, int64_t row, int64_t group) const {
-    const T* values = static_cast<const T*>(u) + row * 2 * intermediate;
-    if (!interleaved) {
-      return {part.load_stored<T>(p, values, 0, 0, group).vectors[0],
-              part.load_stored<T>(p, values + intermediate, 0, 0, group).vectors[0]};
-    }
-    constexpr int kCount = Lane::kValues;
-    const int64_t at = group * kGroup + part.k(0);
-    Stored<T> stored;
-    if (p.vectors && at + kCount <= intermediate) {
-      const auto* vectors = reinterpret_cast<const quantize::Vector<T, kCount>*>(values + 2 * at);
-      stored.first = vectors[0];
-      stored.second = vectors[1];
-    } else {
-      const auto value = [&](int64_t i) { return i < 2 * intermediate ? values[i] : quantize::from_float<T>(0.0f); };
+  // A lane's values of h, rounded as the unfused operations would; zeros past the end of the row.
+  template <typename T, typename Part>
+  __device__ void load(const quantize::Params& p, const Part& part, int64_t row, int64_t group,
+                       float (&v)[Part::kValues]) const {
+    constexpr int kAhead = 2;  // vectors whose loads are started together: more take more registers
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        stored.first.value[i] = value(2 * at + i);
-        stored.second.value[i] = value(2 * at + kCount + i);
-      }
-    }
-    return stored;
-  }
-
-  // h, rounded as the unfused operations would; zeros past the end of the row.
-  template <typename T>
-  __device__ void compute(const Lane& part, const Stored<T>& stored, int64_t group, Values& v) const {
-    constexpr int kHalf = Lane::kValues / 2;
-#pragma unroll
-    for (int i = 0; i < Lane::kValues; ++i) {
-      const auto& both = i < kHalf ? stored.first : stored.second;  // of the interleaved
-      const int at = i % kHalf * 2;
-      const float of_gate = quantize::to_float(interleaved ? both.value[at] : stored.first.value[i]);
-      const float of_up = quantize::to_float(interleaved ? both.value[at + 1] : stored.second.value[i]);
-      const bool there = group * kGroup + part.k(0) + i < intermediate;
-      v[i] = there ? quantize::rounded<T>(quantize::rounded<T>(gate(of_gate)) *
-                                          quantize::rounded<T>(clamped(of_up) + up_offset))
-                   : 0.0f;
+    for (int i = 0; i < Part::kVectors; ++i) {
+      if (i > 0 && i % kAhead == 0) asm volatile("" ::: "memory");
+      load_vector<T, Part::kCount>(p, row, group * kGroup + part.k(i), v + i * Part::kCount);
     }
   }
 
  private:
+  template <typename T, int kCount>
+  __device__ void load_vector(const quantize::Params& p, int64_t row, int64_t at, float* v) const {
+    using Vector = quantize::Vector<T, kCount>;
+    const T* values = static_cast<const T*>(u) + row * 2 * intermediate;
+    const bool halves = kSilu || !interleaved;
+    // The gate's and up's, or the first and the last of both.
+    const T *first = values + (halves ? at : 2 * at), *second = first + (halves ? intermediate : kCount);
+    Vector a, b;
+    if (p.vectors && at + kCount <= intermediate) {
+      a = *reinterpret_cast<const Vector*>(first);
+      b = *reinterpret_cast<const Vector*>(second);
+    } else {
+      const int64_t left = intermediate - at, left_first = halves ? left : 2 * left;
+      const int64_t left_second = halves ? left : 2 * left - kCount;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        a.value[j] = j < left_first ? first[j] : quantize::from_float<T>(0.0f);
+        b.value[j] = j < left_second ? second[j] : quantize::from_float<T>(0.0f);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if constexpr (kSilu) {  // of zeros, which there are past the end of the row, it is zero
+        v[j] = quantize::rounded<T>(quantize::rounded<T>(silu<T>(quantize::to_float(a.value[j]), 1.0f)) *
+                                    quantize::to_float(b.value[j]));
+      } else {
+        const Vector& both = j < kCount / 2 ? a : b;  // of the interleaved
+        const int pair = j % (kCount / 2) * 2;
+        const float of_gate = quantize::to_float(halves ? a.value[j] : both.value[pair]);
+        const float of_up = quantize::to_float(halves ? b.value[j] : both.value[pair + 1]);
+        v[j] = at + j < intermediate ? quantize::rounded<T>(quantize::rounded<T>(gate<T>(of_gate)) *
+                                                            quantize::rounded<T>(clamped(of_up) + up_offset))
+                                     : 0.0f;
+      }
+    }
+  }
+
   // Comparisons that NaN fails, so that it stays.
   __device__ float clamped(float up) const { return up < -limit ? -limit : limit < up ? limit : up; }
 
+  // Of 16 bits the last ones are rounded away anyway.
+  template <typename T>
+  static __device__ float silu(float g, float alpha) {
+    if constexpr (sizeof(T) == 2) return __fdividef(g, 1.0f + __expf(-alpha * g));
+    return __fdiv_rn(g, 1.0f + expf(-alpha * g));
+  }
+
+  template <typename T>
   __device__ float gate(float g) const {
     constexpr float kInverseSqrt2 = 0.70710678118654752f, kSqrt2OverPi = 0.79788456080286536f;
     if (limit < g) g = limit;
@@ -81,12 +93,13 @@ struct HiddenRows {
       case FLEXQ_GATE_GELU_TANH:
         return 0.5f * g * (1.0f + tanhf(kSqrt2OverPi * (g + 0.044715f * g * g * g)));
       default:
-        return __fdiv_rn(g, 1.0f + expf(-alpha * g));
+        return silu<T>(g, alpha);
     }
   }
 };
 
-inline HiddenRows hidden_rows(const flexq_experts_desc& desc, const void* u) {
+template <bool kSilu = false>
+HiddenRows<kSilu> hidden_rows(const flexq_experts_desc& desc, const void* u) {
   return {.u = u,
           .intermediate = desc.intermediate,
           .function = static_cast<flexq_gate_function>(desc.function),
@@ -96,9 +109,15 @@ inline HiddenRows hidden_rows(const flexq_experts_desc& desc, const void* u) {
           .up_offset = desc.up_offset};
 }
 
+inline bool is_plain_silu(const flexq_experts_desc& desc) {
+  return desc.function == FLEXQ_GATE_SILU && desc.layout == FLEXQ_GATE_UP_CONCATENATED && desc.alpha == 1.0f &&
+         !(desc.limit > 0.0f) && desc.up_offset == 0.0f;
+}
+
 // Of both halves of a row of u, where they are halves.
-inline bool hidden_rows_are_vectors(const HiddenRows& rows, flexq_dtype dtype) {
-  return quantize::rows_are_vectors(rows.u, rows.interleaved ? 2 * rows.intermediate : rows.intermediate, dtype);
+inline bool hidden_rows_are_vectors(const flexq_experts_desc& desc, const void* u, flexq_dtype dtype) {
+  const bool interleaved = desc.layout == FLEXQ_GATE_UP_INTERLEAVED;
+  return quantize::rows_are_vectors(u, interleaved ? 2 * desc.intermediate : desc.intermediate, dtype);
 }
 
 }  // namespace flexq::cuda::experts

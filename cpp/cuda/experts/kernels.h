@@ -18,8 +18,7 @@ struct RouteArgs {
 };
 void route(cudaStream_t stream, const Device& device, const RouteArgs& args);
 
-// Quantizes tokens of x, each to the places of its pairs. `act` is that of all places.Without places pair i is the
-// first token of tile i.
+// Quantizes tokens of x, each to the places of its pairs. `act` is that of all places.
 struct InputsArgs {
   flexq_activation_desc act;
   void* quantized;
@@ -31,6 +30,19 @@ struct InputsArgs {
   flexq_dtype weights_dtype;
 };
 void quantize_inputs(cudaStream_t stream, const Device& device, const InputsArgs& args);
+
+// The same for many pairs, from quantized tokens: copied to their places, a tile of 8 at a time.
+struct GatherArgs {
+  flexq_activation_desc tokens, places;
+  const void* from;
+  void* to;
+  ExpertTable table;
+  const int32_t* pairs;  // of rows
+  int64_t top_k;
+  const void* weights;  // to multiply scales by, or null
+  flexq_dtype weights_dtype;
+};
+void gather(cudaStream_t stream, const Device& device, const GatherArgs& args);
 
 // y = quantized * weight^T + bias of each tile's expert. y has a row for each pair.
 struct ExpertsGemmArgs {
@@ -54,15 +66,19 @@ struct HiddenArgs {
   flexq_dtype dtype;
   int64_t pairs;
   const Place* places;  // null: pair i is the first token of tile i
+  ExpertTable table;    // where places are told by it
 };
 void quantize_hidden(cudaStream_t stream, const Device& device, const HiddenArgs& args);
+// The same for many pairs, a tile of 8 places at a time.
+void quantize_hidden_tiles(cudaStream_t stream, const Device& device, const HiddenArgs& args);
 
 // y = sum of weight * product over a token's pairs, in their order.
 struct CombineArgs {
   int64_t tokens, top_k, n;
   const Place* places;
-  const float* products;  // [pairs][n]
-  const void* weights;    // [tokens][top_k], or null: all are 1
+  const void* products;  // [pairs][n]
+  flexq_dtype products_dtype;
+  const void* weights;  // [tokens][top_k], or null: all are 1
   flexq_dtype weights_dtype;
   void* y;
   flexq_dtype y_dtype;

@@ -37,6 +37,7 @@ struct Routed {
   int32_t* num_tiles;
   ExpertTile* tiles;  // as many as there may be
   Place* places;      // [pairs]
+  int32_t* pairs;     // of each row of outputs
 };
 
 // What the GEMMs need of it, and where an expert's part of the weights and biases begins.

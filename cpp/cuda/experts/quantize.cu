@@ -1,5 +1,5 @@
 // Quantizers between the steps of a mixture-of-experts layer: of tokens, each to the places of all its pairs, and of
-// what is between the two GEMMs.
+// what is between the two GEMMs. Where pairs are many: gather.cu, hidden_tiles.cu.
 #include <algorithm>
 
 #include "cuda/elements.cuh"
@@ -68,7 +68,7 @@ struct Tokens {
 struct Hidden {
   using Item = Place;
 
-  HiddenRows rows;
+  HiddenRows<> rows;
   const Place* places;  // null: every pair has a tile of its own
 
   __device__ bool early() const { return false; }
@@ -80,7 +80,7 @@ struct Hidden {
 
   template <typename T>
   __device__ void load(const quantize::Params& p, const Lane& part, Item place, int64_t group, Values& v) const {
-    rows.compute<T>(part, rows.load_stored<T>(p, part, place.row, group), group, v);
+    rows.load<T>(p, part, place.row, group, v);
   }
 
   template <typename Use>
@@ -217,8 +217,9 @@ void quantize_inputs(cudaStream_t stream, const Device& device, const InputsArgs
 
 void quantize_hidden(cudaStream_t stream, const Device& device, const HiddenArgs& args) {
   const Hidden from{hidden_rows(args.desc, args.u), args.places};
-  launch_for(stream, device, "quantize_hidden", args.dtype,
-             params_of(args.act, args.quantized, from, args.pairs, hidden_rows_are_vectors(from.rows, args.dtype)));
+  launch_for(
+      stream, device, "quantize_hidden", args.dtype,
+      params_of(args.act, args.quantized, from, args.pairs, hidden_rows_are_vectors(args.desc, args.u, args.dtype)));
 }
 
 }  // namespace flexq::cuda::experts

@@ -78,11 +78,20 @@ struct Params : LinearParams {
   uint64_t* ready;  // of each CTA: `token` while its partials are there
   uint64_t token;
 
-  // The layer that a tile of tokens is for: of a mixture of experts there are several (experts/gemm_wgmma.cu).
+  // What is looked up for a tile of tokens, and the layer that the tile is for. There is one layer here; a mixture of
+  // experts has several (experts/gemm_wgmma.cuh).
+  struct TokenTile {};
+  static constexpr bool kPartTiles = false;  // tiles with few tokens are so frequent that it pays to compute only those
   template <int kTokens>
-  __device__ const Params& linear_of(int) const {
+  __device__ TokenTile look_up(int) const {
+    return {};
+  }
+  template <int kTokens>
+  __device__ const Params& linear_of(const TokenTile&, int) const {
     return *this;
   }
+  // Tiles of 8 tokens that there are from this one on.
+  __device__ int token_tiles_from(const TokenTile&, int token_tile) const { return token_tiles - token_tile; }
 };
 
 // kernel_table.h

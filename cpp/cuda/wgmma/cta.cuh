@@ -25,6 +25,7 @@ struct Cta {
   static constexpr int kBits = kWeightBits;
   static constexpr Config kC = config_for(kConfig, kBits);
   static constexpr bool kPerGroup = kGroupScheme;
+  static constexpr bool kPartTiles = P::kPartTiles;
   static constexpr int kTokens = kC.tokens;
   static constexpr int kStages = kC.stages;
   static constexpr int kStageGroups = kC.stage_groups;
@@ -70,19 +71,33 @@ struct Cta {
     const int row_block = (at.row_tile * p.multicast + peer) * kTileBlocks;
     return {row_block, max(1, min(kTileBlocks, p.row_blocks - row_block)), at.token_tile * (kTokens / kTokenTile)};
   }
-  __device__ decltype(auto) linear(const Tile& tile) const { return p.template linear_of<kTokens>(tile.token_tile); }
+  // What the tile's tokens are is memory's to say where there are several layers: so ask for it ahead.
+  using TokenTile = typename P::TokenTile;
+  __device__ TokenTile look_up(int index) const {
+    return index < p.whole_tiles ? p.template look_up<kTokens>(tile_at(index).token_tile) : TokenTile{};
+  }
+  __device__ decltype(auto) linear(const TokenTile& tokens, const Tile& tile) const {
+    return p.template linear_of<kTokens>(tokens, tile.token_tile);
+  }
+  // Of 8 tokens, with anybody's token in them.
+  __device__ int token_tiles(const TokenTile& tokens, const Tile& tile) const {
+    return min(kTokens / kTokenTile, p.token_tiles_from(tokens, tile.token_tile));
+  }
   __device__ int groups_of(int step) const { return min(kStageGroups, p.groups - step * kStageGroups); }
 
-  // use(work): whole tiles, or this part's share of them, then this CTA's range of the stream-K steps, its last tile
-  // first (stream_k.cuh).
+  // use(work, token tile): whole tiles, or this part's share of them, then this CTA's range of the stream-K steps, its
+  // last tile first (stream_k.cuh).
   template <typename Use>
   __device__ __forceinline__ void for_each_work(const Use& use) const {
     const int begin = steps * part / p.splits, end = steps * (part + 1) / p.splits;
     int left = stream_k_begin(p, static_cast<int>(blockIdx.x) + 1);  // the range's end, as it shrinks
+    TokenTile next = look_up(first_tile);
     for (int tile = first_tile;;) {
       Work work{tile, begin, end};
+      const TokenTile tokens = next;
       if (tile < p.whole_tiles) {
         tile += tile_stride;
+        next = look_up(tile);
       } else if (!kC.stream_k) {
         return;
       } else {
@@ -94,7 +109,7 @@ struct Cta {
         work.end = left - index * steps;
         left -= work.steps();
       }
-      use(work);
+      use(work, tokens);
     }
   }
 

@@ -18,14 +18,24 @@ struct Epilogue {
   static constexpr int kChunkSums = kChunkTokens / 2;
   static constexpr int kTokenScales = (kTokens + kWarpgroup - 1) / kWarpgroup;  // a thread's
 
+  using TokenTile = typename Cta::TokenTile;
+
+  // Scheme channel's, as this thread loads them: of tokens, and of its two rows.
+  struct Scales {
+    float tokens[kTokenScales];
+    uint16_t rows[2];  // fp16
+  };
+
   const Cta& cta;
 
-  __device__ __forceinline__ void run(const Tile& tile, const Sums& sums) const {
-    const auto& linear = cta.linear(tile);
-    if (cta.p.splits > 1) return add_parts(linear, tile, sums);
-    const Rows rows = rows_of(linear, tile);
+  __device__ __forceinline__ void run(const TokenTile& tokens, const Tile& tile, const Scales& scales,
+                                      const Sums& sums) const {
+    const auto& linear = cta.linear(tokens, tile);
+    const Rows rows = rows_of(linear, tile, scales);
+    if (cta.p.splits > 1) return add_parts(linear, tile, rows, sums);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
+      if (Cta::kPartTiles && c > 0 && c * kChunkTokens / kTokenTile >= cta.token_tiles(tokens, tile)) break;
       Sum chunk[kChunkSums];
 #pragma unroll
       for (int i = 0; i < kChunkSums; ++i) chunk[i] = sums[c * kChunkSums + i];
@@ -33,24 +43,29 @@ struct Epilogue {
     }
   }
 
-  // Scheme channel's token scales: loaded before the mainloop, then shared by the warpgroup where scheme group has
-  // those of the stages.
-  __device__ __forceinline__ void load_token_scales(const Tile& tile, float (&scales)[kTokenScales]) const {
-    const auto& linear = cta.linear(tile);
+  // Scheme channel's scales are loaded before the mainloop. Those of tokens are then shared by the warpgroup, where
+  // scheme group has those of the stages.
+  __device__ __forceinline__ void load_scales(const TokenTile& tokens, const Tile& tile, Scales& scales) const {
+    const auto& linear = cta.linear(tokens, tile);
 #pragma unroll
     for (int i = 0; i < kTokenScales; ++i) {
       const int64_t token =
           static_cast<int64_t>(tile.token_tile) * kTokenTile + i * kWarpgroup + threadIdx.x % kWarpgroup;
-      scales[i] = token < linear.m ? __ldcg(linear.act_scales + token) : 0.0f;
+      scales.tokens[i] = token < linear.m ? __ldcg(linear.act_scales + token) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = row_of(tile, i);
+      scales.rows[i] = row < linear.n ? linear.scales[row] : uint16_t{0};
     }
   }
-  __device__ __forceinline__ void share_token_scales(const float (&scales)[kTokenScales]) const {
+  __device__ __forceinline__ void share_scales(const Scales& scales) const {
     static_assert(kConsumers * kTokens * 4 <= Cta::kStages * Cta::kC.scale_bytes(), "room for the tokens' scales");
     ptx::named_barrier(kWarpgroupBarrier + cta.warp / 4, kWarpgroup);  // the tile before has been stored
 #pragma unroll
     for (int i = 0; i < kTokenScales; ++i) {
       const int token = i * kWarpgroup + static_cast<int>(threadIdx.x) % kWarpgroup;
-      if (token < kTokens) shared_token_scales()[token] = scales[i];
+      if (token < kTokens) shared_token_scales()[token] = scales.tokens[i];
     }
     ptx::named_barrier(kWarpgroupBarrier + cta.warp / 4, kWarpgroup);
   }
@@ -60,24 +75,26 @@ struct Epilogue {
     return reinterpret_cast<float*>(cta.shared + Cta::kScalesAt) + cta.warp / 4 * kTokens;
   }
 
-  // Of this lane's two rows.
+  // One of this lane's two rows.
+  __device__ int64_t row_of(const Tile& tile, int i) const {
+    return static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows + cta.lane / 4 + 8 * i;
+  }
   struct Rows {
     float scale[2], bias[2];
   };
-  __device__ Rows rows_of(const LinearParams& linear, const Tile& tile) const {
+  __device__ Rows rows_of(const LinearParams& linear, const Tile& tile, const Scales& scales) const {
     Rows rows{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t row = static_cast<int64_t>(tile.row_block + cta.block) * kRecordRows + cta.lane / 4 + 8 * i;
-      if (row >= linear.n) continue;
-      rows.scale[i] = (Cta::kPerGroup ? 1.0f : __half2float(__ushort_as_half(linear.scales[row]))) * linear.unit;
-      if (linear.bias != nullptr) rows.bias[i] = load_float(linear.bias, linear.bias_dtype, row);
+      rows.scale[i] = (Cta::kPerGroup ? 1.0f : __half2float(__ushort_as_half(scales.rows[i]))) * linear.unit;
+      const int64_t row = row_of(tile, i);
+      if (linear.bias != nullptr && row < linear.n) rows.bias[i] = load_float(linear.bias, linear.bias_dtype, row);
     }
     return rows;
   }
 
   // Each CTA of the cluster adds and stores every splits-th chunk.
-  __device__ void add_parts(const LinearParams& linear, const Tile& tile, const Sums& sums) const {
+  __device__ void add_parts(const LinearParams& linear, const Tile& tile, const Rows& rows, const Sums& sums) const {
     static_assert(Cta::kSums * kConsumerThreads * 4 <= Cta::kScalesAt, "sums overlay the stages");
     // Past this barrier nobody here reads the stages, and every copy to them has arrived.
     ptx::named_barrier(kConsumerBarrier, kConsumerThreads);
@@ -85,7 +102,6 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < Cta::kSums; ++i) mine[i * kConsumerThreads] = sums[i];
     ptx::cluster_sync();  // the producers meet here too
-    const Rows rows = rows_of(linear, tile);
     for (int c = cta.part; c < kChunks; c += cta.p.splits) {
       Sum chunk[kChunkSums] = {};
       for (int part = 0; part < cta.p.splits; ++part) {

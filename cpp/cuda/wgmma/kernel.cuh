@@ -21,9 +21,10 @@ namespace flexq::cuda::wgmma {
 template <typename Cta>
 __device__ void consume(const Cta& cta) {
   typename Cta::State state;
-  cta.for_each_work([&](const Work& work) {
+  cta.for_each_work([&](const Work& work, const typename Cta::TokenTile& tokens) {
     const Tile tile = cta.tile_at(work.tile);
     const Epilogue<Cta> epilogue{cta};
+    typename Epilogue<Cta>::Scales scales;
     typename Cta::Sum sums[Cta::kSums];
 #pragma unroll
     for (int i = 0; i < Cta::kSums; ++i) sums[i] = 0;
@@ -34,10 +35,9 @@ __device__ void consume(const Cta& cta) {
       Fragments<Cta> even, odd;
       mainloop.unpack_stage(tile, state, work.begin, even);
       // The first activations have arrived, so their scales have been written too.
-      float token_scales[Epilogue<Cta>::kTokenScales];
-      epilogue.load_token_scales(tile, token_scales);
-      mainloop.run(tile, work, state, even, odd, sums);
-      epilogue.share_token_scales(token_scales);
+      epilogue.load_scales(tokens, tile, scales);
+      mainloop.run(tile, work, cta.token_tiles(tokens, tile), state, even, odd, sums);
+      epilogue.share_scales(scales);
     }
     if constexpr (Cta::kPerGroup && Cta::kC.stream_k) {
       if (work.steps() < cta.steps) {
@@ -47,7 +47,7 @@ __device__ void consume(const Cta& cta) {
       }
     }
     // The tile is computed again: the mainloop has no registers to keep it in.
-    epilogue.run(cta.tile_at(ptx::keep_in_register(work.tile)), sums);
+    epilogue.run(tokens, cta.tile_at(ptx::keep_in_register(work.tile)), scales, sums);
   });
 }
 

@@ -26,29 +26,46 @@ struct ChannelMainloop {
     }
   }
 
-  // All steps of `work`, whose first one is in `even`.
-  __device__ __forceinline__ void run(const Tile& tile, const Work& work, typename Cta::State& state,
+  // All steps of `work`, whose first one is in `even`, for so many tiles of 8 tokens.
+  __device__ __forceinline__ void run(const Tile& tile, const Work& work, int token_tiles, typename Cta::State& state,
                                       Fragments<Cta>& even, Fragments<Cta>& odd, Sums& sums) const {
+    if constexpr (Cta::kPartTiles) {
+      constexpr int kFew = 64, kSome = 128;
+      if constexpr (Cta::kTokens > kFew) {
+        if (token_tiles <= kFew / kTokenTile) return run_steps<kFew>(tile, work, state, even, odd, sums);
+      }
+      if constexpr (Cta::kTokens > kSome) {
+        if (token_tiles <= kSome / kTokenTile) return run_steps<kSome>(tile, work, state, even, odd, sums);
+      }
+    }
+    run_steps<Cta::kTokens>(tile, work, state, even, odd, sums);
+  }
+
+ private:
+  template <int kTokens>
+  __device__ __forceinline__ void run_steps(const Tile& tile, const Work& work, typename Cta::State& state,
+                                            Fragments<Cta>& even, Fragments<Cta>& odd, Sums& sums) const {
     for (int step = work.begin; step < work.end; step += 2) {
-      advance(tile, work, step, state, even, odd, sums);
-      if (step + 1 < work.end) advance(tile, work, step + 1, state, odd, even, sums);
+      advance<kTokens>(tile, work, step, state, even, odd, sums);
+      if (step + 1 < work.end) advance<kTokens>(tile, work, step + 1, state, odd, even, sums);
     }
     ptx::wgmma_wait<0>();
     ptx::fence_registers(sums);
     release(cta, state.previous_stage());
   }
 
- private:
   // Starts the products of `now` and unpacks the next step into `next` beside them.
+  template <int kTokens>
   __device__ __forceinline__ void advance(const Tile& tile, const Work& work, int step, typename Cta::State& state,
                                           const Fragments<Cta>& now, Fragments<Cta>& next, Sums& sums) const {
+    auto& of_tokens = reinterpret_cast<int32_t (&)[kTokens / 2]>(sums);
     const int stage = state.stage;
     state.advance();
     ptx::wgmma_fence();
 #pragma unroll
     for (int g = 0; g < Cta::kStageGroups; ++g) {
 #pragma unroll
-      for (int s = 0; s < 4; ++s) ptx::wgmma_s8<true>(sums, now.a[g][s], b_descriptor(cta, stage, g, s, 0));
+      for (int s = 0; s < 4; ++s) ptx::wgmma_s8<true>(of_tokens, now.a[g][s], b_descriptor(cta, stage, g, s, 0));
     }
     ptx::wgmma_commit();
     // This step's products keep the tensor cores busy while the step before is waited for and released.

@@ -23,16 +23,17 @@ struct Producer {
   }
 
  private:
-  // copy(linear, tile, step, stage) for every step of the CTA's work, as stages become empty.
+  // copy(linear, tile, its tiles of 8 tokens, step, stage) for every step of the CTA's work, as stages become empty.
   template <typename Copy>
   __device__ __forceinline__ void for_each_stage(const Copy& copy) const {
     auto state = producer_start<Cta::kStages>();
-    cta.for_each_work([&](const Work& work) {
+    cta.for_each_work([&](const Work& work, const typename Cta::TokenTile& tokens) {
       const Tile tile = cta.tile_at(work.tile);
-      const auto& linear = cta.linear(tile);
+      const auto& linear = cta.linear(tokens, tile);
+      const int token_tiles = cta.token_tiles(tokens, tile);
       for (int step = work.begin; step < work.end; ++step) {
         cta.barriers().wait_empty(state);
-        copy(linear, tile, step, state.stage);
+        copy(linear, tile, token_tiles, step, state.stage);
         state.advance();
       }
     });
@@ -44,15 +45,14 @@ struct Producer {
     const uint64_t policy = p.read_once ? ptx::evict_first_policy() : ptx::evict_normal_policy();
     const int64_t begin = clock64();
     int filled = 0;
-    for_each_stage([&](const LinearParams& linear, const Tile& tile, int step, int stage) {
+    for_each_stage([&](const LinearParams& linear, const Tile& tile, int token_tiles, int step, int stage) {
       // The first stages are filled at the pace of memory: the quantizer, which still runs, waits behind each load.
       for (; filled < Cta::kStages && clock64() - begin < static_cast<int64_t>(filled) * p.clocks_per_stage;) {
       }
       filled = min(filled + 1, Cta::kStages);
       const int groups = cta.groups_of(step);
       const int blocks = max(0, min(kTileBlocks, p.row_blocks - tile.row_block));  // 0 past the last row
-      const int act_tiles = min(Cta::kTokens / kTokenTile, p.token_tiles - tile.token_tile);
-      const int act = act_tiles * (kTileGroupBytes + (Cta::kPerGroup ? kTokenTile * 4 : 0));
+      const int act = token_tiles * (kTileGroupBytes + (Cta::kPerGroup ? kTokenTile * 4 : 0));
       const int bytes = groups * blocks * Cta::kRecord;
       const uint32_t full = cta.barriers().full(stage);
       ptx::mbarrier_arrive_expect(full, static_cast<uint32_t>(bytes + groups * act));
@@ -76,8 +76,8 @@ struct Producer {
         ptx::bulk_copy_multicast(to, from, static_cast<uint32_t>(bytes), cta.barriers().full(stage), peers);
       }
     };
-    for_each_stage([&](const LinearParams&, const Tile& tile, int step, int stage) {
-      const int tiles = min(cta.share, p.token_tiles - tile.token_tile - first);
+    for_each_stage([&](const LinearParams&, const Tile& tile, int token_tiles, int step, int stage) {
+      const int tiles = min(cta.share, token_tiles - first);
       if (tiles <= 0) return;
 #pragma unroll
       for (int g = 0; g < Cta::kStageGroups; ++g) {
