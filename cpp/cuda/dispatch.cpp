@@ -21,7 +21,6 @@ struct Problem {
   int64_t m;
   int64_t groups;
   double weight_bytes;
-  bool reread;  // tiles of tokens share weights
 
   const CostTable& costs() const { return device.costs; }
   bool per_group() const { return desc.scheme == FLEXQ_SCHEME_GROUP; }
@@ -58,7 +57,7 @@ double wgmma_us(const Problem& p, const GemmPlan& plan) {
   const auto work = static_cast<double>(ceil_div(p.groups, plan.splits));  // groups of a tile's part
   const auto waves = static_cast<double>(ceil_div(tiles, p.device.clusters[plan.splits]));
   const bool relief = c.tokens >= kReliefTokens && waves > kReliefWaves;
-  const bool reread = p.reread || p.m > c.tokens;
+  const bool reread = p.m > c.tokens;  // weights are read by several tiles
   double group_clocks = clocks_of_group(costs, c.tokens, p.per_group());
   if (c.stream_k) {
     // Tiles that read the same weights do so at different times.
@@ -141,10 +140,9 @@ int mma_splits(const Problem& p, const MmaShape& c) {
 
 }  // namespace
 
-Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m,
-                       double distinct) {
+Candidates::Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m) {
   const int64_t groups = num_groups(desc.k);
-  const Problem p{device, desc, m, groups, static_cast<double>(WeightLayout(desc).size) * distinct, distinct < 0.75};
+  const Problem p{device, desc, m, groups, static_cast<double>(WeightLayout(desc).size)};
   const auto add = [&](const GemmPlan& plan) {
     items_[count_++] = {plan, plan.family == GemmPlan::kMma ? mma_us(p, plan) : wgmma_us(p, plan)};
   };

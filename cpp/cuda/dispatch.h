@@ -16,8 +16,7 @@ struct Candidate {
 // The plans that could run a GEMM, cheapest first; plainly bad ones are left out. Every call makes this: no allocation.
 class Candidates {
  public:
-  // Of the weights a share is `distinct`, where rows stand for tiles of which several read the same ones.
-  Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m, double distinct = 1.0);
+  Candidates(const Device& device, const flexq_weight_desc& desc, int32_t act_bits, int64_t m);
 
   const Candidate* begin() const { return items_.data(); }
   const Candidate* end() const { return items_.data() + count_; }

@@ -35,10 +35,7 @@ int64_t most_tiles(int64_t experts, int64_t pairs, int tile_tokens) {
 }
 
 // Where every pair's expert is any of them: an expert has a number of pairs of Poisson's distribution.
-struct Expected {
-  double tiles, experts;  // with any pairs
-};
-Expected expected(int64_t experts, int64_t pairs, int tile_tokens) {
+double expected_tiles(int64_t experts, int64_t pairs, int tile_tokens) {
   const double mean = static_cast<double>(pairs) / static_cast<double>(experts);
   double tiles = mean / tile_tokens + 0.5;  // of an expert with many
   if (mean <= 64) {
@@ -48,19 +45,18 @@ Expected expected(int64_t experts, int64_t pairs, int tile_tokens) {
       tiles += probability * static_cast<double>(ceil_div(count, tile_tokens));
     }
   }
-  const auto all = static_cast<double>(experts);
-  return {std::clamp(tiles * all, 1.0, static_cast<double>(most_tiles(experts, pairs, tile_tokens))),
-          std::max(1.0, all * -std::expm1(-mean))};
+  return std::clamp(tiles * static_cast<double>(experts), 1.0,
+                    static_cast<double>(most_tiles(experts, pairs, tile_tokens)));
 }
 
 // The cheapest plan with this many tokens in a tile, or the one of this name; none if there is none. To the model of
 // cost the tiles are one tile of a weight with the rows of all of them.
 std::optional<Candidate> gemm_of(const Device& device, flexq_weight_desc desc, int32_t act_bits, int tile_tokens,
-                                 const Expected& of, const char* kernel) {
+                                 double tiles, const char* kernel) {
   const int64_t row_blocks = num_row_blocks(desc);
-  desc.n = row_blocks * kRecordRows * std::max<int64_t>(1, std::llround(of.tiles));
+  desc.n = row_blocks * kRecordRows * std::max<int64_t>(1, std::llround(tiles));
   std::optional<Candidate> best;
-  for (Candidate candidate : Candidates(device, desc, act_bits, tile_tokens, std::min(1.0, of.experts / of.tiles))) {
+  for (Candidate candidate : Candidates(device, desc, act_bits, tile_tokens)) {
     GemmPlan& plan = candidate.plan;
     if (plan.family == GemmPlan::kMma) {
       const MmaShape shape = mma_shape(plan.config);
@@ -83,13 +79,13 @@ std::optional<Plan> cheapest(const Device& device, const flexq_experts_desc& des
   std::optional<Plan> best;
   double least = 0;
   for (const int tile_tokens : {8, 16, 32, 64, 128, 256}) {
-    const Expected of = expected(desc.experts, pairs, tile_tokens);
+    const double tiles = expected_tiles(desc.experts, pairs, tile_tokens);
     Plan plan{tile_tokens, pairs * desc.hidden >= kManyValues, {}};
     double microseconds = 0;
     bool complete = true;
     for (const flexq_projection projection : kProjections) {
       const auto gemm = gemm_of(device, weight_of_expert(desc, projection), format_of(desc, projection).act_bits,
-                                tile_tokens, of, kernel);
+                                tile_tokens, tiles, kernel);
       complete = complete && gemm.has_value();
       if (!gemm) continue;
       plan.gemms[projection] = gemm->plan;
