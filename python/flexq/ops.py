@@ -54,12 +54,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Of activations, by their numbers in the C API.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def _dtype(name: str, dtype: torch.dtype) -> int:
     try:
-        return _DTYPES[dtype]
+        return DTYPES[dtype]
     except KeyError:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {dtype}") from None
 

@@ -8,6 +8,7 @@ floating point while it loads.
 Environment:
     FLEXQ_PLAN: recipe or JSON file for `--quantization flexq` (default w6a8).
     FLEXQ_VERIFY: 0 to leave out the check of a checkpoint's checksums before it loads.
+    FLEXQ_FUSE: 0 to leave norms and SiLU products apart from the quantization that follows them.
 """
 
 import os
@@ -38,7 +39,15 @@ from flexq.run.parallel import check_input_split
 QUANT_METHOD = "flexq"
 # Layers that choose experts stay in floating point.
 _ROUTERS = ("gate", "router")
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.plugins.{__name__}")  # vLLM shows what its own loggers say
+
+try:
+    from flexq.integrations.vllm_fusion import add_fusion_pass
+except ImportError as missing:
+    _WHY_UNFUSED = str(missing)
+
+    def add_fusion_pass() -> None:
+        logger.info_once(f"FlexQ leaves quantization unfused in this version of vLLM: {_WHY_UNFUSED}")
 
 
 class FlexQVllmConfig(QuantizationConfig):
@@ -103,6 +112,7 @@ class FlexQVllmConfig(QuantizationConfig):
         return [self.plan.config_for(n) for n in names]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        add_fusion_pass()
         if isinstance(layer, ParallelLMHead):
             config = self.plan.layers.get(prefix)
             return None if config is None else FlexQLinearMethod(self, prefix, [config])
