@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 from vllm.config import CompilationMode, VllmConfig, get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -30,6 +31,8 @@ class FlexQFusionPass(InductorPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         norms, products = fuse_norms(graph), fuse_products(graph)
+        VllmPatternMatcherPass.match_table["flexq_norms"] += norms  # vLLM's summary of all passes
+        VllmPatternMatcherPass.match_table["flexq_products"] += products
         if norms or products:
             logger.info_once(f"FlexQ fused quantization with {norms} norms and {products} SiLU products of a graph")
 
