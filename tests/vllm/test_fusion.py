@@ -1,9 +1,10 @@
 """The fusion pass on graphs as vLLM makes them, compiled with vLLM's own passes: what is fused, and that it computes
-the same. vLLM does not run these passes on a CPU by itself; the CPU has all that the graphs hold."""
+the same. On a CPU vLLM does not run these passes by itself; it has all that the graphs hold."""
 
 import flexq
 import pytest
 import torch
+from engines import DEVICE
 from flexq.integrations.vllm_fusion import FlexQFusionPass, add_fusion_pass
 from torch import fx, nn
 from vllm.compilation.passes.inductor_pass import CallableInductorPass, InductorPass, pass_context
@@ -23,7 +24,7 @@ NORM, PRODUCT, LINEAR = "flexq.rms_norm_linear.default", "flexq.silu_mul_linear.
 
 
 def values(*shape: int, seed: int, dtype=torch.bfloat16) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def compiling() -> VllmConfig:
@@ -55,9 +56,9 @@ class Linear(nn.Module):
 
 
 def norm_of(kind: type[nn.Module], dtype: torch.dtype, **options) -> nn.Module:
-    norm = kind(K, EPS, **options).to(dtype)
+    norm = kind(K, EPS, **options).to(DEVICE, dtype)
     if norm.weight.requires_grad:
-        nn.init.normal_(norm.weight, mean=1.0, std=0.1, generator=torch.Generator().manual_seed(1))
+        norm.weight.data += values(K, seed=1, dtype=dtype) / 10
     return norm
 
 
@@ -117,7 +118,8 @@ class Compiled:
     def __init__(self, module: nn.Module, config: VllmConfig, fuse: bool):
         manager, self.targets = PostGradPassManager(), []
         manager.configure(config)
-        manager.fix_functionalization = lambda graph: None  # names kernels that are built for GPUs only
+        if DEVICE == "cpu":
+            manager.fix_functionalization = lambda graph: None  # names kernels that are built for GPUs only
         if fuse:
             manager.add(FlexQFusionPass())
         manager.add(Spy(self.targets))
@@ -169,7 +171,7 @@ class Around(nn.Module):
     def __init__(self, forward, norm: nn.Module):
         super().__init__()
         self.norm, self.product, self.linear = norm, product_on_a_gpu(), Linear(2 * K, K)
-        self.other, self.plain = Linear(K, K, 6), nn.Linear(K, K, dtype=torch.bfloat16)
+        self.other, self.plain = Linear(K, K, 6), nn.Linear(K, K, dtype=torch.bfloat16, device=DEVICE)
         self._run = forward
 
     def forward(self, x, residual):

@@ -225,7 +225,7 @@ def test_lora(best, adapter):
 @on_gpu
 def test_kv_cache_in_fp8(best):
     model = flexq.load_model(best, dtype=torch.float32, device=DEVICE)
-    assert_same_as(model, PROMPTS, generate(best, kv_cache_dtype="fp8"), mean=0.3, near=1.5)
+    assert_same_as(model, PROMPTS, generate(best, kv_cache_dtype="fp8"), mean=0.5, near=2.0)
 
 
 @on_gpu
