@@ -13,8 +13,8 @@ DEVICE = resolve_device("auto")
 GPUS = torch.cuda.device_count() if DEVICE == "cuda" else 0
 DTYPE = "bfloat16" if GPUS else "float32"
 # Of log probabilities. Where a float is rounded otherwise, an activation takes the next of its codes: that changes
-# SmolLM2's at W6A8 by 0.03 in the mean of a prompt and by 0.11 at most. (At W6A6 by 0.17 and by 0.96.) In 16 bits floats
-# are rounded otherwise everywhere: random models' change by 0.12 in the mean and by 0.36 at most.
+# SmolLM2's at W6A8 by 0.03 in the mean of a prompt and by 0.11 at most. (At W6A6 by 0.17 and by 0.96.) In 16 bits that
+# happens everywhere: random models' change by 0.12 in the mean and by 0.36 at most.
 MEAN, NEAR = (0.25, 1.0) if GPUS else (0.1, 0.4)
 
 
