@@ -264,12 +264,14 @@ def test_host_time_of_an_operator(capsys):
     x, norm = torch.randn(1, k, device="cuda", dtype=torch.bfloat16), torch.ones(k, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
     packed = flexq.prepack(*flexq.quantize_weight(weight), k, *shared)
-    quantized = flexq.quantize_activation(x)
+    quantized, both = flexq.quantize_activation(x), torch.cat([x, x], -1)
     calls = {
         "linear": lambda: torch.ops.flexq.linear(x, packed, None, n, 8, *shared),
         "gemm": lambda: torch.ops.flexq.gemm(quantized, packed, None, 1, n, k, 8, *shared, torch.bfloat16),
         "rms_norm_quantize": lambda: torch.ops.flexq.rms_norm_quantize(x, x, norm, 1e-6, 8, *shared),
         "silu_mul_quantize": lambda: torch.ops.flexq.silu_mul_quantize(x, x, 8, *shared),
+        "rms_norm_linear": lambda: torch.ops.flexq.rms_norm_linear(x, x, norm, 1e-6, packed, None, n, 8, *shared),
+        "silu_mul_linear": lambda: torch.ops.flexq.silu_mul_linear(both, packed, None, n, 8, *shared),
         "F.linear": lambda: nn.functional.linear(x, weight),
     }
     times = {}
