@@ -112,6 +112,8 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "flexq-group": _flexq({"scheme": "group"}),
     "flexq-channel": _flexq({"scheme": "channel"}),
     "flexq-channel-head": _flexq({"scheme": "channel"}, {"lm_head": _HEAD}),
+    "flexq-channel-head-unfused": _flexq({"scheme": "channel"}, {"lm_head": _HEAD})
+    | {"environment": {"FLEXQ_FUSE": "0"}},
     "flexq-5-bits-head": _flexq({"scheme": "channel", "weight_bits": 5}, {"lm_head": _HEAD}),
 }
 DEFAULT_CONTENDERS = ("bf16", "fp8", "int8", "humming-group", "flexq-group", "flexq-channel", "flexq-channel-head")

@@ -54,12 +54,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Of activations, by their numbers in the C API.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def _dtype(name: str, dtype: torch.dtype) -> int:
     try:
-        return _DTYPES[dtype]
+        return DTYPES[dtype]
     except KeyError:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {dtype}") from None
 
@@ -350,6 +351,44 @@ def _linear(x, packed, bias, n, act_bits, scheme, rotation, weight_bits=6):
         y.data_ptr(), dtype, n, workspace.data_ptr(), workspace.numel(),
     )  # fmt: skip
     return y
+
+
+def _fake_rms_norm_linear(x, residual, norm_weight, eps, packed, bias, n, act_bits, scheme, rotation, weight_bits=6):
+    return x.new_empty((*x.shape[:-1], n)), x.new_empty(x.shape)
+
+
+@_define(
+    "rms_norm_linear(Tensor x, Tensor? residual, Tensor norm_weight, float eps, Tensor packed, Tensor? bias, int n,"
+    " int act_bits, str scheme, str rotation, int weight_bits=6) -> (Tensor, Tensor)",
+    _fake_rms_norm_linear,
+)
+def _rms_norm_linear(x, residual, norm_weight, eps, packed, bias, n, act_bits, scheme, rotation, weight_bits=6):
+    quantized, total = _rms_norm_quantize(x, residual, norm_weight, eps, act_bits, scheme, rotation)
+    k = x.shape[-1]
+    y = _gemm(quantized, packed, bias, x.numel() // k, n, k, act_bits, scheme, rotation, x.dtype, weight_bits)
+    return y.view(*x.shape[:-1], n), total
+
+
+def _fake_silu_mul_linear(gate_up, packed, bias, n, act_bits, scheme, rotation, weight_bits=6):
+    return gate_up.new_empty((*gate_up.shape[:-1], n))
+
+
+@_define(
+    "silu_mul_linear(Tensor gate_up, Tensor packed, Tensor? bias, int n, int act_bits, str scheme, str rotation,"
+    " int weight_bits=6) -> Tensor",
+    _fake_silu_mul_linear,
+)
+def _silu_mul_linear(gate_up, packed, bias, n, act_bits, scheme, rotation, weight_bits=6):
+    _require(
+        gate_up.dim() > 0 and gate_up.shape[-1] > 0 and gate_up.shape[-1] % 2 == 0,
+        f"gate_up must be [..., 2K] with K at least 1, got {list(gate_up.shape)}",
+    )
+    _dtype("gate_up", gate_up.dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    quantized = _silu_mul_quantize(gate, up, act_bits, scheme, rotation)
+    m, k = gate.numel() // gate.shape[-1], gate.shape[-1]
+    y = _gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, gate.dtype, weight_bits)
+    return y.view(*gate.shape[:-1], n)
 
 
 # ---- Experts ---------------------------------------------------------------------------------------------------------
@@ -683,6 +722,45 @@ def linear(
 ) -> torch.Tensor:
     """x [..., K] (float32, float16, bfloat16) -> [..., N] of x's dtype, through a prepacked weight [N, K]."""
     return torch.ops.flexq.linear(x, packed, bias, n, act_bits, scheme, rotation, weight_bits)
+
+
+def rms_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    act_bits: int = 8,
+    scheme: str = "group",
+    rotation: str = "hadamard128",
+    weight_bits: int = 6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm_quantize` and `gemm` in one call: x [..., K] -> (y [..., N] of x's dtype, h [..., K]).
+
+    Its shapes do not depend on the device, so that graphs can hold it for any number of tokens.
+    """
+    return torch.ops.flexq.rms_norm_linear(
+        x, residual, norm_weight, eps, packed, bias, n, act_bits, scheme, rotation, weight_bits
+    )
+
+
+def silu_mul_linear(
+    gate_up: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    act_bits: int = 8,
+    scheme: str = "group",
+    rotation: str = "hadamard128",
+    weight_bits: int = 6,
+) -> torch.Tensor:
+    """`silu_mul_quantize` and `gemm` in one call: gate_up [..., 2K], the gate first -> [..., N] of its dtype.
+
+    Its shapes do not depend on the device, so that graphs can hold it for any number of tokens.
+    """
+    return torch.ops.flexq.silu_mul_linear(gate_up, packed, bias, n, act_bits, scheme, rotation, weight_bits)
 
 
 def experts_prepack(planes: torch.Tensor, scales: torch.Tensor, projection: str, desc: ExpertsDesc) -> torch.Tensor:

@@ -19,7 +19,7 @@ run() {  # name seconds command...
 nvidia-smi -L
 run install 150 python3 -m pip install -q --no-deps --no-build-isolation --target "$results/site" . \
   -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real
-export PYTHONPATH=$results/site
+export PYTHONPATH=$results/site${PYTHONPATH:+:$PYTHONPATH}
 run pytest 180 python3 -m pytest -q -p no:cacheprovider tests/gpu
 run contract 150 "$build/tests/test_cuda"
 run experts 150 "$build/tests/test_experts_cuda"
@@ -33,6 +33,7 @@ run decode 300 python3 -m flexq bench decode --quiet --side-by-side --contexts 1
   --contenders "flexq W6A8" "flexq W6A8 channel" bf16 W8A8 fp8
 run host 30 python3 -m flexq bench host --device cuda
 if python3 -c 'import vllm' 2> /dev/null; then
+  run vllm 580 python3 -m pytest -q -p no:cacheprovider tests/vllm/test_fusion.py tests/vllm/test_gpu_offline.py
   run serve 500 python3 benchmarks/serve_gpu.py --contenders bf16 fp8 flexq-channel-head --loads 64
 fi
 # Some tests provoke errors of the API on purpose.

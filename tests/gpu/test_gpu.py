@@ -248,6 +248,11 @@ def test_kernels_in_cpp_equal_those_in_python():
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
             assert torch.equal(torch.ops.flexq.linear(*arguments), ops._linear(*arguments))
+            norm = (view, view.flip(0), torch.ones(576, device="cuda", dtype=x.dtype), 1e-5, *arguments[1:])
+            results = torch.ops.flexq.rms_norm_linear(*norm), ops._rms_norm_linear(*norm)
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            product = (torch.cat([view, view.flip(0)], -1), *arguments[1:])
+            assert torch.equal(torch.ops.flexq.silu_mul_linear(*product), ops._silu_mul_linear(*product))
     with pytest.raises(ValueError, match="the activation is on cpu, the weight on cuda:0"):
         flexq.gemm(flexq.quantize_activation(torch.randn(2, 576)), gpu._packed, None, 2, 200, 576, 8, *shared)
 
@@ -259,12 +264,14 @@ def test_host_time_of_an_operator(capsys):
     x, norm = torch.randn(1, k, device="cuda", dtype=torch.bfloat16), torch.ones(k, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
     packed = flexq.prepack(*flexq.quantize_weight(weight), k, *shared)
-    quantized = flexq.quantize_activation(x)
+    quantized, both = flexq.quantize_activation(x), torch.cat([x, x], -1)
     calls = {
         "linear": lambda: torch.ops.flexq.linear(x, packed, None, n, 8, *shared),
         "gemm": lambda: torch.ops.flexq.gemm(quantized, packed, None, 1, n, k, 8, *shared, torch.bfloat16),
         "rms_norm_quantize": lambda: torch.ops.flexq.rms_norm_quantize(x, x, norm, 1e-6, 8, *shared),
         "silu_mul_quantize": lambda: torch.ops.flexq.silu_mul_quantize(x, x, 8, *shared),
+        "rms_norm_linear": lambda: torch.ops.flexq.rms_norm_linear(x, x, norm, 1e-6, packed, None, n, 8, *shared),
+        "silu_mul_linear": lambda: torch.ops.flexq.silu_mul_linear(both, packed, None, n, 8, *shared),
         "F.linear": lambda: nn.functional.linear(x, weight),
     }
     times = {}

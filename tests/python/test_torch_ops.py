@@ -40,7 +40,8 @@ def test_there_is_a_kernel_in_cpp():
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         pytest.skip("PyTorch's C shim is too old")
     for name in (
-        "linear", "gemm", "quantize_activation", "rms_norm_quantize", "silu_mul_quantize", "experts_forward",
+        "linear", "gemm", "quantize_activation", "rms_norm_quantize", "silu_mul_quantize", "rms_norm_linear",
+        "silu_mul_linear", "experts_forward",
     ):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flexq::{name}", "CPU")
         assert "torch_ops.cpp" in torch._C._dispatch_dump(f"flexq::{name}")
@@ -68,10 +69,41 @@ def test_every_view(packed, dtype):
             results = torch.ops.flexq.rms_norm_quantize(*arguments), ops._rms_norm_quantize(*arguments)
             same(*(codes(quantized, FORMAT, 8) for quantized, _ in results))
             same(*(total for _, total in results))
+            arguments = (x, residual, weight, 1e-5, packed, bias, N, 8, *FORMAT)
+            same(torch.ops.flexq.rms_norm_linear(*arguments), ops._rms_norm_linear(*arguments))
         channel = ("channel", "none")
         arguments = (x, x.flip(-1), 8, *channel)
         results = torch.ops.flexq.silu_mul_quantize(*arguments), ops._silu_mul_quantize(*arguments)
         same(*(codes(quantized, channel, 8) for quantized in results))
+        arguments = (torch.cat([x, x.flip(-1)], -1), packed, bias, N, 6, *FORMAT)
+        same(torch.ops.flexq.silu_mul_linear(*arguments), ops._silu_mul_linear(*arguments))
+
+
+def test_fused_linears_are_the_quantizer_and_the_gemm(packed):
+    """Of rows that lie apart, and of every width of weights."""
+    x, weight = values(5, 2 * K + 3).bfloat16()[:, : 2 * K], torch.ones(K).bfloat16()
+    for bits in ops.WEIGHT_BITS:
+        wide = flexq.prepack(*flexq.quantize_weight(values(N, K, seed=1), *FORMAT, bits), K, *FORMAT)
+        rest = (N, 8, *FORMAT)
+        gate, up = x[:, :K], x[:, K:]
+        quantized, total = flexq.rms_norm_quantize(gate, up, weight, 1e-5)
+        expected = flexq.gemm(quantized, wide, None, 5, N, K, *rest[1:], torch.bfloat16, bits)
+        same(ops.rms_norm_linear(gate, up, weight, 1e-5, wide, None, *rest, bits), (expected, total))
+        expected = flexq.gemm(flexq.silu_mul_quantize(gate, up), wide, None, 5, N, K, *rest[1:], torch.bfloat16, bits)
+        same(ops.silu_mul_linear(x, wide, None, *rest, bits), expected)
+
+
+def test_fused_linears_are_traced_for_any_number_of_tokens(packed):
+    def block(x, residual, weight):
+        y, total = ops.rms_norm_linear(x, residual, weight, 1e-5, packed, None, N)
+        return ops.silu_mul_linear(torch.cat([total, total], -1), packed, None, N) + y
+
+    compiled = torch.compile(block, dynamic=True, fullgraph=True)
+    weight = torch.ones(K)
+    for m, stance in ((2, "default"), (7, "fail_on_recompile"), (64, "fail_on_recompile")):
+        x, residual = values(m, K, seed=m), values(m, K, seed=m + 1)
+        with torch.compiler.set_stance(stance):
+            assert torch.allclose(compiled(x, residual, weight), block(x, residual, weight), atol=1e-5)
 
 
 def both_refuse(name, *arguments) -> None:
@@ -109,6 +141,12 @@ def test_refuses_alike(packed):
     both_refuse("rms_norm_quantize", x, x[:1], x[0], 1e-5, 8, *FORMAT)
     both_refuse("rms_norm_quantize", x, None, x[0, 1:], 1e-5, 8, *FORMAT)
     both_refuse("rms_norm_quantize", x, None, x[0], -1.0, 8, *FORMAT)
+    both_refuse("rms_norm_linear", x, x[:1], x[0], 1e-5, packed, None, N, 8, *FORMAT)
+    both_refuse("rms_norm_linear", x, None, x[0], 1e-5, packed[:100], None, N, 8, *FORMAT)
+    both_refuse("rms_norm_linear", x, None, x[0], 1e-5, packed, None, -1, 8, *FORMAT)
+    for gate_up in (wide, x[:, 1:], x[:, :0], torch.tensor(1.0)):
+        both_refuse("silu_mul_linear", gate_up, packed, None, N, 8, *FORMAT)
+    both_refuse("silu_mul_linear", x, packed[:100], None, N, 8, *FORMAT)
     quantized = flexq.quantize_activation(x)
     both_refuse("gemm", quantized, packed, None, 2, N, K, 8, *FORMAT, torch.float64)
     both_refuse("gemm", quantized, packed, None, 2, N, K + 128, 8, *FORMAT, torch.float32)
@@ -188,6 +226,8 @@ def test_nothing_leaks(packed, experts):
         for _ in range(2000):
             torch.ops.flexq.linear(x.T.contiguous().T, packed, torch.zeros(N), N, 8, *FORMAT)
             torch.ops.flexq.rms_norm_quantize(x, residual, weight, 1e-5, 8, *FORMAT)
+            torch.ops.flexq.rms_norm_linear(x, residual, weight, 1e-5, packed, torch.zeros(N), N, 8, *FORMAT)
+            torch.ops.flexq.silu_mul_linear(torch.cat([x, x], -1), packed, None, N, 8, *FORMAT)
             torch.ops.flexq.experts_forward(
                 x, ids, ids.float(), *expert_weights, None, torch.zeros(3, K), None, False, *desc
             )

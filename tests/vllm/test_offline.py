@@ -1,12 +1,9 @@
 """`LLM.generate` against transformers on the same checkpoint; tensor parallelism; quantizing on the way."""
 
-import gc
-
 import flexq
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from vllm import LLM, SamplingParams
+from engines import assert_same, engine, greedy, random_model, shut
+from transformers import AutoTokenizer
 
 PROMPTS = [
     "The capital of France is",
@@ -16,46 +13,11 @@ PROMPTS = [
     "Water boils at",
     "def fibonacci(n):\n",
 ]
-# Of log probabilities. Where a float is rounded otherwise, an activation takes the next of its codes: that changes
-# SmolLM2's at W6A8 by 0.03 in the mean of a prompt and by 0.11 at most. (At W6A6 by 0.17 and by 0.96.)
-MEAN, NEAR = 0.1, 0.4
-
-
-def engine(folder, **options) -> LLM:
-    return LLM(str(folder), enforce_eager=True, max_model_len=512, dtype="float32", disable_log_stats=True, **options)
-
-
-def greedy(llm: LLM, prompts, tokens=16) -> list[tuple[list[int], list[float]]]:
-    """Tokens and their log probabilities."""
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, logprobs=1, ignore_eos=True))
-    return [
-        (list(c.token_ids), [step[t].logprob for t, step in zip(c.token_ids, c.logprobs, strict=True)])
-        for c in (o.outputs[0] for o in outputs)
-    ]
 
 
 def assert_same_as_transformers(folder, results, prompts) -> None:
-    assert_same(flexq.load_model(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder), results, prompts)
-
-
-def assert_same(model, tokenizer, results, prompts) -> None:
-    """Each token that vLLM chose has the log probability that transformers gives it, and is its choice too, unless
-    another is as likely."""
-    for prompt, (tokens, logprobs) in zip(prompts, results, strict=True):
-        ids = tokenizer(prompt).input_ids
-        with torch.inference_mode():
-            logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
-        expected = logits.log_softmax(-1)
-        ours = expected[torch.arange(len(tokens)), torch.tensor(tokens)]
-        difference = (ours - torch.tensor(logprobs)).abs()
-        assert difference.mean() < MEAN and difference.max() < NEAR
-        assert (expected.max(-1).values - ours).max() < NEAR
-
-
-def shut(llm: LLM) -> None:
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert_same(folder, [tokenizer(prompt).input_ids for prompt in prompts], results)
 
 
 def test_smollm_as_in_transformers(smollm):
@@ -81,20 +43,6 @@ def test_tensor_parallel_and_mixed_plans(random_mixed, size, monkeypatch):
         assert_same_as_transformers(random_mixed, greedy(llm, PROMPTS), PROMPTS)
     finally:
         shut(llm)
-
-
-def random_model(kind: str, vocabulary: int, **settings):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=512, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **settings,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
 
 
 @pytest.mark.parametrize("kind", ["phi3", "qwen3", "mixtral"])

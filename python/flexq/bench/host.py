@@ -42,7 +42,7 @@ def bench_host(device: str = "cpu") -> list[HostPoint]:
     layer = Linear.from_float(linear)
     x, up, weight = (torch.randn(1, k, device=device, dtype=dtype) for _ in range(3))
     norm, packed, bits = weight[0].contiguous(), layer._packed, ("group", "hadamard128")
-    flexq = torch.ops.flexq
+    gate_up, flexq = torch.cat([x, up], -1), torch.ops.flexq
     quantized = flexq.quantize_activation(x, 8, *bits)
     calls: dict[str, Callable[[], Any]] = {
         "flexq.Linear": lambda: layer(x),
@@ -51,6 +51,8 @@ def bench_host(device: str = "cpu") -> list[HostPoint]:
         "flexq.quantize_activation": lambda: flexq.quantize_activation(x, 8, *bits),
         "flexq.rms_norm_quantize": lambda: flexq.rms_norm_quantize(x, up, norm, 1e-6, 8, *bits),
         "flexq.silu_mul_quantize": lambda: flexq.silu_mul_quantize(x, up, 8, *bits),
+        "flexq.rms_norm_linear": lambda: flexq.rms_norm_linear(x, up, norm, 1e-6, packed, None, n, 8, *bits),
+        "flexq.silu_mul_linear": lambda: flexq.silu_mul_linear(gate_up, packed, None, n, 8, *bits),
         "torch.nn.functional.linear": lambda: nn.functional.linear(x, linear.weight),
         "torch.nn.Linear": lambda: linear(x),
     }

@@ -8,6 +8,7 @@ floating point while it loads.
 Environment:
     FLEXQ_PLAN: recipe or JSON file for `--quantization flexq` (default w6a8).
     FLEXQ_VERIFY: 0 to leave out the check of a checkpoint's checksums before it loads.
+    FLEXQ_FUSE: 0 to leave norms and SiLU products apart from the quantization that follows them.
 """
 
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -38,7 +40,15 @@ from flexq.run.parallel import check_input_split
 QUANT_METHOD = "flexq"
 # Layers that choose experts stay in floating point.
 _ROUTERS = ("gate", "router")
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.plugins.{__name__}")  # vLLM shows what its own loggers say
+
+try:
+    from flexq.integrations.vllm_fusion import add_fusion_pass
+except ImportError as missing:
+    _WHY_UNFUSED = str(missing)
+
+    def add_fusion_pass() -> None:
+        logger.info_once(f"FlexQ leaves quantization unfused in this version of vLLM: {_WHY_UNFUSED}")
 
 
 class FlexQVllmConfig(QuantizationConfig):
@@ -83,7 +93,7 @@ class FlexQVllmConfig(QuantizationConfig):
             raise
         except ModelError:
             return  # where vLLM finds models that we do not
-        if folder is not None:
+        if folder is not None and not any(folder.glob("model-rank-*")):  # vLLM's sharded states have no checksums
             verify_files(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
@@ -103,6 +113,7 @@ class FlexQVllmConfig(QuantizationConfig):
         return [self.plan.config_for(n) for n in names]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        add_fusion_pass()
         if isinstance(layer, ParallelLMHead):
             config = self.plan.layers.get(prefix)
             return None if config is None else FlexQLinearMethod(self, prefix, [config])
@@ -166,8 +177,9 @@ class FlexQLinearMethod(LinearMethodBase):
     ) -> None:
         k, n = input_size_per_partition, sum(output_partition_sizes)
         loader = extra_weight_attrs["weight_loader"]
-        layer.flexq_k, layer.flexq_sizes = k, output_partition_sizes
+        layer.flexq_k, layer.flexq_sizes, layer.flexq_dtype = k, output_partition_sizes, params_dtype
         layer.flexq_loaded = set()
+        self.is_sharded_state = _loads_sharded_state()
         if not self.config.is_checkpoint:
             weight = torch.empty(n, k, dtype=params_dtype)
             layer.register_parameter(
@@ -225,7 +237,7 @@ class FlexQLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         begin, packed, runs = 0, [], []
-        if self.config.is_checkpoint:
+        if self.config.is_checkpoint and not self.is_sharded_state:
             self._check_complete(layer)
         for size, config in self._runs(layer):
             rows = slice(begin, begin + size)
@@ -247,7 +259,14 @@ class FlexQLinearMethod(LinearMethodBase):
                 delattr(layer, name)
         layer.flexq_runs = runs
         for index, weight in enumerate(packed):
-            layer.register_buffer(f"flexq_packed_{index}", weight, persistent=False)
+            layer.register_buffer(_packed_name(index), weight, persistent=False)
+        if isinstance(
+            layer, ParallelLMHead
+        ):  # LoRA asks its weight for dtype and device, speculation whether it is equal
+            nothing = torch.full((1,), float("nan"), dtype=layer.flexq_dtype, device=packed[0].device)
+            layer.register_buffer("weight", nothing, persistent=False)
+        if self.config.is_checkpoint:
+            layer.register_state_dict_post_hook(_add_canonical)
 
     def _runs(self, layer: torch.nn.Module) -> list[tuple[int, LayerConfig]]:
         """Rows and settings of neighbours that are alike and so are one GEMM."""
@@ -266,10 +285,31 @@ class FlexQLinearMethod(LinearMethodBase):
         outputs, begin = [], 0
         for index, (n, *settings) in enumerate(layer.flexq_runs):
             part = None if bias is None else bias[begin : begin + n]
-            packed = getattr(layer, f"flexq_packed_{index}")
+            packed = getattr(layer, _packed_name(index))
             outputs.append(torch.ops.flexq.linear(x, packed, part, n, *settings))
             begin += n
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _packed_name(index: int) -> str:
+    """vLLM's LoRA asks the first one which device the layer is on, by this name."""
+    return "weight_packed" if index == 0 else f"weight_packed_{index}"
+
+
+def _add_canonical(layer: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _) -> None:
+    """What the layer was loaded from: what vLLM writes into a sharded state, and reads as it reads a checkpoint."""
+    parts = [
+        ops.unprepack(getattr(layer, _packed_name(index)), n, layer.flexq_k, scheme, rotation, weight_bits)
+        for index, (n, _, scheme, rotation, weight_bits) in enumerate(layer.flexq_runs)
+    ]
+    for name, tensors in zip(("qweight", "scales"), zip(*parts, strict=True), strict=True):
+        state[prefix + name] = torch.cat([tensor.cpu() for tensor in tensors])
+
+
+def _loads_sharded_state() -> bool:
+    """Whether vLLM copies tensors into the parameters itself, and itself sees that none is missing."""
+    vllm_config = get_current_vllm_config_or_none()
+    return vllm_config is not None and "sharded" in str(vllm_config.load_config.load_format)
 
 
 def register() -> None:
