@@ -113,6 +113,7 @@ def test_compiled(best, compiling, monkeypatch):
     monkeypatch.setenv("FLEXQ_FUSE", "0")
     unfused, nothing = compiled(best)
     assert nothing == (0, 0)
+    assert_same(best, PROMPTS, unfused)
     assert_alike(results, unfused)
 
 
@@ -244,9 +245,11 @@ def test_sleeps_and_wakes(best):
         llm.sleep(level=1)
         assert torch.cuda.mem_get_info()[0] > free
         llm.wake_up()
-        assert greedy(llm, PROMPTS) == before
+        after = greedy(llm, PROMPTS)
     finally:
         shut(llm)
+    assert_same(best, PROMPTS, after)
+    assert_alike(after, before)
 
 
 def test_sharded_state(mixed, tmp_path):
@@ -260,7 +263,9 @@ def test_sharded_state(mixed, tmp_path):
     for file in mixed.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path)
-    assert generate(tmp_path, load_format="sharded_state") == expected
+    results = generate(tmp_path, load_format="sharded_state")
+    assert_same(mixed, PROMPTS, results)
+    assert_alike(results, expected)
 
 
 @on_gpu

@@ -64,7 +64,7 @@ def fuse_norms(graph: fx.Graph) -> int:
 
     The graph's order may need to be restored, and dead nodes be removed, which vLLM does after its passes.
     """
-    return sum(_fuse_norm(graph, node) for node in list(graph.nodes) if _norm_of(node))
+    return sum(_fuse_norm(graph, node) for node in list(graph.nodes) if _is_norm(node))
 
 
 def fuse_products(graph: fx.Graph) -> int:
@@ -72,15 +72,16 @@ def fuse_products(graph: fx.Graph) -> int:
     return sum(_fuse_product(graph, node) for node in list(graph.nodes) if _is_product(node))
 
 
-def _norm_of(node: fx.Node) -> str | None:
-    """The name of vLLM's IR operator that it is, if that is an RMS norm."""
-    name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else None
-    return name if name in ("vllm_ir::rms_norm", "vllm_ir::fused_add_rms_norm") else None
+def _is_norm(node: fx.Node) -> bool:
+    return _is_operator(node.target, "vllm_ir::rms_norm", "vllm_ir::fused_add_rms_norm")
 
 
 def _is_product(node: fx.Node) -> bool:
-    mutating = node.args[0] if node.target is auto_functionalized else None
-    return isinstance(mutating, torch._ops.OpOverload) and mutating.name() == f"_C::{_PRODUCT}"
+    return node.target is auto_functionalized and _is_operator(node.args[0], f"_C::{_PRODUCT}")
+
+
+def _is_operator(target: Any, *names: str) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.name() in names
 
 
 def _fuse_norm(graph: fx.Graph, norm: fx.Node) -> bool:
