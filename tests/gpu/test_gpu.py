@@ -156,7 +156,7 @@ def test_experts_in_a_graph_take_any_routing():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("scheme", ("group", "channel"))
-@pytest.mark.parametrize("m", (1, 40))
+@pytest.mark.parametrize("m", (1, 40, 600))
 def test_fused_quantizers_equal_the_cpus(m, scheme, dtype):
     torch.manual_seed(0)
     x, other, weight = (torch.randn(*s).to(dtype) for s in ((m, 1100), (m, 1100), (1100,)))

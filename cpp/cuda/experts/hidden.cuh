@@ -59,7 +59,7 @@ struct HiddenRows {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       if constexpr (kSilu) {  // of zeros, which there are past the end of the row, it is zero
-        v[j] = quantize::rounded<T>(quantize::rounded<T>(silu<T>(quantize::to_float(a.value[j]), 1.0f)) *
+        v[j] = quantize::rounded<T>(quantize::rounded<T>(quantize::silu<T>(quantize::to_float(a.value[j]))) *
                                     quantize::to_float(b.value[j]));
       } else {
         const Vector& both = j < kCount / 2 ? a : b;  // of the interleaved
@@ -76,13 +76,6 @@ struct HiddenRows {
   // Comparisons that NaN fails, so that it stays.
   __device__ float clamped(float up) const { return up < -limit ? -limit : limit < up ? limit : up; }
 
-  // Of 16 bits the last ones are rounded away anyway.
-  template <typename T>
-  static __device__ float silu(float g, float alpha) {
-    if constexpr (sizeof(T) == 2) return __fdividef(g, 1.0f + __expf(-alpha * g));
-    return __fdiv_rn(g, 1.0f + expf(-alpha * g));
-  }
-
   template <typename T>
   __device__ float gate(float g) const {
     constexpr float kInverseSqrt2 = 0.70710678118654752f, kSqrt2OverPi = 0.79788456080286536f;
@@ -93,7 +86,7 @@ struct HiddenRows {
       case FLEXQ_GATE_GELU_TANH:
         return 0.5f * g * (1.0f + tanhf(kSqrt2OverPi * (g + 0.044715f * g * g * g)));
       default:
-        return silu<T>(g, alpha);
+        return quantize::silu<T>(g, alpha);
     }
   }
 };

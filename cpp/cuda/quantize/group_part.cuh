@@ -92,7 +92,7 @@ struct Part {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       if constexpr (kKind == ActivationSource::kSiluMul) {
-        v[i] = rounded<T>(rounded<T>(__fdiv_rn(v[i], 1.0f + expf(-v[i]))) * other[i]);
+        v[i] = rounded<T>(rounded<T>(silu<T>(v[i])) * other[i]);
       } else {
         v[i] = rounded<T>(v[i] + other[i]);
       }

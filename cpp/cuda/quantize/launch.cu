@@ -4,6 +4,7 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/quantize/groups.cuh"
+#include "cuda/quantize/norms.cuh"
 #include "cuda/quantize/schedule.h"
 #include "cuda/quantize/tokens.cuh"
 
@@ -11,12 +12,33 @@ namespace flexq::cuda {
 namespace quantize {
 namespace {
 
+// False where rows are not vectors, or too long for shared memory.
+template <typename T>
+bool launch_norms(cudaStream_t stream, const Device& device, const Params& params) {
+  const size_t shared_bytes = norm_shared_bytes<T>(params.k);
+  constexpr size_t kStatic = 1024;
+  if (!params.vectors || params.k % Part<4>::kCount != 0 ||
+      shared_bytes + kStatic > static_cast<size_t>(device.shared_per_cta)) {
+    return false;
+  }
+  launch(stream, "quantize_activation", quantize_norms<T>,
+         {.grid = checked_grid("quantize_activation", params.tiles),
+          .block = dim3(32 * kNormWarps),
+          .shared_bytes = shared_bytes,
+          .overlapped = device.has_sm90},
+         params);
+  return true;
+}
+
 template <typename T, ActivationSource::Kind kKind>
 void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
   constexpr int kInputs = inputs_of(kKind);
-  const bool tiles = takes_tiles(params, true);
+  const bool tiles = takes_tiles(device, params, true);
+  if constexpr (kKind == ActivationSource::kRmsNorm) {
+    if (tiles && launch_norms<T>(stream, device, params)) return;
+  }
   const int64_t count = tiles ? params.tiles : params.m;
-  const int warps = token_warps(device, kKind == ActivationSource::kPlain, count);
+  const int warps = token_warps(device, kKind == ActivationSource::kPlain, tiles, count);
   const int kept = kept_groups(kKind, tiles ? 4 : 32);
   const auto kernel = tiles ? quantize_tokens<T, kKind, 4> : quantize_tokens<T, kKind, 32>;
   Launch how{.overlapped = device.has_sm90};
@@ -40,7 +62,7 @@ void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
 template <typename T, ActivationSource::Kind kKind>
 void launch_groups(cudaStream_t stream, const Device& device, Params params) {
   constexpr int kStages = 2;
-  const bool tiles = takes_tiles(params, false);
+  const bool tiles = takes_tiles(device, params, false);
   const int warps = group_warps(device, tiles, params);
   const int64_t across = ceil_div(params.groups, warps);
   int64_t down = std::min(tiles ? params.tiles : params.m, kMaxGridY);

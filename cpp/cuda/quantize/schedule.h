@@ -9,8 +9,12 @@
 
 namespace flexq::cuda::quantize {
 
-// Up to so many tokens a warp has a group of one token; of more, a group of 8 tokens.
-inline bool takes_tiles(const Params& p, bool of_tokens) { return p.m > max_single_tokens(of_tokens); }
+// Up to so many tokens a warp has a group of one token; of more, a group of 8 tokens. A norm takes single ones
+// while an SM has few of them: all of a tile must be reduced twice before any of it is written.
+inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
+  const bool norm = p.source.kind == ActivationSource::kRmsNorm;
+  return p.m > (norm ? 4 * device.num_sms : max_single_tokens(of_tokens));
+}
 
 struct ClusterShape {
   int ctas, warps;
@@ -29,8 +33,8 @@ inline ClusterShape cluster_shape(const Device& device, int64_t tiles, int64_t g
 }
 
 // Small CTAs start sooner where there is little to do; many tiles are done sooner by few large CTAs.
-inline int token_warps(const Device& device, bool plain, int64_t count) {
-  const bool small = device.has_wgmma && plain && 2 * count < device.num_sms;
+inline int token_warps(const Device& device, bool plain, bool tiles, int64_t count) {
+  const bool small = device.has_wgmma && (tiles ? count <= device.num_sms : plain && 2 * count < device.num_sms);
   return small ? 8 : kMaxTokenThreads / 32;
 }
 

@@ -46,6 +46,16 @@ __device__ float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
+// g * sigmoid(alpha * g). What is rounded to 16 bits afterwards can do without the last bits of exact functions.
+template <typename T>
+__device__ float silu(float g, float alpha = 1.0f) {
+  if constexpr (sizeof(T) == 2) {
+    return __fdividef(g, 1.0f + __expf(-alpha * g));
+  } else {
+    return __fdiv_rn(g, 1.0f + expf(-alpha * g));
+  }
+}
+
 template <typename T, int kCount>
 struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
   T value[kCount];
