@@ -225,6 +225,29 @@ def experts() -> None:
     figure.save()
 
 
+def serve() -> None:
+    """Decode steps in vLLM, by the sequences that share one."""
+    step = {
+        int(r["measurement"].rpartition("_")[2]): r
+        for r in table("serve-llama-3.1-8b-h100")
+        if "step" in r["measurement"]
+    }
+    figure = Figure(HERE / "serve-h100.svg", 640, 330, "Steps of Llama-3.1-8B in vLLM on an H100")
+    panel = figure.panel(60, 40, 400, 230, "A step of Llama-3.1-8B in vLLM on an H100")
+    panel.axes((1, 256), (0, 2.5), list(step), [0, 0.5, 1, 1.5, 2, 2.5], "sequences at a time", "times as fast as bf16")
+    panel.path([(panel.x_of(1), panel.y_of(1)), (panel.x_of(256), panel.y_of(1))], GRAY, 1, "4 3")
+    ends = []
+    for column, color, name, width in (
+        ("flexq_fused", GREEN, "FlexQ W6A8", 2.6),
+        ("flexq_unfused", BLUE, "FlexQ, unfused", 1.4),
+        ("fp8", ORANGE, "fp8", 1.4),
+    ):
+        points = [(float(batch), float(r["bf16"]) / float(r[column])) for batch, r in step.items()]
+        ends.append(panel.line(points, color, name, width))
+    panel.label(ends)
+    figure.save()
+
+
 def decode() -> None:
     row = next(r for r in table("decode-h100") if (r["model"], r["batch"]) == ("7B", "1"))
     names = {
@@ -248,7 +271,7 @@ def text_on_a_cpu() -> None:
 
 
 def main() -> None:
-    for draw in (overview, accuracy_alone, linear_h100, limits, linear_cpu, experts, decode, text_on_a_cpu):
+    for draw in (overview, accuracy_alone, linear_h100, limits, linear_cpu, experts, serve, decode, text_on_a_cpu):
         draw()
 
 

@@ -387,7 +387,8 @@ FLEXQ_API flexq_status flexq_experts_workspace_size(const flexq_stream* stream, 
 
 /* The layer. A token's result depends on nothing but that token: a NaN or Inf in x poisons its own row of y alone, and
  * results are the same bits on every run and for any number of threads; on the CPU also whichever tokens come together,
- * while on a GPU how many do decides the order of float sums, and so the last bits.
+ * while on a GPU how many do decides the order of float sums, and so the last bits, and whether a pair's product is
+ * rounded to x_dtype before it is added.
  *   gate_up, down: prepacked.  x: [m][hidden] of `x_dtype`, rows ldx apart.  gate_up_bias: [E][2I] in the order of
  * gate_up's rows, down_bias: [E][H], both of `bias_dtype`, each may be NULL.  y: [m][hidden] of `y_dtype`, rows ldy
  * apart, written; it may be x, if types and strides agree. */

@@ -9,11 +9,12 @@
 
 namespace flexq::cuda::quantize {
 
-// Up to so many tokens a warp has a group of one token; of more, a group of 8 tokens. A norm takes single ones
-// while an SM has few of them: all of a tile must be reduced twice before any of it is written.
+// Up to so many tokens a warp has a group of one token; of more, a group of 8 tokens. A norm takes single ones while an
+// SM has few values: all of a tile must be reduced before any of it is written.
 inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
-  const bool norm = p.source.kind == ActivationSource::kRmsNorm;
-  return p.m > (norm ? 4 * device.num_sms : max_single_tokens(of_tokens));
+  constexpr int64_t kSingleValues = 32768;  // for each SM
+  if (p.source.kind == ActivationSource::kRmsNorm) return p.m * p.k > kSingleValues * device.num_sms;
+  return p.m > max_single_tokens(of_tokens);
 }
 
 struct ClusterShape {
