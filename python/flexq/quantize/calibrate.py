@@ -2,29 +2,24 @@
 
 import contextlib
 import functools
-import json
-import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from flexq import ops
-from flexq.experts import Experts, ExpertWeights
+from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
 from flexq.quantize import fisher
-from flexq.quantize.blocks import Call, Reached, Stack, placed, stacks_of, trace
+from flexq.quantize.blocks import Call, Calls, Home, Reached, Stack, bypassed, outline, stacks_of, starting_at, trace
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
-from flexq.quantize.inputs import arguments, predicts_tokens, run
+from flexq.quantize.finished import Finished, fingerprint
+from flexq.quantize.inputs import arguments, predicts_tokens
 from flexq.quantize.layers import as_linear, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
 from flexq.quantize.rounding import Hessian, compensated_round
@@ -62,7 +57,7 @@ def _stages(block: nn.Module, layers: dict[str, nn.Module], call: Call) -> list[
     return [*filter(None, stages), *([name] for name in layers if name not in reached)]
 
 
-def _hessian(name: str, layer: nn.Module) -> Hessian:
+def _hessian(layer: nn.Module) -> Hessian:
     linear = as_linear(layer)
     return Hessian(linear.in_features, linear.weight.device)
 
@@ -74,7 +69,7 @@ def _hessians(
     first = next(iter(stage))
     device = stage[first].weight.device
     names = [first] if weights is None else list(stage)
-    hessians = {name: _hessian(name, stage[name]) for name in names}
+    hessians = {name: _hessian(stage[name]) for name in names}
     inputs: list[torch.Tensor] = []
 
     def keep(_, args):
@@ -99,17 +94,18 @@ def _hessians(
     return {name: hessians.get(name, hessians[first]) for name in stage}
 
 
-def _hessians_of_whole(
-    model: nn.Module, layers: dict[str, nn.Module], windows: Sequence[torch.Tensor]
+def _hessians_outside(
+    home: Home, layers: dict[str, nn.Module], runs: Callable[[], Iterable[Callable[[], Any]]]
 ) -> Iterator[tuple[str, Hessian]]:
-    """Of layers anywhere in the model, from passes of all of it, a few layers at a time."""
+    """Of layers anywhere in the model, from runs of all that is outside blocks, a few layers at a time."""
     waiting = list(layers)
     while waiting:
         hessians: dict[str, Hessian] = {}
         size = 0
         while waiting and (not hessians or size < _HESSIAN_BYTES):
             name = waiting.pop(0)
-            hessians[name] = _hessian(name, layers[name])
+            with home.present(layers[name]):
+                hessians[name] = _hessian(layers[name])
             size += hessians[name].sum.nbytes
 
         def add(hessian: Hessian):
@@ -118,99 +114,9 @@ def _hessians_of_whole(
         with contextlib.ExitStack() as hooks:
             for name, hessian in hessians.items():
                 hooks.callback(layers[name].register_forward_pre_hook(add(hessian)).remove)
-            for window in windows:
-                model(**arguments(model, window))
+            for run_once in runs():
+                run_once()
         yield from hessians.items()
-
-
-class _Finished:
-    """The blocks that an interrupted calibration has finished, a file each, in a folder of its own.
-
-    Each file has checksums of its tensors and says which calibration it is of; a damaged or foreign one counts as
-    absent, so that its block is calibrated again.
-    """
-
-    _CHECKSUMS, _CALIBRATION, _EXPERTS = "flexq.crc32", "flexq.calibration", "flexq.experts"
-
-    def __init__(self, folder: str | Path | None, about: dict[str, Any]):
-        self.folder, self.about = None if folder is None else Path(folder), json.dumps(about, sort_keys=True)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        note = self.folder / "calibration.json"
-        if not note.exists():
-            _write_whole(note, lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
-            return
-        try:
-            same = json.loads(note.read_text()) == about
-        except (ValueError, RecursionError):
-            same = False
-        if not same:
-            raise ValueError(f"{folder} belongs to another calibration: other text, plan or weights; use a new folder")
-
-    def _file(self, block: int) -> Path:
-        return self.folder / f"block-{block:04}.safetensors"
-
-    def load(self, block: int, layers: Sequence[str]) -> tuple[dict[str, torch.Tensor], Counter] | None:
-        """A block's canonical tensors, and how its experts were rounded, if its file is there and sound."""
-        if self.folder is None or not self._file(block).exists():
-            return None
-        wanted = {f"{name}.{tensor}" for name in layers for tensor in ("qweight", "scales")}
-        try:
-            with safe_open(self._file(block), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksums = json.loads(metadata.get(self._CHECKSUMS, "{}"))
-            experts = Counter(json.loads(metadata.get(self._EXPERTS, "{}")))
-        except (OSError, SafetensorError, ValueError, RecursionError):
-            return None
-        sound = metadata.get(self._CALIBRATION) == self.about and set(tensors) == wanted
-        return (tensors, experts) if sound and checksums == {n: _crc32(t) for n, t in tensors.items()} else None
-
-    def save(self, block: int, layers: dict[str, Linear | ExpertWeights], experts: Counter) -> None:
-        if self.folder is None:
-            return
-        tensors = {}
-        for name, layer in layers.items():
-            planes, scales = layer.canonical()
-            tensors |= {f"{name}.qweight": planes.cpu().contiguous(), f"{name}.scales": scales.cpu().contiguous()}
-        checksums = json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()})
-        metadata = {self._CHECKSUMS: checksums, self._CALIBRATION: self.about}
-        if experts:
-            metadata[self._EXPERTS] = json.dumps(experts)
-        _write_whole(self._file(block), lambda file: save_file(tensors, file, metadata=metadata))
-
-
-def _write_whole(file: Path, write) -> None:
-    """Write a file that is whole or not there."""
-    aside = file.with_suffix(".part")
-    try:
-        write(aside)
-        os.replace(aside, file)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from None
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _fingerprint(
-    model: nn.Module, windows: Sequence[torch.Tensor], resolved: dict[str, LayerConfig], **settings: Any
-) -> dict[str, Any]:
-    """What decides a calibration's outcome: the text, the plan, every tensor of the model, how rounding is done."""
-    text = zlib.crc32(torch.cat([w.flatten().cpu() for w in windows]).numpy().tobytes())
-    sums = []
-    for tensor in [*model.parameters(), *model.buffers()]:
-        values = tensor.detach().double()
-        sums += [values.sum().item(), values.abs().sum().item()]
-    return {
-        "text": text,
-        "windows": [len(windows), windows[0].shape[-1]],
-        "plan": zlib.crc32(repr(sorted(resolved.items())).encode()),
-        "weights": zlib.crc32(torch.tensor(sums, dtype=torch.float64).numpy().tobytes()),
-        **settings,
-    }
 
 
 class _Work:
@@ -296,25 +202,71 @@ class _Work:
             replace_module(self.model, name, module)
 
 
+def _calls(work: _Work, stack: Stack, windows: Sequence[torch.Tensor], ends: "_Ends", home: Home) -> list[list[Call]]:
+    """What each block is called with for each window, the first one with its hidden state."""
+    with torch.no_grad():
+        if stack.rests is None:
+            traces = [trace(work.model, stack.blocks, w, home.device, first_only=True) for w in windows]
+            return [traced.calls for traced in traces]
+        calls = []
+        for index, window in enumerate(windows):
+            with ends.reached(index):
+                calls.append(outline(work.model, stack, window, home.device))
+        return calls
+
+
+class _Ends:
+    """The hidden states that leave stacks, so that the model runs on from there.
+
+    Args:
+        home: of the model's weights.
+        model: whose stacks they are.
+    """
+
+    def __init__(self, home: Home, model: nn.Module):
+        self._home, self._model = home, model
+        self._hidden: list[tuple[Stack, Mapping[int, torch.Tensor]]] = []
+
+    def add(self, stack: Stack, hidden: Mapping[int, torch.Tensor]) -> None:
+        """A stack's, by window."""
+        if stack.rests is not None:
+            self._hidden.append((stack, hidden))
+
+    @contextlib.contextmanager
+    def reached(self, window: int) -> Iterator[None]:
+        """Forward passes of this window do not run the stacks."""
+        outside = self._home.outside(self._model)
+        with contextlib.ExitStack() as skipped:
+            for stack, hidden in self._hidden:
+                last = hidden[window].to(outside)
+                skipped.enter_context(starting_at(stack.blocks, len(stack.blocks), last, stack.rests))
+            yield
+
+    def run(self, window: int, ids: torch.Tensor) -> None:
+        with self.reached(window):
+            self._model(**arguments(self._model, ids))
+
+
 def _calibrate_stack(
     work: _Work,
     stack: Stack,
     windows: Sequence[torch.Tensor],
     weights: dict[str, list[torch.Tensor]] | None,
-    finished: _Finished,
+    finished: Finished,
     first_block: int,
-    where: torch.device | None,
+    home: Home,
+    ends: _Ends,
 ) -> None:
     """Blocks one after the other, each on what the quantized ones before it give."""
-    traces = [trace(work.model, stack.blocks, window, where, first_only=True) for window in windows]
-    hidden = [traced.calls[0].hidden for traced in traces]
+    of_windows = _calls(work, stack, windows, ends, home)
+    hidden = home.states()
+    hidden.update({at: of_window[0].hidden for at, of_window in enumerate(of_windows)})
     for index, block in enumerate(stack.blocks):
         names = [n for n in work.resolved if stack.index_of(n) == index]
-        modules = work.modules(names)
-        calls = [replace(traced.calls[index], hidden=h) for traced, h in zip(traces, hidden, strict=True)]
+        calls = Calls([of_window[index] for of_window in of_windows], hidden)
         known = finished.load(first_block + index, names)
-        home = next(block.parameters()).device
-        with placed(block, where):
+        with home.placed(block):
+            modules = work.modules(names)
             if known is not None:
                 _put_known(work, modules, *known)
             else:
@@ -322,9 +274,25 @@ def _calibrate_stack(
                 _calibrate_block(work, block, modules, calls, weights)
                 layers = {name: work.model.get_submodule(name) for name in names}
                 finished.save(first_block + index, layers, work.experts - before)
-            for module in modules.values():  # the block goes back without them
-                module.to(home)
-            hidden = [call.run(block) for call in calls]
+            for at, call in enumerate(calls):
+                hidden[at] = call.run(block)
+    ends.add(stack, hidden)
+
+
+def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: _Ends, home: Home) -> None:
+    """What is in no block: the LM head, or all layers of a model that has no stacks."""
+    outside = work.modules(work.resolved)
+
+    def runs() -> Iterator[Callable[[], None]]:
+        return (functools.partial(ends.run, at, ids) for at, ids in enumerate(windows))
+
+    linear = {name: module for name, module in outside.items() if kind_of(module) is None}
+    for name, hessian in _hessians_outside(home, linear, runs):
+        with home.present(linear[name]):
+            work.quantize(name, hessian)
+    for name in outside.keys() - linear.keys():
+        with home.present(outside[name]):
+            work.quantize_experts(name, runs(), None)
 
 
 def _put_known(work: _Work, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor], experts: Counter) -> None:
@@ -354,7 +322,7 @@ def _calibrate_block(
         if first is None:
             continue
         if kind_of(todo[first]) is not None:
-            work.quantize_experts(first, [functools.partial(call.run, block) for call in calls], weights)
+            work.quantize_experts(first, (functools.partial(call.run, block) for call in calls), weights)
             continue
         for name, hessian in _hessians(todo, block, calls, weights).items():
             work.quantize(name, hessian)
@@ -387,7 +355,7 @@ def calibrate_model(
         plan: as for `quantize_model`.
         include: likewise.
         skip: likewise.
-        progress: wraps the loop over windows that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
+        progress: wraps the loop over blocks that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
         damping: of `flexq.quantize.rounding.compensated_round`.
         passes: likewise.
         resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
@@ -401,20 +369,38 @@ def calibrate_model(
         ValueError: no windows, a model that reads no text, a plan that does not fit, or weights or inputs that are not
             finite (the message names the layer); a folder to resume from that belongs to another calibration.
     """
-    if not windows:
-        raise ValueError("calibration needs at least one window of text")
     resolved = resolve_plan(model, plan, include, skip)
     for name in resolved:
         require_in_memory(name, module_of(model, name))
-    where = None if device is None else torch.device(device)
+    record = calibrate_at(Home(device), model, windows, resolved, progress, damping, passes, resume, weigh_tokens)
+    return finish_quantized(model, Plan.of(plan), **record)
+
+
+def calibrate_at(
+    home: Home,
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    resolved: dict[str, LayerConfig],
+    progress: Progress | None = None,
+    damping: float = 0.01,
+    passes: int = 1,
+    resume: str | Path | None = None,
+    weigh_tokens: bool = True,
+) -> dict[str, Any]:
+    """`calibrate_model` of a model whose weights are at `home`, with the settings of each layer that `resolve_plan`
+    gives; returns what its plan is to say of how it was made."""
+    if not windows:
+        raise ValueError("calibration needs at least one window of text")
     stacks = stacks_of(model)
-    weigh_tokens = weigh_tokens and bool(stacks) and predicts_tokens(model)
+    home.check(model, stacks, resolved)
+    with bypassed(stacks):
+        weigh_tokens = weigh_tokens and bool(stacks) and predicts_tokens(model)
     about = {}
     if resume is not None:
-        about = _fingerprint(
-            model, windows, resolved, weigh_tokens=weigh_tokens, damping=damping, passes=passes, version=1
+        about = fingerprint(
+            home.tensors(model), windows, resolved, weigh_tokens=weigh_tokens, damping=damping, passes=passes, version=1
         )
-    finished = _Finished(resume, about)
+    finished = Finished(resume, about)
     steps: Iterator[str] = iter(())  # one a layer, whatever their order
     work = _Work(model, resolved, damping, passes, lambda: next(steps, None))
     try:
@@ -423,20 +409,15 @@ def calibrate_model(
         complete = bool(blocks) and all(finished.load(i, names) is not None for i, names in enumerate(in_block))
         weights = None
         if weigh_tokens and not complete:
-            weights = fisher.token_weights(model, windows, list(resolved), progress, where)
+            weights = fisher.token_weights(model, windows, list(resolved), progress, home, stacks[-1])
         steps = iter(progress(list(resolved)) if progress else resolved)
+        ends = _Ends(home, model)
         with torch.no_grad():
             first_block = 0
             for stack in stacks:
-                _calibrate_stack(work, stack, windows, weights, finished, first_block, where)
+                _calibrate_stack(work, stack, windows, weights, finished, first_block, home, ends)
                 first_block += len(stack.blocks)
-            outside = work.modules(resolved)
-            seen = windows if where is None or where == next(model.parameters()).device or not stacks else ()
-            linear = {name: module for name, module in outside.items() if kind_of(module) is None}
-            for name, hessian in _hessians_of_whole(model, linear, seen):
-                work.quantize(name, hessian)
-            for name in outside.keys() - linear.keys():
-                work.quantize_experts(name, [functools.partial(run, model, window) for window in seen], None)
+            _calibrate_outside(work, windows, ends, home)
         next(steps, None)
     except BaseException:
         work.undo()
@@ -450,4 +431,4 @@ def calibrate_model(
         record["experts"] = dict(work.experts)
     if work.vanished:
         record["vanished_scales"] = work.vanished
-    return finish_quantized(model, Plan.of(plan), **record)
+    return record
