@@ -1,0 +1,211 @@
+"""Calibration from files, a block at a time: bit for bit what it gives in memory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import flexq
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from flexq.checkpoint.offloaded import open_offloaded
+from flexq.checkpoint.source import ModelError, find_model
+from flexq.checkpoint.verify import verify
+from flexq.plan import Plan
+from flexq.planning.mixed import with_head
+from flexq.quantize import offload
+from flexq.quantize.blocks import stacks_of
+from flexq.quantize.inputs import run
+from safetensors.torch import load_file, save_file
+
+# A stack each of one; heads that are tied and not, experts merged from many tensors, biases, transposed weights, blocks
+# that differ, a buffer in the file that stays in float32, two stacks.
+KINDS = (
+    "llama", "qwen2", "gemma2", "gpt2", "bloom", "olmo3", "qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3",
+    "llama4_text", "gemma3", "bart", "bert",
+)  # fmt: skip
+WINDOWS = [torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+CHANNEL = Plan.uniform(scheme="channel")
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch):
+    """Embeddings, norms and heads come and go as those of large models do."""
+    monkeypatch.setattr(offload, "_SMALL_BYTES", 0)
+
+
+def architecture(kind: str):
+    return next(a for a in ARCHITECTURES if a.kind == kind)
+
+
+def saved(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **overrides) -> Path:
+    """A small random model's folder, in several shards."""
+    of = architecture(kind)
+    model = replace(of, overrides=of.overrides | overrides).model().to(dtype)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def in_memory(source: Path, folder: Path, plan=CHANNEL, **settings) -> dict[str, torch.Tensor]:
+    model = flexq.calibrate_model(flexq.load_model(source), WINDOWS, plan, **settings)
+    flexq.save_model(model, folder, companions=source)
+    return tensors(folder)
+
+
+def assert_same(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert given.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert given[name].dtype == tensor.dtype and torch.equal(given[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_in_memory_bit_for_bit(kind, tmp_path):
+    source = saved(tmp_path / "float", kind)
+    plan = CHANNEL
+    if kind in ("llama", "qwen2", "mixtral"):  # tied or not, in its own or the embeddings' place
+        plan = with_head(flexq.load_model(source), CHANNEL, 8)
+    expected = in_memory(source, tmp_path / "memory", plan)
+    done = flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS, plan)
+    assert_same(tensors(tmp_path / "disk"), expected)
+    of_memory, of_disk = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("memory", "disk"))
+    assert done.produced_by["source"] == str(source) and done.produced_by["rounding"] == "compensated"
+    of_disk["quantization_config"]["plan"]["produced_by"].pop("source")
+    assert of_disk == of_memory
+    assert verify(tmp_path / "disk").keys
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_other_types(dtype, tmp_path):
+    source = saved(tmp_path / "float", "qwen3", dtype)
+    expected = in_memory(source, tmp_path / "memory")
+    flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS, CHANNEL, states=tmp_path / "states")
+    assert_same(tensors(tmp_path / "disk"), expected)
+    assert not list((tmp_path / "states").iterdir())
+    flexq.calibrate_checkpoint(source, tmp_path / "bf16", WINDOWS, CHANNEL, dtype=torch.bfloat16)
+    norm = tensors(tmp_path / "bf16")["model.norm.weight"]
+    assert norm.dtype == torch.bfloat16 and torch.equal(norm, expected["model.norm.weight"].bfloat16())
+
+
+def test_a_head_that_is_said_to_be_tied_and_differs(tmp_path):
+    source = saved(tmp_path / "float", "qwen2", tie_word_embeddings=True)
+    held = tensors(source)
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    expected = in_memory(source, tmp_path / "memory")
+    flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS, CHANNEL)
+    assert torch.equal(expected["lm_head.weight"], held["lm_head.weight"])
+    assert_same(tensors(tmp_path / "disk"), expected)
+
+
+def test_one_block_at_a_time(tmp_path):
+    source = saved(tmp_path / "float", num_hidden_layers=4)
+    model, offloaded = open_offloaded(find_model(source), "cpu")
+    blocks = model.model.layers
+
+    def there() -> list[int]:
+        return [i for i, block in enumerate(blocks) if not next(block.parameters()).is_meta]
+
+    seen = []
+    for block in blocks:
+        block.mlp.register_forward_pre_hook(lambda *_: seen.append((there(), model.lm_head.weight.is_meta)))
+    model.lm_head.register_forward_pre_hook(lambda *_: seen.append((there(), model.model.embed_tokens.weight.is_meta)))
+    with torch.no_grad():
+        given = run(model, WINDOWS[0])
+        assert torch.equal(given, run(flexq.load_model(source), WINDOWS[0]))
+    assert seen == [*(([i], True) for i in range(4)), ([], True)]
+    with offloaded.placed(blocks[2]):
+        assert there() == [2]
+    assert there() == []
+
+
+def test_each_block_is_read_a_few_times(tmp_path, monkeypatch):
+    source = saved(tmp_path / "float", num_hidden_layers=3)
+    reads = []
+    read = offload.Offloaded.read
+    monkeypatch.setattr(offload.Offloaded, "read", lambda self, keys: (reads.extend(keys), read(self, keys))[1])
+    flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
+    # To find the stack; for weights of tokens forward and back; to be calibrated; and once to tell it from others.
+    assert all(reads.count(f"model.layers.{i}.mlp.up_proj.weight") == 5 for i in range(3))
+
+
+def test_goes_on_after_an_interruption(tmp_path):
+    source = saved(tmp_path / "float")
+    expected = in_memory(source, tmp_path / "memory")
+
+    def stopping(steps):
+        for step in steps:
+            if step == "model.layers.1.mlp.up_proj":
+                raise KeyboardInterrupt
+            yield step
+
+    arguments = (source, tmp_path / "disk", WINDOWS, CHANNEL)
+    with pytest.raises(KeyboardInterrupt):
+        flexq.calibrate_checkpoint(*arguments, progress=stopping, resume=tmp_path / "work")
+    assert not (tmp_path / "disk").exists()
+    assert [f.name for f in (tmp_path / "work").glob("block-*")] == ["block-0000.safetensors"]
+    stamp = (tmp_path / "work" / "block-0000.safetensors").stat().st_mtime_ns
+    flexq.calibrate_checkpoint(*arguments, resume=tmp_path / "work")
+    assert (tmp_path / "work" / "block-0000.safetensors").stat().st_mtime_ns == stamp
+    assert_same(tensors(tmp_path / "disk"), expected)
+    # What was begun on disk can be ended in memory.
+    again = flexq.calibrate_model(flexq.load_model(source), WINDOWS, CHANNEL, resume=tmp_path / "work")
+    flexq.save_model(again, tmp_path / "again")
+    assert_same(tensors(tmp_path / "again"), expected)
+    with pytest.raises(ValueError, match="belongs to another calibration"):
+        flexq.calibrate_checkpoint(source, tmp_path / "other", WINDOWS, "w6a6", resume=tmp_path / "work")
+
+
+def test_nothing_is_left_of_a_failure(tmp_path):
+    source = saved(tmp_path / "float")
+    held = load_file(next(source.glob("model-00001*")))
+    name = next(n for n in held if n.endswith("mlp.up_proj.weight") or n.endswith("proj.weight"))
+    held[name][0, 0] = torch.nan
+    save_file(held, next(source.glob("model-00001*")), metadata={"format": "pt"})
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="finite"):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    (
+        ("albert", ValueError, "AlbertModel has no stack of blocks"),
+        ("t5", ValueError, "told by others more than the hidden state; it can be calibrated only in memory"),
+        ("marian", ModelError, "no file has tensor model.encoder.embed_positions.weight"),
+    ),
+)
+def test_models_that_take_memory(kind, error, message, tmp_path):
+    source = saved(tmp_path / "float", kind)
+    with pytest.raises(error, match=message):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
+    assert not (tmp_path / "disk").exists()
+
+
+def test_other_refusals(tmp_path):
+    source = saved(tmp_path / "float", "gemma3")
+    with pytest.raises(ValueError, match=r"layer \S*vision\S* is in a block that no text comes through"):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS, include=["*"])
+    with pytest.raises(ValueError, match="at least one window"):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", [])
+    with pytest.raises(FileExistsError, match="lies in the source"):
+        flexq.calibrate_checkpoint(source, source / "disk", WINDOWS)
+    (source / "model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor"):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
+    quantized = saved(tmp_path / "plain")
+    flexq.quantize_checkpoint(quantized, tmp_path / "done")
+    with pytest.raises(ModelError, match="is quantized by FlexQ already"):
+        flexq.calibrate_checkpoint(tmp_path / "done", tmp_path / "disk", WINDOWS)
+
+
+def test_blocks_outlined_and_traced_agree(tmp_path):
+    """What blocks are called with is found without running them wherever that can be."""
+    known = {a.id: [s.rests is not None for s in stacks_of(a.model())] for a in ARCHITECTURES if a.family == "decoder"}
+    assert len(known) > 30 and all(all(each) for each in known.values())
