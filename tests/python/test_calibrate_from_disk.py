@@ -15,6 +15,7 @@ from flexq.plan import Plan
 from flexq.planning.mixed import with_head
 from flexq.quantize import offload
 from flexq.quantize.blocks import stacks_of
+from flexq.quantize.equalize import equalize_model
 from flexq.quantize.inputs import run
 from safetensors.torch import load_file, save_file
 
@@ -76,6 +77,25 @@ def test_is_in_memory_bit_for_bit(kind, tmp_path):
     of_disk["quantization_config"]["plan"]["produced_by"].pop("source")
     assert of_disk == of_memory
     assert verify(tmp_path / "disk").keys
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "gemma2", "phi3", "qwen3_moe", "opt"))
+def test_equalized_is_in_memory_bit_for_bit(kind, dtype, tmp_path):
+    source = saved(tmp_path / "float", kind, dtype)
+    model = flexq.load_model(source)
+    done = equalize_model(model, WINDOWS, 0.5, torch.bfloat16)
+    flexq.save_model(flexq.calibrate_model(model, WINDOWS, CHANNEL), tmp_path / "memory")
+    plan = flexq.calibrate_checkpoint(
+        source, tmp_path / "disk", WINDOWS, CHANNEL, equalize=0.5, dtype=torch.bfloat16, states=tmp_path / "states"
+    )
+    assert plan.produced_by["equalized"] == {"alpha": 0.5, "norms": len(done.norms), "rows": len(done.rows)}
+    assert done.count > 0
+    expected = tensors(tmp_path / "memory")
+    stored = {
+        n: t.bfloat16() if t.is_floating_point() and not n.endswith(".scales") else t for n, t in expected.items()
+    }
+    assert_same(tensors(tmp_path / "disk"), stored)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
@@ -189,6 +209,9 @@ def test_models_that_take_memory(kind, error, message, tmp_path):
 
 
 def test_other_refusals(tmp_path):
+    bart = saved(tmp_path / "bart", "bart")  # whose decoder's blocks read what the encoder's last norm gives
+    with pytest.raises(ValueError, match="equalization would scale what is in a block together with what is outside"):
+        flexq.calibrate_checkpoint(bart, tmp_path / "disk", WINDOWS, equalize=0.25)
     source = saved(tmp_path / "float", "gemma3")
     with pytest.raises(ValueError, match=r"layer \S*vision\S* is in a block that no text comes through"):
         flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS, include=["*"])

@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flexq.experts import ExpertWeights
 from flexq.plan import DEFAULT_RECIPE, Plan
 from flexq.progress import Progress
 from flexq.quantize.calibrate import calibrate_at
+from flexq.quantize.equalize import equalize_at
 from flexq.quantize.finished import finished_tensors
 from flexq.quantize.model import finish_quantized, resolve_plan
 from flexq.quantize.offload import Offloaded
@@ -39,6 +40,7 @@ def calibrate_checkpoint(
     weigh_tokens: bool = True,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    equalize: float = 0.0,
     states: str | Path | None = None,
 ) -> Plan:
     """`calibrate_model` from disk to disk, for models larger than memory: bit for bit what it gives in memory.
@@ -60,6 +62,8 @@ def calibrate_checkpoint(
         weigh_tokens: likewise.
         device: where everything runs.
         dtype: of what is not quantized; None keeps the source's.
+        equalize: 0 to 1, the alpha of `flexq.quantize.equalize.equalize_model`, which runs first on the same windows;
+            0 leaves it out.
         states: a folder in which hidden states are kept while they wait; None keeps them in memory.
 
     Returns:
@@ -75,9 +79,13 @@ def calibrate_checkpoint(
     require_free(folder, overwrite, source.folder)
     states = None if states is None else Path(states)
     model, offloaded = open_offloaded(source, resolve_device(device), states)
+    made = {}
+    if equalize:
+        with weights_where_they_are_read(model):
+            made["equalized"] = equalize_at(offloaded, model, windows, equalize, dtype, progress).to_dict()
     done = calibrate_offloaded(
         source, model, offloaded, folder, windows, plan, include, skip, shard_bytes, overwrite, progress, resume,
-        weigh_tokens, dtype,
+        weigh_tokens, dtype, made,
     )  # fmt: skip
     if done.coverage.warning:
         warnings.warn(done.coverage.warning, stacklevel=2)
@@ -99,26 +107,35 @@ def calibrate_offloaded(
     resume: str | Path | None,
     weigh_tokens: bool,
     dtype: torch.dtype | None,
+    made: dict[str, Any],
 ) -> Conversion:
-    """`calibrate_checkpoint` of what `open_offloaded` has opened, with all that can be said of it."""
+    """`calibrate_checkpoint` of what `open_offloaded` has opened, with all that can be said of it; `made` goes into the
+    plan's `produced_by`."""
     resolved = resolve_plan(model, plan, include, skip)
     with _finished_blocks(Path(folder), resume) as finished, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller says it
-        try:
+        with weights_where_they_are_read(model):
             record = calibrate_at(
                 offloaded, model, windows, resolved, progress, resume=finished, weigh_tokens=weigh_tokens
             )
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):
-                raise
-            raise ModelError(
-                f"{type(model).__name__} reads weights outside the modules that they are of, so that it cannot be "
-                f"calibrated a block at a time; load it whole ({one_line(error)})"
-            ) from None
-        finish_quantized(model, Plan.of(plan), **record, source=source.name)
+        finish_quantized(model, Plan.of(plan), **record, source=source.name, **made)
         reader = _Result(model, offloaded, finished)
         sizes = write_model(model, folder, None, shard_bytes, overwrite, source.folder, dtype, reader.read)
     return Conversion(model.flexq_plan, coverage(model), sizes)
+
+
+@contextlib.contextmanager
+def weights_where_they_are_read(model) -> Iterator[None]:
+    """ModelError instead of PyTorch's errors for a model that meets weights which are not there."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} reads weights outside the modules that they are of, so that it cannot be "
+            f"calibrated a block at a time; load it whole ({one_line(error)})"
+        ) from None
 
 
 def _finished_blocks(folder: Path, resume: str | Path | None):

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
 from flexq.quantize import fisher
-from flexq.quantize.blocks import Call, Calls, Home, Reached, Stack, bypassed, outline, stacks_of, starting_at, trace
+from flexq.quantize.blocks import Call, Calls, Ends, Home, Reached, Stack, bypassed, calls_of, stacks_of
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
 from flexq.quantize.finished import Finished, fingerprint
-from flexq.quantize.inputs import arguments, predicts_tokens
+from flexq.quantize.inputs import predicts_tokens
 from flexq.quantize.layers import as_linear, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
 from flexq.quantize.rounding import Hessian, compensated_round
@@ -202,51 +202,6 @@ class _Work:
             replace_module(self.model, name, module)
 
 
-def _calls(work: _Work, stack: Stack, windows: Sequence[torch.Tensor], ends: "_Ends", home: Home) -> list[list[Call]]:
-    """What each block is called with for each window, the first one with its hidden state."""
-    with torch.no_grad():
-        if stack.rests is None:
-            traces = [trace(work.model, stack.blocks, w, home.device, first_only=True) for w in windows]
-            return [traced.calls for traced in traces]
-        calls = []
-        for index, window in enumerate(windows):
-            with ends.reached(index):
-                calls.append(outline(work.model, stack, window, home.device))
-        return calls
-
-
-class _Ends:
-    """The hidden states that leave stacks, so that the model runs on from there.
-
-    Args:
-        home: of the model's weights.
-        model: whose stacks they are.
-    """
-
-    def __init__(self, home: Home, model: nn.Module):
-        self._home, self._model = home, model
-        self._hidden: list[tuple[Stack, Mapping[int, torch.Tensor]]] = []
-
-    def add(self, stack: Stack, hidden: Mapping[int, torch.Tensor]) -> None:
-        """A stack's, by window."""
-        if stack.rests is not None:
-            self._hidden.append((stack, hidden))
-
-    @contextlib.contextmanager
-    def reached(self, window: int) -> Iterator[None]:
-        """Forward passes of this window do not run the stacks."""
-        outside = self._home.outside(self._model)
-        with contextlib.ExitStack() as skipped:
-            for stack, hidden in self._hidden:
-                last = hidden[window].to(outside)
-                skipped.enter_context(starting_at(stack.blocks, len(stack.blocks), last, stack.rests))
-            yield
-
-    def run(self, window: int, ids: torch.Tensor) -> None:
-        with self.reached(window):
-            self._model(**arguments(self._model, ids))
-
-
 def _calibrate_stack(
     work: _Work,
     stack: Stack,
@@ -255,10 +210,10 @@ def _calibrate_stack(
     finished: Finished,
     first_block: int,
     home: Home,
-    ends: _Ends,
+    ends: Ends,
 ) -> None:
     """Blocks one after the other, each on what the quantized ones before it give."""
-    of_windows = _calls(work, stack, windows, ends, home)
+    of_windows = calls_of(work.model, stack, windows, ends, home)
     hidden = home.states()
     hidden.update({at: of_window[0].hidden for at, of_window in enumerate(of_windows)})
     for index, block in enumerate(stack.blocks):
@@ -279,7 +234,7 @@ def _calibrate_stack(
     ends.add(stack, hidden)
 
 
-def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: _Ends, home: Home) -> None:
+def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: Ends, home: Home) -> None:
     """What is in no block: the LM head, or all layers of a model that has no stacks."""
     outside = work.modules(work.resolved)
 
@@ -411,7 +366,7 @@ def calibrate_at(
         if weigh_tokens and not complete:
             weights = fisher.token_weights(model, windows, list(resolved), progress, home, stacks[-1])
         steps = iter(progress(list(resolved)) if progress else resolved)
-        ends = _Ends(home, model)
+        ends = Ends(home, model)
         with torch.no_grad():
             first_block = 0
             for stack in stacks:

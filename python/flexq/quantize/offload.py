@@ -31,23 +31,26 @@ class _Slot:
     """A place for a tensor in a module.
 
     Args:
-        tensors: the module's parameters, or its buffers.
-        name: of the tensor among them.
+        module: that the tensor is in.
+        name: of its parameter or buffer.
         key: its name in the model's `state_dict`.
         empty: what is there while the tensor is not in memory, on the meta device.
     """
 
-    tensors: dict[str, torch.Tensor | None]
+    module: nn.Module
     name: str
     key: str
     empty: torch.Tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        setattr(self.module, self.name, tensor)
 
     def filled(self, tensor: torch.Tensor) -> torch.Tensor:
         """What is there while it is in memory."""
         return nn.Parameter(tensor, requires_grad=False) if isinstance(self.empty, nn.Parameter) else tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """What comes into memory and goes again as a whole: a block, or a module that is in none."""
 
@@ -61,6 +64,10 @@ class _Part:
             return True
         holds_others = any(True for child in self.module.children() for _ in child.parameters())
         return not holds_others and sum(slot.empty.nbytes for slot in self.slots) > _SMALL_BYTES
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return list(self.module.modules()) if self.is_block else [self.module]
 
 
 class Offloaded(Home):
@@ -76,28 +83,31 @@ class Offloaded(Home):
         folder: where hidden states are kept; None keeps them in memory.
     """
 
-    together = None
+    is_whole, together = False, None
 
     def __init__(self, model: nn.Module, read: Reader, device: torch.device | str, folder: Path | None = None):
         super().__init__(None)
         self._read, self._on, self._folder = read, torch.device(device), folder
         self._changes: dict[str, list[Change]] = defaultdict(list)
         self._there: _Part | None = None
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type != "meta":
-                    module._buffers[name] = buffer.to(self._on)
+        for name, buffer in list(model.named_buffers()):
+            if not buffer.is_meta:
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, buffer.to(self._on))
         parts = _parts_of(model)
         self._places: dict[int, list[_Slot]] = defaultdict(list)  # of each tensor, several if it is tied
+        self._keys: dict[tuple[nn.Module, str], str] = {}
         for slot in (slot for part in parts for slot in part.slots):
             self._places[id(slot.empty)].append(slot)
+            self._keys[slot.module, slot.name] = slot.key
         staying = [slot for part in parts if not part.comes_and_goes for slot in part.slots]
         self._fill(staying)
         self._staying = {id(slot.empty) for slot in staying}
-        self._parts = {part.module: part for part in parts if part.comes_and_goes}
+        coming = [part for part in parts if part.comes_and_goes]
+        self._part_of = {module: part for part in coming for module in part.modules}
         model.register_forward_pre_hook(self._take_arguments, with_kwargs=True)
-        for module in self._parts:
-            module.register_forward_pre_hook(self._enter)
+        for part in coming:
+            part.module.register_forward_pre_hook(self._enter)
 
     # ---- Tensors ----
 
@@ -109,17 +119,13 @@ class Offloaded(Home):
                 tensors[key] = change(tensors[key])
         return tensors
 
-    def change(self, key: str, change: Change) -> None:
-        """From now on a tensor is what this makes of it."""
-        self._changes[key].append(change)
-
     def _fill(self, slots: Sequence[_Slot]) -> None:
         tensors = self.read([slot.key for slot in slots])
         with torch.inference_mode(False):
             for slot in slots:
                 filled = slot.filled(tensors[slot.key].to(self._on))
                 for place in self._places[id(slot.empty)]:
-                    place.tensors[place.name] = filled
+                    place.put(filled)
 
     # ---- Parts come and go ----
 
@@ -139,7 +145,7 @@ class Offloaded(Home):
             return
         for slot in self._coming(self._there):
             for place in self._places[id(slot.empty)]:
-                place.tensors[place.name] = place.empty
+                place.put(place.empty)
         for module in self._there.module.modules():
             if isinstance(module, PackedModule):
                 module.to("meta")
@@ -149,27 +155,38 @@ class Offloaded(Home):
         if any(isinstance(x, torch.Tensor) and x.is_meta for x in args):
             raise NotImplementedError(f"a {type(module).__name__} is called with a tensor on the meta device")
         if not is_replaced(module):
-            self._bring(self._parts[module])
+            self._bring(self._part_of[module])
 
     def _take_arguments(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """As a forward pass begins: with the embeddings, at whose device some models look before they call them."""
-        embeddings = input_embeddings(model)
-        if embeddings in self._parts:
-            self._bring(self._parts[embeddings])
+        self.bring([input_embeddings(model)])
         return on_device((args, kwargs), self._on, {})
 
     # ---- What calibration asks of a home ----
 
     @contextlib.contextmanager
     def placed(self, block: nn.Module) -> Iterator[None]:
-        self._bring(self._parts[block])
+        self._bring(self._part_of[block])
         try:
             yield
         finally:
             self.release()
 
     def present(self, module: nn.Module) -> AbstractContextManager[None]:
-        return self.placed(module) if module in self._parts else contextlib.nullcontext()
+        return self.placed(module) if module in self._part_of else contextlib.nullcontext()
+
+    def bring(self, modules: Sequence[nn.Module]) -> None:
+        parts = {part for module in modules if (part := self._part_of.get(module)) is not None}
+        if len(parts) > 1:
+            self.require_whole("equalization would scale what is in a block together with what is outside it")
+        for part in parts:
+            self._bring(part)
+
+    def change(self, module: nn.Module, name: str, change: Change) -> None:
+        self._changes[self._keys[module, name]].append(change)
+
+    def require_whole(self, reason: str) -> None:
+        raise ValueError(f"{reason}; {_IN_MEMORY}")
 
     def outside(self, model: nn.Module) -> torch.device:
         return self._on
@@ -188,9 +205,9 @@ class Offloaded(Home):
             raise ValueError(f"{name} has no stack of blocks that run one after the other; {_IN_MEMORY}")
         if any(stack.rests is None for stack in stacks):
             raise ValueError(f"blocks of {name} are told by others more than the hidden state; {_IN_MEMORY}")
-        blocks = {module for part in self._parts.values() if part.is_block for module in part.module.modules()}
         for layer in layers:
-            if module_of(model, layer) in blocks and all(stack.index_of(layer) is None for stack in stacks):
+            part = self._part_of.get(module_of(model, layer))
+            if part is not None and part.is_block and all(stack.index_of(layer) is None for stack in stacks):
                 raise ValueError(f"layer {layer} is in a block that no text comes through; {_IN_MEMORY}")
 
 
@@ -203,10 +220,9 @@ def _parts_of(model: nn.Module) -> list[_Part]:
     for name, module in model.named_modules():
         whole = block_of.get(module, module)
         part = parts.setdefault(whole, _Part(whole, is_block=module in block_of))
-        for tensors in (module._parameters, module._buffers):
-            part.slots += [
-                _Slot(tensors, tensor_name, f"{name}.{tensor_name}" if name else tensor_name, tensor)
-                for tensor_name, tensor in tensors.items()
-                if tensor is not None and tensor.is_meta
-            ]
+        part.slots += [
+            _Slot(module, own, f"{name}.{own}" if name else own, tensor)
+            for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if tensor.is_meta
+        ]
     return [part for part in parts.values() if part.slots]
