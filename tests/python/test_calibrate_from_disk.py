@@ -8,9 +8,11 @@ import flexq
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from conftest import character_tokenizer
 from flexq.checkpoint.offloaded import open_offloaded
 from flexq.checkpoint.source import ModelError, find_model
 from flexq.checkpoint.verify import verify
+from flexq.cli.main import main
 from flexq.plan import Plan
 from flexq.planning.mixed import with_head
 from flexq.quantize import offload
@@ -232,3 +234,59 @@ def test_blocks_outlined_and_traced_agree(tmp_path):
     """What blocks are called with is found without running them wherever that can be."""
     known = {a.id: [s.rests is not None for s in stacks_of(a.model())] for a in ARCHITECTURES if a.family == "decoder"}
     assert len(known) > 30 and all(all(each) for each in known.values())
+
+
+@pytest.fixture
+def command(tmp_path):
+    """A model with its tokenizer, and `flexq quantize` of it."""
+    source = saved(tmp_path / "float", "qwen2", num_hidden_layers=3)
+    character_tokenizer().save_pretrained(source)
+    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+
+    def quantize(output: str, *options: object) -> int:
+        text = ["--calibrate", tmp_path / "text", "--window-length", 32, "--quiet", "--device", "cpu"]
+        return main(["quantize", *map(str, (source, "-o", tmp_path / output, *text, *options))])
+
+    return quantize
+
+
+def test_command_gives_the_same(command, tmp_path, capsys, monkeypatch):
+    """Recipe best: equalized, a head at 8 bits."""
+    assert command("memory", "--json") == 0
+    in_memory = json.loads(capsys.readouterr().out)
+    assert in_memory["peak_gpu_memory_bytes"] == 0
+    assert command("disk", "--offload-folder", tmp_path / "states") == 0
+    printed = capsys.readouterr().out
+    assert "a block in memory at a time" in printed and "equalized (alpha 0.25)" in printed and "peak memory" in printed
+    monkeypatch.setattr("flexq.cli.calibrated.available_memory", lambda: 100_000)
+    assert command("scarce", "--json") == 0
+    out = capsys.readouterr()
+    assert "a block in memory at a time" in out.err
+    kept = ("layers", "left", "coverage", "bytes_by_part", "left_out", "vanished_scales")
+    assert {k: json.loads(out.out)[k] for k in kept} == {k: in_memory[k] for k in kept}
+    for folder in ("disk", "scarce"):
+        assert_same(tensors(tmp_path / folder), tensors(tmp_path / "memory"))
+        for file in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert (tmp_path / folder / file).read_text() == (tmp_path / "memory" / file).read_text()
+    # What measures the whole model is done in memory, as far as that goes.
+    assert command("mixed", "--bits", 5.5) == 0
+    assert "a block in memory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (["--low-memory", "--bits", "5"], "--bits measures the whole model, which --low-memory never holds"),
+        (["--offload-folder", "x", "--compare"], "--compare measures the whole model"),
+    ),
+)
+def test_command_lines_that_are_wrong(command, options, message, capsys):
+    assert command("out", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_without_a_text(tmp_path, capsys):
+    assert main(["quantize", str(saved(tmp_path / "float")), "--low-memory"]) == 2
+    assert "--low-memory is of calibration" in capsys.readouterr().err
+    assert main(["quantize", "smollm2-135m", "--low-memory", "--calibrate", "-o", str(tmp_path / "out")]) == 1
+    assert "is not a folder of safetensors" in capsys.readouterr().err
