@@ -1,13 +1,15 @@
 """Calibration from files, a block at a time: bit for bit what it gives in memory."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import flexq
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, distance
 from conftest import character_tokenizer
 from flexq.checkpoint.offloaded import open_offloaded
 from flexq.checkpoint.source import ModelError, find_model
@@ -18,8 +20,10 @@ from flexq.planning.mixed import with_head
 from flexq.quantize import offload
 from flexq.quantize.blocks import stacks_of
 from flexq.quantize.equalize import equalize_model
+from flexq.quantize.group import Group
 from flexq.quantize.inputs import run
 from safetensors.torch import load_file, save_file
+from torch import distributed, multiprocessing
 
 # A stack each of one; heads that are tied and not, experts merged from many tensors, biases, transposed weights, blocks
 # that differ, a buffer in the file that stays in float32, two stacks.
@@ -285,8 +289,67 @@ def test_command_lines_that_are_wrong(command, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_command_started_by_torchrun(command, tmp_path):
+    command("alone", "--no-token-weights")  # for its model and text
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flexq"]
+    options = ["--calibrate", tmp_path / "text", "--window-length", 32, "--quiet", "--device", "cpu", "--json"]
+    arguments = [*launcher, "quantize", tmp_path / "float", "-o", tmp_path / "two", *options]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] > 0  # printed once
+    assert "2 processes share 16 windows" in done.stderr
+    assert tensors(tmp_path / "two").keys() == tensors(tmp_path / "alone").keys()
+    done = subprocess.run(
+        [*map(str, arguments), "--overwrite", "--bits", "5"], capture_output=True, text=True, timeout=300
+    )
+    assert "--bits measures the whole model, which several processes never hold" in done.stderr
+
+
 def test_command_without_a_text(tmp_path, capsys):
     assert main(["quantize", str(saved(tmp_path / "float")), "--low-memory"]) == 2
     assert "--low-memory is of calibration" in capsys.readouterr().err
     assert main(["quantize", "smollm2-135m", "--low-memory", "--calibrate", "-o", str(tmp_path / "out")]) == 1
     assert "is not a folder of safetensors" in capsys.readouterr().err
+
+
+# Enough that rounding does not hang on the last digit of sums: more tokens than inputs.
+MANY = [torch.randint(3, 250, (1, 60), generator=torch.Generator().manual_seed(i)) for i in range(15)]
+
+
+def in_a_group(rank: int, folder: Path, resume: Path | None) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    try:
+        flexq.calibrate_checkpoint(
+            folder / "float", folder / "two", MANY, CHANNEL, equalize=0.5, resume=resume,
+            processes=distributed.group.WORLD,
+        )  # fmt: skip
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("kind", "resume"), (("llama", None), ("qwen3_moe", "work")))
+def test_two_processes_share_the_windows(kind, resume, tmp_path):
+    saved(tmp_path / "float", kind, torch.float32)
+    multiprocessing.spawn(in_a_group, (tmp_path, resume and tmp_path / resume), nprocs=2)
+    one = flexq.calibrate_checkpoint(tmp_path / "float", tmp_path / "one", MANY, CHANNEL, equalize=0.5)
+    assert flexq.load_model(tmp_path / "two").flexq_plan == one
+    given, expected = tensors(tmp_path / "two"), tensors(tmp_path / "one")
+    assert given.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.endswith(("qweight", "scales")):  # of two choices that are nearly as good either may be taken
+            assert (given[name] == tensor).float().mean() > (0.99 if "0.self_attn" in name else 0.5), name
+        else:
+            torch.testing.assert_close(given[name], tensor)
+    with torch.no_grad():
+        answers = [run(flexq.load_model(tmp_path / name), WINDOWS[0]) for name in ("float", "one", "two")]
+    assert distance(answers[2], answers[0]) == pytest.approx(distance(answers[1], answers[0]), rel=0.1)
+    if resume:
+        assert len(list((tmp_path / resume).glob("block-*"))) == 2
+
+
+def test_more_processes_than_windows():
+    group = Group()
+    assert group.mine(WINDOWS) == list(enumerate(WINDOWS)) and group.first("this") == "this"
+    group.size = 4
+    with pytest.raises(ValueError, match="4 processes share 3 windows of text"):
+        group.mine(WINDOWS)

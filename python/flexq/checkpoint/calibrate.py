@@ -21,6 +21,7 @@ from flexq.progress import Progress
 from flexq.quantize.calibrate import calibrate_at
 from flexq.quantize.equalize import equalize_at
 from flexq.quantize.finished import finished_tensors
+from flexq.quantize.group import Group
 from flexq.quantize.model import finish_quantized, resolve_plan
 from flexq.quantize.offload import Offloaded
 from flexq.quantize.report import coverage
@@ -42,6 +43,7 @@ def calibrate_checkpoint(
     dtype: torch.dtype | None = None,
     equalize: float = 0.0,
     states: str | Path | None = None,
+    processes: "torch.distributed.ProcessGroup | None" = None,
 ) -> Plan:
     """`calibrate_model` from disk to disk, for models larger than memory: bit for bit what it gives in memory.
 
@@ -65,6 +67,9 @@ def calibrate_checkpoint(
         equalize: 0 to 1, the alpha of `flexq.quantize.equalize.equalize_model`, which runs first on the same windows;
             0 leaves it out.
         states: a folder in which hidden states are kept while they wait; None keeps them in memory.
+        processes: a group of processes, with a backend for `device`, that call this with the same arguments but for
+            `device` and share the windows and the rounding; the first of them writes. The result is that of one
+            process, up to the rounding of sums.
 
     Returns:
         The plan as it was carried out. A warning names the largest weights that are left, if they are many.
@@ -79,13 +84,13 @@ def calibrate_checkpoint(
     require_free(folder, overwrite, source.folder)
     states = None if states is None else Path(states)
     model, offloaded = open_offloaded(source, resolve_device(device), states)
-    made = {}
+    group, made = Group(processes), {}
     if equalize:
         with weights_where_they_are_read(model):
-            made["equalized"] = equalize_at(offloaded, model, windows, equalize, dtype, progress).to_dict()
+            made["equalized"] = equalize_at(offloaded, model, windows, equalize, dtype, progress, group).to_dict()
     done = calibrate_offloaded(
         source, model, offloaded, folder, windows, plan, include, skip, shard_bytes, overwrite, progress, resume,
-        weigh_tokens, dtype, made,
+        weigh_tokens, dtype, made, group,
     )  # fmt: skip
     if done.coverage.warning:
         warnings.warn(done.coverage.warning, stacklevel=2)
@@ -108,19 +113,23 @@ def calibrate_offloaded(
     weigh_tokens: bool,
     dtype: torch.dtype | None,
     made: dict[str, Any],
+    group: Group,
 ) -> Conversion:
     """`calibrate_checkpoint` of what `open_offloaded` has opened, with all that can be said of it; `made` goes into the
     plan's `produced_by`."""
     resolved = resolve_plan(model, plan, include, skip)
-    with _finished_blocks(Path(folder), resume) as finished, warnings.catch_warnings():
+    with _finished_blocks(Path(folder), resume, group) as finished, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller says it
         with weights_where_they_are_read(model):
             record = calibrate_at(
-                offloaded, model, windows, resolved, progress, resume=finished, weigh_tokens=weigh_tokens
+                offloaded, model, windows, resolved, progress, resume=finished, weigh_tokens=weigh_tokens, group=group
             )
         finish_quantized(model, Plan.of(plan), **record, source=source.name, **made)
-        reader = _Result(model, offloaded, finished)
-        sizes = write_model(model, folder, None, shard_bytes, overwrite, source.folder, dtype, reader.read)
+        sizes = None
+        if group.rank == 0:
+            reader = _Result(model, offloaded, finished)
+            sizes = write_model(model, folder, None, shard_bytes, overwrite, source.folder, dtype, reader.read)
+        sizes = group.first(sizes)
     return Conversion(model.flexq_plan, coverage(model), sizes)
 
 
@@ -138,12 +147,18 @@ def weights_where_they_are_read(model) -> Iterator[None]:
         ) from None
 
 
-def _finished_blocks(folder: Path, resume: str | Path | None):
+@contextlib.contextmanager
+def _finished_blocks(folder: Path, resume: str | Path | None, group: Group) -> Iterator[Path]:
     """Where finished blocks are kept: the folder to resume from, or one beside the checkpoint that goes at the end."""
     if resume is not None:
-        return contextlib.nullcontext(Path(resume))
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=f".{folder.name}.flexq-blocks-", dir=folder.absolute().parent)
+        yield Path(resume)
+    elif group.rank > 0:
+        yield group.first(None)
+    else:
+        parent = folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.flexq-blocks-", dir=parent) as blocks:
+            yield group.first(Path(blocks))
 
 
 class _Result:

@@ -1,13 +1,17 @@
 """What `flexq quantize --calibrate` does: equalize, choose widths or activations' bits, round with a text in view."""
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flexq.cli import options
+from flexq.cli.options import UsageError
 from flexq.cli.output import available_memory, note, progress
 
 # Tokens a window, and windows, on which layers are measured: long enough to rank them, short enough for every layer.
@@ -32,14 +36,51 @@ def place(model, device: str) -> None:
 def is_from_files(args: argparse.Namespace, source) -> bool:
     """Whether weights are to be read a block at a time: as asked, or where memory does not hold what calibration takes
     and nothing that is asked for needs all of the model."""
-    if args.low_memory or source.folder is None or args.measures_whole:
-        return args.low_memory
+    if _processes() > 1 and args.measures_whole:
+        raise UsageError(f"--{args.measures_whole[0]} measures the whole model, which several processes never hold")
+    if args.low_memory or _processes() > 1 or source.folder is None or args.measures_whole:
+        return args.low_memory or _processes() > 1
     size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     return available_memory() < _CALIBRATION_MEMORY * size
 
 
+def _processes() -> int:
+    """How many torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def _group(args: argparse.Namespace) -> Iterator[Any]:
+    """The processes that torchrun has started, each on a GPU of its own; the first one alone prints."""
+    from torch import cuda, distributed
+
+    from flexq.quantize.group import Group
+
+    if _processes() == 1:
+        yield Group()
+        return
+    on_gpu = args.device != "cpu"
+    if on_gpu:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        cuda.set_device(args.device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        group = Group(distributed.group.WORLD)
+        if group.rank > 0:
+            args.quiet, args.json = True, False
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        yield group
+    finally:
+        distributed.destroy_process_group()
+
+
 def quantize_from_files(args: argparse.Namespace, source, output: Path, plan):
-    """`quantize` with a block in memory at a time."""
+    """`quantize` with a block in memory at a time, by all processes that torchrun has started."""
+    with _group(args) as group:
+        return _quantize_from_files(args, source, output, plan, group)
+
+
+def _quantize_from_files(args: argparse.Namespace, source, output: Path, plan, group):
     from flexq.checkpoint.calibrate import calibrate_offloaded, weights_where_they_are_read
     from flexq.checkpoint.offloaded import open_offloaded
     from flexq.checkpoint.source import load_tokenizer
@@ -50,13 +91,15 @@ def quantize_from_files(args: argparse.Namespace, source, output: Path, plan):
     note(args, "calibrating from files, a block in memory at a time")
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
     windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows, model)
+    if group.size > 1:
+        note(args, f"{group.size} processes share {len(windows)} windows")
     dtype = options.stored_dtype(args)
     with weights_where_they_are_read(model):
-        equalized = _equalize(args, offloaded, model, windows, dtype)
+        equalized = _equalize(args, offloaded, model, windows, dtype, group)
     return calibrate_offloaded(
         source, model, offloaded, output, windows, _with_head(args, model, plan), args.include, args.skip,
         int(args.shard_size * 1e9), args.overwrite, progress("calibrating", args.quiet), args.resume,
-        not args.no_token_weights, dtype, {"recipe": _recipe(args), **equalized},
+        not args.no_token_weights, dtype, {"recipe": _recipe(args), **equalized}, group,
     )  # fmt: skip
 
 
@@ -123,7 +166,7 @@ def _alpha(args: argparse.Namespace) -> float:
     return args.equalize if args.equalize is not None else BEST_ALPHA if args.best else 0.0
 
 
-def _equalize(args: argparse.Namespace, home, model, windows, dtype) -> dict[str, Any]:
+def _equalize(args: argparse.Namespace, home, model, windows, dtype, group=None) -> dict[str, Any]:
     """Equalize the model's inputs in place, if that is asked for; what its plan says of it."""
     from flexq.evaluate.text import spread
     from flexq.quantize.equalize import equalize_at
@@ -132,7 +175,7 @@ def _equalize(args: argparse.Namespace, home, model, windows, dtype) -> dict[str
     if alpha == 0:
         return {}
     on = spread(windows, _FEW_WINDOWS)
-    done = equalize_at(home, model, on, alpha, dtype, progress("equalizing", args.quiet))
+    done = equalize_at(home, model, on, alpha, dtype, progress("equalizing", args.quiet), group)
     note(args, f"equalized (alpha {alpha:g}): the inputs of {done.count} layers, {len(done.norms)} by norms")
     return {"equalized": done.to_dict()}
 

@@ -81,7 +81,8 @@ def _plan(args: argparse.Namespace):
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses what does not go together, and says in `args.best` whether the recipe best is meant."""
+    """Refuses what does not go together, and says in `args.best` whether the recipe best is meant, in
+    `args.measures_whole` which options need all of the model in memory."""
     chosen = ("budget", "target_kl", "target_ppl", "bits", "size")
     if args.calibrate is None:
         if args.plan == "best":
@@ -93,10 +94,9 @@ def _check(args: argparse.Namespace) -> None:
             if getattr(args, option):
                 raise UsageError(f"--{option.replace('_', '-')} is of calibration; plain rounding takes little memory")
     args.low_memory = args.low_memory or args.offload_folder is not None
-    whole = [option for option in (*chosen, "compare") if getattr(args, option)]
-    if args.low_memory and whole:
-        raise UsageError(f"--{whole[0].replace('_', '-')} measures the whole model, which --low-memory never holds")
-    args.measures_whole = bool(whole)
+    args.measures_whole = [o.replace("_", "-") for o in (*chosen, "compare") if getattr(args, o)]
+    if args.low_memory and args.measures_whole:
+        raise UsageError(f"--{args.measures_whole[0]} measures the whole model, which --low-memory never holds")
     if args.weights and args.target_kl is None:
         raise UsageError("--weights says what --target-kl chooses; without one there is nothing to choose")
     of_weights = args.bits is not None or args.size is not None or args.weights

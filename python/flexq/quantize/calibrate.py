@@ -19,10 +19,11 @@ from flexq.quantize import fisher
 from flexq.quantize.blocks import Call, Calls, Ends, Home, Reached, Stack, bypassed, calls_of, stacks_of
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
 from flexq.quantize.finished import Finished, fingerprint
+from flexq.quantize.group import Group
 from flexq.quantize.inputs import predicts_tokens
 from flexq.quantize.layers import as_linear, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
-from flexq.quantize.rounding import Hessian, compensated_round
+from flexq.quantize.rounding import Hessian, compensated_round, empty_codes
 from flexq.quantize.routed import Routed, round_routed
 
 DEFAULT_WINDOWS = 16
@@ -63,7 +64,11 @@ def _hessian(layer: nn.Module) -> Hessian:
 
 
 def _hessians(
-    stage: dict[str, nn.Module], block: nn.Module, calls: Sequence[Call], weights: dict[str, list[torch.Tensor]] | None
+    stage: dict[str, nn.Module],
+    block: nn.Module,
+    calls: Sequence[Call],
+    weights: dict[str, list[torch.Tensor]] | None,
+    group: Group,
 ) -> dict[str, Hessian]:
     """Of the input that a stage's layers share, from every window, with each layer's own weights of tokens."""
     first = next(iter(stage))
@@ -91,11 +96,13 @@ def _hessians(
         raise ValueError(f"layer {first}: {error}") from None
     finally:
         handle.remove()
+    for hessian in hessians.values():
+        hessian.add_up(group)
     return {name: hessians.get(name, hessians[first]) for name in stage}
 
 
 def _hessians_outside(
-    home: Home, layers: dict[str, nn.Module], runs: Callable[[], Iterable[Callable[[], Any]]]
+    home: Home, layers: dict[str, nn.Module], runs: Callable[[], Iterable[Callable[[], Any]]], group: Group
 ) -> Iterator[tuple[str, Hessian]]:
     """Of layers anywhere in the model, from runs of all that is outside blocks, a few layers at a time."""
     waiting = list(layers)
@@ -116,14 +123,19 @@ def _hessians_outside(
                 hooks.callback(layers[name].register_forward_pre_hook(add(hessian)).remove)
             for run_once in runs():
                 run_once()
+        for hessian in hessians.values():
+            hessian.add_up(group)
         yield from hessians.items()
 
 
 class _Work:
     """The state of a calibration: what is to be done, what has been, and how to take it back."""
 
-    def __init__(self, model: nn.Module, resolved: dict[str, LayerConfig], damping: float, passes: int, step):
+    def __init__(
+        self, model: nn.Module, resolved: dict[str, LayerConfig], damping: float, passes: int, group: Group, step
+    ):
         self.model, self.resolved, self.damping, self.passes, self.step = model, resolved, damping, passes, step
+        self.group = group
         self.wholes = {n: whole_of(n) for n in resolved if kind_of(module_of(model, n)) is not None}
         self.before: dict[str, nn.Module] = {}
         self.vanished = 0
@@ -168,15 +180,28 @@ class _Work:
             for _ in PROJECTIONS if isinstance(by, Experts) else (place,):
                 self.step()
 
-    def quantize(self, name: str, hessian: Hessian) -> None:
-        if name in self.before:
-            return
+    def quantize(self, hessians: dict[str, Hessian]) -> None:
+        """Layers, each rounded by one of the processes."""
+        todo = {name: hessian for name, hessian in hessians.items() if name not in self.before}
+        codes = {
+            name: self._rounded(name, hessian) if self.group.owns(number) else self._empty(name)
+            for number, (name, hessian) in enumerate(todo.items())
+        }
+        for number, (name, (planes, scales)) in enumerate(codes.items()):
+            planes, scales = self.group.sent(planes, number), self.group.sent(scales, number)
+            if name not in self.before:
+                self.put(name, planes, scales)
+
+    def _rounded(self, name: str, hessian: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         weight = as_linear(self.model.get_submodule(name)).weight
         try:
-            rounded = compensated_round(weight, hessian, self.resolved[name], self.damping, self.passes)
+            return compensated_round(weight, hessian, self.resolved[name], self.damping, self.passes)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
-        self.put(name, *rounded)
+
+    def _empty(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = as_linear(self.model.get_submodule(name)).weight
+        return empty_codes(*weight.shape, self.resolved[name], weight.device)
 
     def quantize_experts(
         self, whole: str, runs: Iterable[Callable[[], Any]], weights: dict[str, list[torch.Tensor]] | None
@@ -190,7 +215,7 @@ class _Work:
         canonical = []
         for projection, config in zip(PROJECTIONS, self.configs(whole), strict=True):
             try:
-                rounded, how = round_routed(module, projection, tokens, config, self.damping, self.passes)
+                rounded, how = round_routed(module, projection, tokens, config, self.damping, self.passes, self.group)
             except ValueError as error:
                 raise ValueError(f"layer {whole}.{projection}: {error}") from None
             canonical.append(rounded)
@@ -228,7 +253,8 @@ def _calibrate_stack(
                 before = Counter(work.experts)
                 _calibrate_block(work, block, modules, calls, weights)
                 layers = {name: work.model.get_submodule(name) for name in names}
-                finished.save(first_block + index, layers, work.experts - before)
+                if work.group.rank == 0:
+                    finished.save(first_block + index, layers, work.experts - before)
             for at, call in enumerate(calls):
                 hidden[at] = call.run(block)
     ends.add(stack, hidden)
@@ -242,9 +268,9 @@ def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: Ends,
         return (functools.partial(ends.run, at, ids) for at, ids in enumerate(windows))
 
     linear = {name: module for name, module in outside.items() if kind_of(module) is None}
-    for name, hessian in _hessians_outside(home, linear, runs):
+    for name, hessian in _hessians_outside(home, linear, runs, work.group):
         with home.present(linear[name]):
-            work.quantize(name, hessian)
+            work.quantize({name: hessian})
     for name in outside.keys() - linear.keys():
         with home.present(outside[name]):
             work.quantize_experts(name, runs(), None)
@@ -271,7 +297,7 @@ def _calibrate_block(
     calls: Sequence[Call],
     weights: dict[str, list[torch.Tensor]] | None,
 ) -> None:
-    for stage in _stages(block, modules, calls[0]) if modules else ():
+    for stage in work.group.first(_stages(block, modules, calls[0])) if modules else ():
         todo = {name: modules[name] for name in stage if name not in work.before}
         first = next(iter(todo), None)
         if first is None:
@@ -279,8 +305,7 @@ def _calibrate_block(
         if kind_of(todo[first]) is not None:
             work.quantize_experts(first, (functools.partial(call.run, block) for call in calls), weights)
             continue
-        for name, hessian in _hessians(todo, block, calls, weights).items():
-            work.quantize(name, hessian)
+        work.quantize(_hessians(todo, block, calls, weights, work.group))
 
 
 def calibrate_model(
@@ -341,9 +366,11 @@ def calibrate_at(
     passes: int = 1,
     resume: str | Path | None = None,
     weigh_tokens: bool = True,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """`calibrate_model` of a model whose weights are at `home`, with the settings of each layer that `resolve_plan`
-    gives; returns what its plan is to say of how it was made."""
+    gives, by processes that share the windows; returns what the model's plan is to say of how it was made."""
+    group = group or Group()
     if not windows:
         raise ValueError("calibration needs at least one window of text")
     stacks = stacks_of(model)
@@ -355,24 +382,28 @@ def calibrate_at(
         about = fingerprint(
             home.tensors(model), windows, resolved, weigh_tokens=weigh_tokens, damping=damping, passes=passes, version=1
         )
+    if group.rank > 0:
+        group.wait()
     finished = Finished(resume, about)
+    if group.rank == 0:
+        group.wait()
     steps: Iterator[str] = iter(())  # one a layer, whatever their order
-    work = _Work(model, resolved, damping, passes, lambda: next(steps, None))
+    work = _Work(model, resolved, damping, passes, group, lambda: next(steps, None))
     try:
         blocks = [(s, i) for s in stacks for i in range(len(s.blocks))]
         in_block = [[n for n in resolved if s.index_of(n) == i] for s, i in blocks]
         complete = bool(blocks) and all(finished.load(i, names) is not None for i, names in enumerate(in_block))
         weights = None
         if weigh_tokens and not complete:
-            weights = fisher.token_weights(model, windows, list(resolved), progress, home, stacks[-1])
+            weights = fisher.token_weights(model, windows, list(resolved), progress, home, stacks[-1], group)
         steps = iter(progress(list(resolved)) if progress else resolved)
-        ends = Ends(home, model)
+        ends, own = Ends(home, model), [window for _, window in group.mine(windows)]
         with torch.no_grad():
             first_block = 0
             for stack in stacks:
-                _calibrate_stack(work, stack, windows, weights, finished, first_block, home, ends)
+                _calibrate_stack(work, stack, own, weights, finished, first_block, home, ends)
                 first_block += len(stack.blocks)
-            _calibrate_outside(work, windows, ends, home)
+            _calibrate_outside(work, own, ends, home)
         next(steps, None)
     except BaseException:
         work.undo()

@@ -18,6 +18,7 @@ from torch import nn
 
 from flexq.progress import Progress
 from flexq.quantize.blocks import Home, Stack, run_windows, stacks_of
+from flexq.quantize.group import Group
 from flexq.quantize.inputs import result_of
 from flexq.quantize.layers import linear_layers
 from flexq.quantize.tracing import Call, once, result, watch
@@ -105,8 +106,9 @@ def equalize_at(
     alpha: float,
     carrier: torch.dtype | None = None,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> Equalized:
-    """`equalize_model` of a model whose weights are at `home`.
+    """`equalize_model` of a model whose weights are at `home`, by processes that share the windows.
 
     Raises:
         ValueError: besides, a factor that would reach from a block into what is not in memory with it.
@@ -119,7 +121,9 @@ def equalize_at(
         stacks = stacks_of(model)
         calls = once(watch(model))
         folds = _find(home, model, calls)
-        squares = _mean_squares(home, model, stacks, [fold.readers[0] for fold in folds], windows, progress)
+        squares = _mean_squares(
+            home, model, stacks, [fold.readers[0] for fold in folds], windows, progress, group or Group()
+        )
         before = result_of(calls[""].output).float()
 
         def is_same(fold: _Fold) -> bool:
@@ -342,6 +346,7 @@ def _mean_squares(
     names: Sequence[str],
     windows: Sequence[torch.Tensor],
     progress: Progress | None,
+    group: Group,
 ) -> dict[str, torch.Tensor]:
     """Of each layer's input channels, float32 [K]."""
     sums: dict[str, torch.Tensor] = {}
@@ -355,9 +360,9 @@ def _mean_squares(
 
     handles = [model.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
     try:
-        run_windows(model, stacks, windows, home, progress)
+        run_windows(model, stacks, [window for _, window in group.mine(windows)], home, progress)
     finally:
         for handle in handles:
             handle.remove()
     tokens = sum(window.numel() for window in windows)
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: group.add_up(sums[name]) / tokens for name in names}

@@ -16,6 +16,7 @@ from torch import nn
 from flexq.progress import Progress
 from flexq.quantize.blocks import Call, Home, Stack, decoder_stack, outline, starting_at, trace
 from flexq.quantize.experts import module_of, positional
+from flexq.quantize.group import Group
 from flexq.quantize.inputs import logits
 
 # Given a layer's arguments and output in the forward pass, what to do with the gradient at the output in the backward
@@ -199,6 +200,7 @@ def token_weights(
     progress: Progress | None = None,
     home: Home | None = None,
     stack: Stack | None = None,
+    group: Group | None = None,
 ) -> dict[str, list[torch.Tensor]]:
     """How much the model's output minds an error in each token's output of each layer.
 
@@ -208,16 +210,21 @@ def token_weights(
 
     Args:
         model: not quantized.
-        windows: token ids [1, L] each.
+        windows: token ids [1, L] each, of all processes.
         names: of linear layers and projections of experts.
         progress: wraps the loop over blocks, forward and backward.
         home: where the model's weights are; in memory if None.
         stack: of `decoder_stack`, if it is known.
+        group: processes that share the windows; None for this one alone.
 
     Returns:
-        For each name, float32 [L] on the CPU for each window; ones for a layer whose gradients are zero or not finite.
+        For each name, float32 [L] on the CPU for each of this process's windows; ones for a layer whose gradients are
+        zero or not finite.
     """
-    weights: dict[str, list[torch.Tensor]] = {name: [torch.ones(w.numel()) for w in windows] for name in names}
+    home, stack, group = home or Home(), stack or decoder_stack(model), group or Group()
+    numbered = group.mine(windows)
+    weights: dict[str, list[torch.Tensor]] = {name: [torch.ones(w.numel()) for _, w in numbered] for name in names}
+    place = {number: at for at, (number, _) in enumerate(numbered)}
 
     def into(name: str, index: int) -> Watcher:
         def keep(gradient: torch.Tensor) -> None:
@@ -228,18 +235,24 @@ def token_weights(
 
         return lambda args, output: keep
 
-    home, stack = home or Home(), stack or decoder_stack(model)
-    together = home.together or len(windows)
-    groups = [list(enumerate(windows))[i : i + together] for i in range(0, len(windows), together)]
-    todo = range(2 * len(stack.blocks) * len(groups))
+    together = home.together or len(numbered)
+    parts = [numbered[i : i + together] for i in range(0, len(numbered), together)]
+    todo = range(2 * len(stack.blocks) * len(parts))
     steps = iter(progress(todo) if progress else todo)
-    for group in groups:
+    for part in parts:
         _backward(
-            model, stack, group, lambda i: {name: into(name, i) for name in names}, home, lambda: next(steps, None)
+            model,
+            stack,
+            part,
+            lambda number: {n: into(n, place[number]) for n in names},
+            home,
+            lambda: next(steps, None),
         )
     next(steps, None)
-    for name, each in weights.items():
-        mean = torch.cat(each).mean()
+    sums = torch.stack([torch.cat(each).sum() for each in weights.values()])
+    sums = group.add_up(sums.to(home.outside(model))).cpu()
+    tokens = sum(window.numel() for window in windows)
+    for mean, (name, each) in zip(sums / tokens, weights.items(), strict=True):
         usable = mean > 0 and torch.isfinite(mean)
         weights[name] = [w / mean if usable else torch.ones_like(w) for w in each]
     return weights

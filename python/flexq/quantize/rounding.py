@@ -12,6 +12,7 @@ import torch
 
 from flexq import ops
 from flexq.plan import LayerConfig
+from flexq.quantize.group import Group
 
 # Shares of absmax / the largest code that are tried as a scale; the fewer the codes, the lower they go.
 _RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
@@ -38,6 +39,11 @@ class Hessian:
         else:
             self.sum.addmm_((rows * weights.reshape(-1, 1)).T, rows)
             self.count += weights.sum().item()
+
+    def add_up(self, group: Group) -> None:
+        """Those of all processes."""
+        group.add_up(self.sum)
+        self.count = group.total(self.count, self.sum.device)
 
     def leaning_on(self, other: "Hessian", share: float) -> "Hessian":
         """A share of this one's mean and the rest of another's."""
@@ -165,6 +171,13 @@ def compensated_round(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return ops.pack_codes(codes[back].T.to(torch.int8), config.weight_bits), scales
+
+
+def empty_codes(rows: int, k: int, config: LayerConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Planes and scales of a weight [rows, k], not filled."""
+    groups = ops.num_groups(k)
+    planes = torch.empty(rows, groups, config.weight_bits, 16, dtype=torch.uint8, device=device)
+    return planes, torch.empty(rows, groups if config.scheme == "group" else 1, dtype=torch.float16, device=device)
 
 
 def _captured(function):
