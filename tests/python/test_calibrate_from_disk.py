@@ -156,8 +156,10 @@ def test_each_block_is_read_a_few_times(tmp_path, monkeypatch):
     read = offload.Offloaded.read
     monkeypatch.setattr(offload.Offloaded, "read", lambda self, keys: (reads.extend(keys), read(self, keys))[1])
     flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
-    # To find the stack; for weights of tokens forward and back; to be calibrated; and once to tell it from others.
-    assert all(reads.count(f"model.layers.{i}.mlp.up_proj.weight") == 5 for i in range(3))
+    # To find the stack; for weights of tokens forward and back; to be calibrated.
+    assert all(reads.count(f"model.layers.{i}.mlp.up_proj.weight") == 4 for i in range(3))
+    # Norms and head once a window more.
+    assert reads.count("model.embed_tokens.weight") < 20
 
 
 def test_goes_on_after_an_interruption(tmp_path):

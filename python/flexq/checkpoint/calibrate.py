@@ -84,6 +84,7 @@ def calibrate_checkpoint(
     require_free(folder, overwrite, source.folder)
     states = None if states is None else Path(states)
     model, offloaded = open_offloaded(source, resolve_device(device), states)
+    resolve_plan(model, plan, include, skip)  # what is wrong with it is said before the work begins
     group, made = Group(processes), {}
     if equalize:
         with weights_where_they_are_read(model):
@@ -122,8 +123,9 @@ def calibrate_offloaded(
         warnings.simplefilter("ignore")  # the caller says it
         with weights_where_they_are_read(model):
             record = calibrate_at(
-                offloaded, model, windows, resolved, progress, resume=finished, weigh_tokens=weigh_tokens, group=group
-            )
+                offloaded, model, windows, resolved, progress, resume=resume, weigh_tokens=weigh_tokens, keep=finished,
+                group=group,
+            )  # fmt: skip
         finish_quantized(model, Plan.of(plan), **record, source=source.name, **made)
         sizes = None
         if group.rank == 0:

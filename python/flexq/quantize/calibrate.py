@@ -366,10 +366,14 @@ def calibrate_at(
     passes: int = 1,
     resume: str | Path | None = None,
     weigh_tokens: bool = True,
+    keep: str | Path | None = None,
     group: Group | None = None,
 ) -> dict[str, Any]:
     """`calibrate_model` of a model whose weights are at `home`, with the settings of each layer that `resolve_plan`
-    gives, by processes that share the windows; returns what the model's plan is to say of how it was made."""
+    gives, by processes that share the windows; returns what the model's plan is to say of how it was made.
+
+    Finished blocks are kept in the folder to resume from, or in an empty one, `keep`, from which nothing is resumed.
+    """
     group = group or Group()
     if not windows:
         raise ValueError("calibration needs at least one window of text")
@@ -384,7 +388,7 @@ def calibrate_at(
         )
     if group.rank > 0:
         group.wait()
-    finished = Finished(resume, about)
+    finished = Finished(keep if resume is None else resume, about)
     if group.rank == 0:
         group.wait()
     steps: Iterator[str] = iter(())  # one a layer, whatever their order
