@@ -18,8 +18,8 @@ from flexq.execution import resolve_device
 from flexq.experts import ExpertWeights
 from flexq.plan import DEFAULT_RECIPE, Plan
 from flexq.progress import Progress
-from flexq.quantize.calibrate import calibrate_at
-from flexq.quantize.equalize import equalize_at
+from flexq.quantize.calibrate import calibrate_placed
+from flexq.quantize.equalize import equalize_placed
 from flexq.quantize.finished import finished_tensors
 from flexq.quantize.group import Group
 from flexq.quantize.model import finish_quantized, resolve_plan
@@ -88,7 +88,7 @@ def calibrate_checkpoint(
     group, made = Group(processes), {}
     if equalize:
         with weights_where_they_are_read(model):
-            made["equalized"] = equalize_at(offloaded, model, windows, equalize, dtype, progress, group).to_dict()
+            made["equalized"] = equalize_placed(offloaded, model, windows, equalize, dtype, progress, group).to_dict()
     done = calibrate_offloaded(
         source, model, offloaded, folder, windows, plan, include, skip, shard_bytes, overwrite, progress, resume,
         weigh_tokens, dtype, made, group,
@@ -122,7 +122,7 @@ def calibrate_offloaded(
     with _finished_blocks(Path(folder), resume, group) as finished, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller says it
         with weights_where_they_are_read(model):
-            record = calibrate_at(
+            record = calibrate_placed(
                 offloaded, model, windows, resolved, progress, resume=resume, weigh_tokens=weigh_tokens, keep=finished,
                 group=group,
             )  # fmt: skip

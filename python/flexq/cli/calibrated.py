@@ -109,9 +109,9 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     from flexq.checkpoint.source import load_tokenizer
     from flexq.checkpoint.write import write_model
     from flexq.evaluate.text import Limits, read_text, windows_of
-    from flexq.quantize.blocks import Home
     from flexq.quantize.calibrate import calibrate_model
     from flexq.quantize.layers import shared_copy
+    from flexq.quantize.placement import Placement
     from flexq.quantize.report import coverage
 
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
@@ -119,7 +119,7 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     length = min(_PROBE_LENGTH, Limits.of(reference).positions or _PROBE_LENGTH)
     probes = windows_of(tokenizer, text, length, model=reference)
     floats = reference if _alpha(args) == 0 else shared_copy(reference)
-    equalized = _equalize(args, Home(), floats, windows, _stored_dtype(args, source))
+    equalized = _equalize(args, Placement(), floats, windows, _stored_dtype(args, source))
 
     def calibrate(to, resume: str | None = None, on=windows):
         with warnings.catch_warnings():
@@ -166,16 +166,16 @@ def _alpha(args: argparse.Namespace) -> float:
     return args.equalize if args.equalize is not None else BEST_ALPHA if args.best else 0.0
 
 
-def _equalize(args: argparse.Namespace, home, model, windows, dtype, group=None) -> dict[str, Any]:
+def _equalize(args: argparse.Namespace, placement, model, windows, dtype, group=None) -> dict[str, Any]:
     """Equalize the model's inputs in place, if that is asked for; what its plan says of it."""
     from flexq.evaluate.text import spread
-    from flexq.quantize.equalize import equalize_at
+    from flexq.quantize.equalize import equalize_placed
 
     alpha = _alpha(args)
     if alpha == 0:
         return {}
     on = spread(windows, _FEW_WINDOWS)
-    done = equalize_at(home, model, on, alpha, dtype, progress("equalizing", args.quiet), group)
+    done = equalize_placed(placement, model, on, alpha, dtype, progress("equalizing", args.quiet), group)
     note(args, f"equalized (alpha {alpha:g}): the inputs of {done.count} layers, {len(done.norms)} by norms")
     return {"equalized": done.to_dict()}
 

@@ -2,8 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 
 from flexq.linear import Linear
-from flexq.progress import Progress
 from flexq.quantize.inputs import arguments
 from flexq.quantize.layers import is_linear
 
@@ -87,7 +85,7 @@ def stacks_of(model: nn.Module) -> list[Stack]:
 
                 hooks.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
         with torch.no_grad():
-            model(**arguments(model, _probe()))
+            model(**arguments(model, probe()))
     return [
         _with_rests(model, Stack(name, lists[name]), events)
         for name, events in seen.items()
@@ -95,7 +93,7 @@ def stacks_of(model: nn.Module) -> list[Stack]:
     ]
 
 
-def _probe() -> torch.Tensor:
+def probe() -> torch.Tensor:
     return torch.arange(1, 5).unsqueeze(0)
 
 
@@ -114,7 +112,7 @@ def _with_rests(model: nn.Module, stack: Stack, events: list[_Event]) -> Stack:
     known = replace(stack, rests=rests)
     try:
         with torch.no_grad():
-            calls = outline(model, known, _probe())
+            calls = outline(model, known, probe())
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):  # of a model that misses them
         return stack
     real = [event.call for event in events]
@@ -360,154 +358,3 @@ def bypassed(stacks: Iterable[Stack]) -> Iterator[None]:
     known = [stack for stack in stacks if stack.rests is not None]
     with _running({b: passing(rest) for s in known for b, rest in zip(s.blocks, s.rests, strict=True)}):
         yield
-
-
-class Home:
-    """Where a model's weights are, and where its blocks are worked on. These are in memory.
-
-    Args:
-        device: where blocks are worked on, each moved there and back; None works on them where they are.
-    """
-
-    is_whole = True  # all weights are in memory
-    together: int | None = 1  # how many windows go through a block before the next one is placed; None for all
-
-    def __init__(self, device: torch.device | str | None = None):
-        self.device = None if device is None else torch.device(device)
-
-    @contextlib.contextmanager
-    def placed(self, block: nn.Module) -> Iterator[None]:
-        """A block where it is worked on, for a while; modules that are replaced in it meanwhile go back without it."""
-        home = next(block.parameters()).device if self.device is not None else None
-        if home is None or home == self.device:
-            yield
-            return
-        modules = list(block.modules())
-        block.to(self.device)
-        try:
-            yield
-        finally:
-            block.to(home)
-            for module in set(modules) - set(block.modules()):
-                module.to(home)
-
-    def present(self, module: nn.Module) -> AbstractContextManager[None]:
-        """A module that is in no block, with its weights where it runs, for a while."""
-        return contextlib.nullcontext()
-
-    def outside(self, model: nn.Module) -> torch.device:
-        """Where what is in no block runs."""
-        return arguments(model, _probe())["input_ids"].device
-
-    def check(self, model: nn.Module, stacks: Sequence[Stack], layers: Iterable[str]) -> None:
-        """ValueError where these layers of a model with these stacks cannot be worked on."""
-
-    def bring(self, modules: Sequence[nn.Module]) -> None:
-        """Have these modules, all of the same block or of none, with their weights until others are brought."""
-
-    def change(self, module: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Note that a module's tensor has become what this makes of it."""
-
-    def require_whole(self, reason: str) -> None:
-        """ValueError, with the reason, where not all weights are in memory."""
-
-    def tensors(self, model: nn.Module) -> Iterator[torch.Tensor]:
-        """The model's parameters and buffers, with their values."""
-        yield from model.parameters()
-        yield from model.buffers()
-
-    def states(self) -> MutableMapping[Any, torch.Tensor]:
-        """Where hidden states are kept."""
-        return {}
-
-
-class Calls(Sequence[Call]):
-    """What a block is called with, for each window, its hidden state fetched when it is asked for.
-
-    Args:
-        of_windows: without their hidden states.
-        hidden: by window.
-    """
-
-    def __init__(self, of_windows: Sequence[Call], hidden: Mapping[int, torch.Tensor]):
-        self._of_windows, self._hidden = of_windows, hidden
-
-    def __len__(self) -> int:
-        return len(self._of_windows)
-
-    def __getitem__(self, index: int) -> Call:
-        return replace(self._of_windows[index], hidden=self._hidden[index])
-
-
-class Ends:
-    """The hidden states that leave stacks, so that the model runs on from there.
-
-    Args:
-        home: of the model's weights.
-        model: whose stacks they are.
-    """
-
-    def __init__(self, home: Home, model: nn.Module):
-        self._home, self._model = home, model
-        self._hidden: list[tuple[Stack, Mapping[int, torch.Tensor]]] = []
-
-    def add(self, stack: Stack, hidden: Mapping[int, torch.Tensor]) -> None:
-        """A stack's, by window."""
-        if stack.rests is not None:
-            self._hidden.append((stack, hidden))
-
-    @contextlib.contextmanager
-    def reached(self, window: int) -> Iterator[None]:
-        """Forward passes of this window do not run the stacks."""
-        outside = self._home.outside(self._model)
-        with contextlib.ExitStack() as skipped:
-            for stack, hidden in self._hidden:
-                last = hidden[window].to(outside)
-                skipped.enter_context(starting_at(stack.blocks, len(stack.blocks), last, stack.rests))
-            yield
-
-    def run(self, window: int, ids: torch.Tensor) -> None:
-        with self.reached(window):
-            self._model(**arguments(self._model, ids))
-
-
-@torch.no_grad()
-def calls_of(
-    model: nn.Module, stack: Stack, windows: Sequence[torch.Tensor], ends: Ends, home: Home
-) -> list[list[Call]]:
-    """What each block is called with for each window, the first one with its hidden state.
-
-    Args:
-        ends: of stacks that ran before.
-    """
-    if stack.rests is None:
-        return [trace(model, stack.blocks, window, home.device, first_only=True).calls for window in windows]
-    calls = []
-    for index, window in enumerate(windows):
-        with ends.reached(index):
-            calls.append(outline(model, stack, window, home.device))
-    return calls
-
-
-@torch.no_grad()
-def run_windows(
-    model: nn.Module, stacks: Sequence[Stack], windows: Sequence[torch.Tensor], home: Home, progress: Progress | None
-) -> None:
-    """Forward passes of the model, all windows through a block before the next one runs."""
-    known = [stack for stack in stacks if stack.rests is not None]
-    every = range(sum(len(stack.blocks) for stack in known))
-    steps = iter(progress(every) if progress else every)
-    ends = Ends(home, model)
-    for stack in known:
-        of_windows = calls_of(model, stack, windows, ends, home)
-        hidden = home.states()
-        hidden.update({at: of_window[0].hidden for at, of_window in enumerate(of_windows)})
-        for index, block in enumerate(stack.blocks):
-            next(steps)
-            with home.placed(block):
-                for at, call in enumerate(Calls([of_window[index] for of_window in of_windows], hidden)):
-                    hidden[at] = call.run(block)
-        ends.add(stack, hidden)
-    next(steps, None)
-    for at, window in enumerate(windows):
-        ends.run(at, window)

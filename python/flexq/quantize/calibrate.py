@@ -16,13 +16,15 @@ from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
 from flexq.quantize import fisher
-from flexq.quantize.blocks import Call, Calls, Ends, Home, Reached, Stack, bypassed, calls_of, stacks_of
+from flexq.quantize.blocks import Call, Reached, Stack, bypassed, stacks_of
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
 from flexq.quantize.finished import Finished, fingerprint
 from flexq.quantize.group import Group
 from flexq.quantize.inputs import predicts_tokens
 from flexq.quantize.layers import as_linear, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
+from flexq.quantize.passes import Calls, Ends, calls_of
+from flexq.quantize.placement import Placement
 from flexq.quantize.rounding import Hessian, compensated_round, empty_codes
 from flexq.quantize.routed import Routed, round_routed
 
@@ -102,7 +104,7 @@ def _hessians(
 
 
 def _hessians_outside(
-    home: Home, layers: dict[str, nn.Module], runs: Callable[[], Iterable[Callable[[], Any]]], group: Group
+    placement: Placement, layers: dict[str, nn.Module], runs: Callable[[], Iterable[Callable[[], Any]]], group: Group
 ) -> Iterator[tuple[str, Hessian]]:
     """Of layers anywhere in the model, from runs of all that is outside blocks, a few layers at a time."""
     waiting = list(layers)
@@ -111,7 +113,7 @@ def _hessians_outside(
         size = 0
         while waiting and (not hessians or size < _HESSIAN_BYTES):
             name = waiting.pop(0)
-            with home.present(layers[name]):
+            with placement.present(layers[name]):
                 hessians[name] = _hessian(layers[name])
             size += hessians[name].sum.nbytes
 
@@ -234,18 +236,18 @@ def _calibrate_stack(
     weights: dict[str, list[torch.Tensor]] | None,
     finished: Finished,
     first_block: int,
-    home: Home,
+    placement: Placement,
     ends: Ends,
 ) -> None:
     """Blocks one after the other, each on what the quantized ones before it give."""
-    of_windows = calls_of(work.model, stack, windows, ends, home)
-    hidden = home.states()
+    of_windows = calls_of(work.model, stack, windows, ends, placement)
+    hidden = placement.states()
     hidden.update({at: of_window[0].hidden for at, of_window in enumerate(of_windows)})
     for index, block in enumerate(stack.blocks):
         names = [n for n in work.resolved if stack.index_of(n) == index]
         calls = Calls([of_window[index] for of_window in of_windows], hidden)
         known = finished.load(first_block + index, names)
-        with home.placed(block):
+        with placement.placed(block):
             modules = work.modules(names)
             if known is not None:
                 _put_known(work, modules, *known)
@@ -260,7 +262,7 @@ def _calibrate_stack(
     ends.add(stack, hidden)
 
 
-def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: Ends, home: Home) -> None:
+def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: Ends, placement: Placement) -> None:
     """What is in no block: the LM head, or all layers of a model that has no stacks."""
     outside = work.modules(work.resolved)
 
@@ -268,11 +270,11 @@ def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: Ends,
         return (functools.partial(ends.run, at, ids) for at, ids in enumerate(windows))
 
     linear = {name: module for name, module in outside.items() if kind_of(module) is None}
-    for name, hessian in _hessians_outside(home, linear, runs, work.group):
-        with home.present(linear[name]):
+    for name, hessian in _hessians_outside(placement, linear, runs, work.group):
+        with placement.present(linear[name]):
             work.quantize({name: hessian})
     for name in outside.keys() - linear.keys():
-        with home.present(outside[name]):
+        with placement.present(outside[name]):
             work.quantize_experts(name, runs(), None)
 
 
@@ -352,12 +354,14 @@ def calibrate_model(
     resolved = resolve_plan(model, plan, include, skip)
     for name in resolved:
         require_in_memory(name, module_of(model, name))
-    record = calibrate_at(Home(device), model, windows, resolved, progress, damping, passes, resume, weigh_tokens)
+    record = calibrate_placed(
+        Placement(device), model, windows, resolved, progress, damping, passes, resume, weigh_tokens
+    )
     return finish_quantized(model, Plan.of(plan), **record)
 
 
-def calibrate_at(
-    home: Home,
+def calibrate_placed(
+    placement: Placement,
     model: nn.Module,
     windows: Sequence[torch.Tensor],
     resolved: dict[str, LayerConfig],
@@ -369,8 +373,8 @@ def calibrate_at(
     keep: str | Path | None = None,
     group: Group | None = None,
 ) -> dict[str, Any]:
-    """`calibrate_model` of a model whose weights are at `home`, with the settings of each layer that `resolve_plan`
-    gives, by processes that share the windows; returns what the model's plan is to say of how it was made.
+    """`calibrate_model` of a model whose weights are as `placement` says, with the settings of each layer that
+    `resolve_plan` gives, by processes that share the windows; returns what the plan is to say of how it was made.
 
     Finished blocks are kept in the folder to resume from, or in an empty one, `keep`, from which nothing is resumed.
     """
@@ -378,13 +382,19 @@ def calibrate_at(
     if not windows:
         raise ValueError("calibration needs at least one window of text")
     stacks = stacks_of(model)
-    home.check(model, stacks, resolved)
+    placement.check(model, stacks, resolved)
     with bypassed(stacks):
         weigh_tokens = weigh_tokens and bool(stacks) and predicts_tokens(model)
     about = {}
     if resume is not None:
         about = fingerprint(
-            home.tensors(model), windows, resolved, weigh_tokens=weigh_tokens, damping=damping, passes=passes, version=1
+            placement.tensors(model),
+            windows,
+            resolved,
+            weigh_tokens=weigh_tokens,
+            damping=damping,
+            passes=passes,
+            version=1,
         )
     if group.rank > 0:
         group.wait()
@@ -399,15 +409,15 @@ def calibrate_at(
         complete = bool(blocks) and all(finished.load(i, names) is not None for i, names in enumerate(in_block))
         weights = None
         if weigh_tokens and not complete:
-            weights = fisher.token_weights(model, windows, list(resolved), progress, home, stacks[-1], group)
+            weights = fisher.token_weights(model, windows, list(resolved), progress, placement, stacks[-1], group)
         steps = iter(progress(list(resolved)) if progress else resolved)
-        ends, own = Ends(home, model), [window for _, window in group.mine(windows)]
+        ends, own = Ends(placement, model), [window for _, window in group.mine(windows)]
         with torch.no_grad():
             first_block = 0
             for stack in stacks:
-                _calibrate_stack(work, stack, own, weights, finished, first_block, home, ends)
+                _calibrate_stack(work, stack, own, weights, finished, first_block, placement, ends)
                 first_block += len(stack.blocks)
-            _calibrate_outside(work, own, ends, home)
+            _calibrate_outside(work, own, ends, placement)
         next(steps, None)
     except BaseException:
         work.undo()

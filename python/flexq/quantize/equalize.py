@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from flexq.progress import Progress
-from flexq.quantize.blocks import Home, Stack, run_windows, stacks_of
+from flexq.quantize.blocks import Stack, stacks_of
 from flexq.quantize.group import Group
 from flexq.quantize.inputs import result_of
 from flexq.quantize.layers import linear_layers
+from flexq.quantize.passes import run_windows
+from flexq.quantize.placement import Placement
 from flexq.quantize.tracing import Call, once, result, watch
 
 # Factors beyond these say more about the text than about the model.
@@ -96,11 +98,11 @@ def equalize_model(
     Raises:
         ValueError: an alpha out of range, or no windows.
     """
-    return equalize_at(Home(), model, windows, alpha, carrier, progress)
+    return equalize_placed(Placement(), model, windows, alpha, carrier, progress)
 
 
-def equalize_at(
-    home: Home,
+def equalize_placed(
+    placement: Placement,
     model: nn.Module,
     windows: Sequence[torch.Tensor],
     alpha: float,
@@ -108,7 +110,7 @@ def equalize_at(
     progress: Progress | None = None,
     group: Group | None = None,
 ) -> Equalized:
-    """`equalize_model` of a model whose weights are at `home`, by processes that share the windows.
+    """`equalize_model` of a model whose weights are as `placement` says, by processes that share the windows.
 
     Raises:
         ValueError: besides, a factor that would reach from a block into what is not in memory with it.
@@ -120,32 +122,32 @@ def equalize_at(
     with torch.no_grad():
         stacks = stacks_of(model)
         calls = once(watch(model))
-        folds = _find(home, model, calls)
+        folds = _find(placement, model, calls)
         squares = _mean_squares(
-            home, model, stacks, [fold.readers[0] for fold in folds], windows, progress, group or Group()
+            placement, model, stacks, [fold.readers[0] for fold in folds], windows, progress, group or Group()
         )
         before = result_of(calls[""].output).float()
 
         def is_same(fold: _Fold) -> bool:
             # To ask a block costs less where the model is not in memory; the model then decides in the end.
-            block = None if home.is_whole else _block_call(stacks, calls, fold)
+            block = None if placement.is_whole else _block_call(stacks, calls, fold)
             if block is not None:
                 return _close(_again(block), block.y)
             return _close(result(model), before)
 
         done = Equalized(alpha)
         for fold in folds:
-            home.bring([model.get_submodule(name) for name in (fold.source, *fold.readers)])
+            placement.bring([model.get_submodule(name) for name in (fold.source, *fold.readers)])
             edits = _edits(model, fold, _factors(model, fold, squares[fold.readers[0]], alpha), carrier)
             undo = [edit.carry_out() for edit in edits]
             if not is_same(fold):  # something else reads what was scaled
                 _all(undo)
                 continue
             for edit in edits:
-                home.change(edit.module, edit.name, edit.change)
+                placement.change(edit.module, edit.name, edit.change)
             (done.norms if model.get_submodule(fold.source).weight.dim() == 1 else done.rows).append(list(fold.readers))
-        if not home.is_whole and not _close(result(model), before):
-            home.require_whole("what is scaled in one block is read in others")
+        if not placement.is_whole and not _close(result(model), before):
+            placement.require_whole("what is scaled in one block is read in others")
     return done
 
 
@@ -163,7 +165,7 @@ def _block_call(stacks: Sequence[Stack], calls: dict[str, Call], fold: _Fold) ->
     return None
 
 
-def _find(home: Home, model: nn.Module, calls: dict[str, Call]) -> list[_Fold]:
+def _find(placement: Placement, model: nn.Module, calls: dict[str, Call]) -> list[_Fold]:
     """Places for factors, those in other layers' rows first: norms then see what became of the rows."""
     linear = linear_layers(model)
     counts: dict[int, int] = {}
@@ -179,7 +181,7 @@ def _find(home: Home, model: nn.Module, calls: dict[str, Call]) -> list[_Fold]:
     for call in calls.values():
         if call.name not in own and next(call.module.children(), None) is None and call.y is not None:
             names = [reader.name for reader in readers.get(id(call.y), [])]
-            offset = _norm_offset(home, call) if names and all(name in own for name in names) else None
+            offset = _norm_offset(placement, call) if names and all(name in own for name in names) else None
             if offset is not None:
                 norms.append(_Fold(tuple(names), call.name, offset, torch.arange(call.y.shape[-1])))
     heads = _head_size(model)
@@ -190,7 +192,7 @@ def _find(home: Home, model: nn.Module, calls: dict[str, Call]) -> list[_Fold]:
         beside = [other for n, other in own.items() if n.rpartition(".")[0] == parent.name and n != name]
         for source in reversed(beside):  # up after gate, v after q and k
             place = _place(source.module.out_features, call.module.in_features, heads)
-            if source.y is not None and place is not None and _is_linear_in(home, parent, source, call, place):
+            if source.y is not None and place is not None and _is_linear_in(placement, parent, source, call, place):
                 rows.append(_Fold((name,), source.name, 0.0, place))
                 break
     return rows + norms
@@ -215,13 +217,13 @@ def _place(outputs: int, inputs: int, head: int | None) -> torch.Tensor | None:
     return at // (head * (inputs // outputs)) * head + at % head
 
 
-def _norm_offset(home: Home, call: Call) -> float | None:
+def _norm_offset(placement: Placement, call: Call) -> float | None:
     """0 for a module that multiplies each channel by its weight, 1 by 1 + its weight; None for others."""
     module, x, y = call.module, call.x, call.y
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or x is None or y.shape[-1:] != weight.shape:
         return None
-    home.bring([module])
+    placement.bring([module])
     factors = _some_factors(len(weight), module.weight)
     for offset in (0.0, 1.0):
         undo = [edit.carry_out() for edit in _norm_edits(module, factors, offset)]
@@ -233,9 +235,9 @@ def _norm_offset(home: Home, call: Call) -> float | None:
     return None
 
 
-def _is_linear_in(home: Home, parent: Call, source: Call, reader: Call, place: torch.Tensor) -> bool:
+def _is_linear_in(placement: Placement, parent: Call, source: Call, reader: Call, place: torch.Tensor) -> bool:
     """Whether factors in the source's rows can be taken out again in the reader's columns."""
-    home.bring([parent.module])
+    placement.bring([parent.module])
     factors = _some_factors(source.module.out_features, source.module.weight)
     edits = [*_row_edits(source.module, factors), _column_edit(reader.module, 1 / factors[place.to(factors.device)])]
     undo = [edit.carry_out() for edit in edits]
@@ -340,7 +342,7 @@ def _by_source(of_inputs: torch.Tensor, fold: _Fold, channels: int) -> torch.Ten
 
 
 def _mean_squares(
-    home: Home,
+    placement: Placement,
     model: nn.Module,
     stacks: Sequence[Stack],
     names: Sequence[str],
@@ -360,7 +362,7 @@ def _mean_squares(
 
     handles = [model.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
     try:
-        run_windows(model, stacks, [window for _, window in group.mine(windows)], home, progress)
+        run_windows(model, stacks, [window for _, window in group.mine(windows)], placement, progress)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from flexq.progress import Progress
-from flexq.quantize.blocks import Call, Home, Stack, decoder_stack, outline, starting_at, trace
+from flexq.quantize.blocks import Call, Stack, decoder_stack, outline, starting_at, trace
 from flexq.quantize.experts import module_of, positional
 from flexq.quantize.group import Group
 from flexq.quantize.inputs import logits
+from flexq.quantize.placement import Placement
 
 # Given a layer's arguments and output in the forward pass, what to do with the gradient at the output in the backward
 # pass. Arguments and output of a projection of experts are those of all of the experts.
@@ -44,7 +45,7 @@ def backward(
         device: where blocks are run, each one moved there and back; None runs them where they are.
     """
     stack = decoder_stack(model)
-    (count,) = _backward(model, stack, [(seed, window)], lambda _: watchers, Home(device), lambda: None)
+    (count,) = _backward(model, stack, [(seed, window)], lambda _: watchers, Placement(device), lambda: None)
     return count
 
 
@@ -53,13 +54,13 @@ def _backward(
     stack: Stack,
     windows: Sequence[tuple[int, torch.Tensor]],
     watchers: Callable[[int], dict[str, Watcher]],
-    home: Home,
+    placement: Placement,
     step: Callable[[], Any],
 ) -> list[int]:
     """`backward` of several windows, which go through a block one after the other while it is placed.
 
     Args:
-        model, home: whose weights are where.
+        model, placement: whose weights are where.
         stack: of `decoder_stack`.
         windows: each with the seed of its draw.
         watchers: for each seed.
@@ -69,14 +70,14 @@ def _backward(
     for parameter in required:
         parameter.requires_grad_(False)
     try:
-        forward = _Forward.run(model, stack, windows, home, step)
-        gradients, counts = home.states(), []
+        forward = _Forward.run(model, stack, windows, placement, step)
+        gradients, counts = placement.states(), []
         for at, (seed, window) in enumerate(windows):
-            gradients[at], count = _from_logits(model, stack, window, seed, watchers(seed), forward, at, home)
+            gradients[at], count = _from_logits(model, stack, window, seed, watchers(seed), forward, at, placement)
             counts.append(count)
         for index in reversed(range(len(stack.blocks))):
             block = stack.blocks[index]
-            with home.placed(block):
+            with placement.placed(block):
                 for at, (seed, _) in enumerate(windows):
                     inside = {n: w for n, w in watchers(seed).items() if stack.index_of(n) == index}
                     call = forward.call(at, index)
@@ -113,23 +114,23 @@ class _Forward:
         model: nn.Module,
         stack: Stack,
         windows: Sequence[tuple[int, torch.Tensor]],
-        home: Home,
+        placement: Placement,
         step: Callable[[], Any],
     ) -> "_Forward":
-        hidden = home.states()
+        hidden = placement.states()
         if stack.rests is None:
-            traces = [trace(model, stack.blocks, window, home.device) for _, window in windows]
+            traces = [trace(model, stack.blocks, window, placement.device) for _, window in windows]
             for at, traced in enumerate(traces):
                 states = [*(call.hidden for call in traced.calls), traced.last]
                 hidden.update({(at, index): state for index, state in enumerate(states)})
             for _ in stack.blocks:
                 step()
             return cls([traced.calls for traced in traces], [traced.rests for traced in traces], hidden)
-        calls = [outline(model, stack, window, home.device) for _, window in windows]
+        calls = [outline(model, stack, window, placement.device) for _, window in windows]
         forward = cls(calls, [stack.rests] * len(windows), hidden)
         hidden.update({(at, 0): of_window[0].hidden for at, of_window in enumerate(calls)})
         for index, block in enumerate(stack.blocks):
-            with home.placed(block):
+            with placement.placed(block):
                 for at in range(len(windows)):
                     hidden[at, index + 1] = forward.call(at, index).run(block)
             step()
@@ -147,11 +148,11 @@ def _from_logits(
     watchers: dict[str, Watcher],
     forward: _Forward,
     at: int,
-    home: Home,
+    placement: Placement,
 ) -> tuple[torch.Tensor, int]:
     """The gradient at the hidden state that leaves the last block, and the number of tokens drawn."""
     last = len(stack.blocks)
-    hidden = forward.hidden[at, last].to(home.outside(model))
+    hidden = forward.hidden[at, last].to(placement.outside(model))
     outside = {name: watcher for name, watcher in watchers.items() if stack.index_of(name) is None}
     with (
         torch.enable_grad(),
@@ -198,7 +199,7 @@ def token_weights(
     windows: Sequence[torch.Tensor],
     names: Sequence[str],
     progress: Progress | None = None,
-    home: Home | None = None,
+    placement: Placement | None = None,
     stack: Stack | None = None,
     group: Group | None = None,
 ) -> dict[str, list[torch.Tensor]]:
@@ -213,7 +214,7 @@ def token_weights(
         windows: token ids [1, L] each, of all processes.
         names: of linear layers and projections of experts.
         progress: wraps the loop over blocks, forward and backward.
-        home: where the model's weights are; in memory if None.
+        placement: where the model's weights are; in memory if None.
         stack: of `decoder_stack`, if it is known.
         group: processes that share the windows; None for this one alone.
 
@@ -221,7 +222,7 @@ def token_weights(
         For each name, float32 [L] on the CPU for each of this process's windows; ones for a layer whose gradients are
         zero or not finite.
     """
-    home, stack, group = home or Home(), stack or decoder_stack(model), group or Group()
+    placement, stack, group = placement or Placement(), stack or decoder_stack(model), group or Group()
     numbered = group.mine(windows)
     weights: dict[str, list[torch.Tensor]] = {name: [torch.ones(w.numel()) for _, w in numbered] for name in names}
     place = {number: at for at, (number, _) in enumerate(numbered)}
@@ -235,7 +236,7 @@ def token_weights(
 
         return lambda args, output: keep
 
-    together = home.together or len(numbered)
+    together = placement.together or len(numbered)
     parts = [numbered[i : i + together] for i in range(0, len(numbered), together)]
     todo = range(2 * len(stack.blocks) * len(parts))
     steps = iter(progress(todo) if progress else todo)
@@ -245,12 +246,12 @@ def token_weights(
             stack,
             part,
             lambda number: {n: into(n, place[number]) for n in names},
-            home,
+            placement,
             lambda: next(steps, None),
         )
     next(steps, None)
     sums = torch.stack([torch.cat(each).sum() for each in weights.values()])
-    sums = group.add_up(sums.to(home.outside(model))).cpu()
+    sums = group.add_up(sums.to(placement.outside(model))).cpu()
     tokens = sum(window.numel() for window in windows)
     for mean, (name, each) in zip(sums / tokens, weights.items(), strict=True):
         usable = mean > 0 and torch.isfinite(mean)

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from flexq.packed import PackedModule
-from flexq.quantize.blocks import Home, Stack, block_lists, is_replaced, on_device
+from flexq.quantize.blocks import Stack, block_lists, is_replaced, on_device
 from flexq.quantize.experts import module_of
 from flexq.quantize.layers import input_embeddings
+from flexq.quantize.placement import Placement
 from flexq.quantize.states import InFiles, OnHost
 
 # Parts outside blocks that are no larger are always there.
@@ -70,7 +71,7 @@ class _Part:
         return list(self.module.modules()) if self.is_block else [self.module]
 
 
-class Offloaded(Home):
+class Offloaded(Placement):
     """A model on the meta device whose weights come from files, a block's or an embedding's at a time.
 
     A forward pass of the model runs as if it were in memory: each part is read as it is entered, and gives its place to
@@ -162,7 +163,7 @@ class Offloaded(Home):
         self.bring([input_embeddings(model)])
         return on_device((args, kwargs), self._on, {})
 
-    # ---- What calibration asks of a home ----
+    # ---- What calibration asks of a placement ----
 
     @contextlib.contextmanager
     def placed(self, block: nn.Module) -> Iterator[None]:
