@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, distance
 from conftest import character_tokenizer
+from flexq.checkpoint.keys import Target
 from flexq.checkpoint.offloaded import open_offloaded
 from flexq.checkpoint.source import ModelError, find_model
 from flexq.checkpoint.verify import verify
@@ -116,6 +117,17 @@ def test_other_types(dtype, tmp_path):
     assert norm.dtype == torch.bfloat16 and torch.equal(norm, expected["model.norm.weight"].bfloat16())
 
 
+def test_a_configuration_that_says_no_type(tmp_path):
+    source = saved(tmp_path / "float")
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    expected = in_memory(source, tmp_path / "memory")
+    flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS, CHANNEL)
+    assert expected["model.norm.weight"].dtype == torch.bfloat16
+    assert_same(tensors(tmp_path / "disk"), expected)
+
+
 def test_a_head_that_is_said_to_be_tied_and_differs(tmp_path):
     source = saved(tmp_path / "float", "qwen2", tie_word_embeddings=True)
     held = tensors(source)
@@ -214,6 +226,22 @@ def test_models_that_take_memory(kind, error, message, tmp_path):
     with pytest.raises(error, match=message):
         flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
     assert not (tmp_path / "disk").exists()
+
+
+def test_weights_that_are_split_or_missing(tmp_path, monkeypatch):
+    source = saved(tmp_path / "float")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"tensor model\.layers\.2\.\S+ is missing"):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(ModelError, match=r"tensor \S+ is \[\d+, \d+\], the model's"):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
+    (source / "config.json").write_text(json.dumps(config))
+    split = dict.fromkeys(("model.norm.weight",), Target("model.norm.weight", True, "norm", True))
+    monkeypatch.setattr("flexq.checkpoint.offloaded.targets_of", lambda *_: split)
+    with pytest.raises(ModelError, match=r"transformers splits tensor model\.norm\.weight as it loads it"):
+        flexq.calibrate_checkpoint(source, tmp_path / "disk", WINDOWS)
 
 
 def test_other_refusals(tmp_path):

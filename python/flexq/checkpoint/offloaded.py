@@ -14,7 +14,6 @@ from flexq.checkpoint.source import (
     ModelSource,
     Weights,
     load_config,
-    opened,
     read_tensor,
     skeleton,
 )
@@ -68,8 +67,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _first_dtype(weights: Weights) -> torch.dtype:
     """Of the first tensor that has floating point."""
     for file, name in weights.tensors():
-        with opened(file) as handle:
-            dtype = handle.get_slice(name)[..., :0].dtype
+        dtype = read_tensor(file, name).dtype
         if dtype.is_floating_point:
             return dtype
     raise ModelError(f"{weights.folder} holds no tensor in floating point")

@@ -394,7 +394,7 @@ def calibrate_placed(
             weigh_tokens=weigh_tokens,
             damping=damping,
             passes=passes,
-            version=1,
+            version=2,
         )
     if group.rank > 0:
         group.wait()

@@ -17,6 +17,7 @@ from flexq.linear import Linear
 from flexq.plan import LayerConfig
 
 _BLOCK = "block"  # files are named so, and numbered
+_SUMMED = 1 << 24  # values of a tensor at a time
 
 
 class Finished:
@@ -98,8 +99,9 @@ def fingerprint(
     text = zlib.crc32(torch.cat([w.flatten().cpu() for w in windows]).numpy().tobytes())
     sums = []
     for tensor in tensors:
-        values = tensor.detach().double()
-        sums += [values.sum().item(), values.abs().sum().item()]
+        for part in tensor.detach().flatten().split(_SUMMED):
+            values = part.double()
+            sums += [values.sum().item(), values.abs().sum().item()]
     return {
         "text": text,
         "windows": [len(windows), windows[0].shape[-1]],
