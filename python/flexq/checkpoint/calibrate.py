@@ -47,8 +47,9 @@ def calibrate_checkpoint(
 ) -> Plan:
     """`calibrate_model` from disk to disk, for models larger than memory: bit for bit what it gives in memory.
 
-    The weights of one block at a time are in memory, with the hidden states of all windows and what rounding a layer
-    takes. With `weigh_tokens` the hidden states are those of every block.
+    The weights of one block at a time are in memory, or the embeddings' or the head's, with the hidden states of all
+    windows and what rounding a layer takes, and in the end a shard of the checkpoint. With `weigh_tokens` the hidden
+    states are those of every block.
 
     Args:
         source: as for `flexq.checkpoint.source.find_model`: a folder of safetensors, or a hub id that is in the cache.
