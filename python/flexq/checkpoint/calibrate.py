@@ -1,7 +1,6 @@
 """Calibrating a model from disk to disk, block by block."""
 
 import contextlib
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from flexq.checkpoint.convert import Conversion
-from flexq.checkpoint.folder import require_free
+from flexq.checkpoint.folder import require_free, work_folder
 from flexq.checkpoint.offloaded import open_offloaded
 from flexq.checkpoint.source import ModelError, ModelSource, find_model, one_line, read_tensor, require_float
 from flexq.checkpoint.write import DEFAULT_SHARD_BYTES, write_model
@@ -158,10 +157,8 @@ def _finished_blocks(folder: Path, resume: str | Path | None, group: Group) -> I
     elif group.rank > 0:
         yield group.first(None)
     else:
-        parent = folder.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.flexq-blocks-", dir=parent) as blocks:
-            yield group.first(Path(blocks))
+        with work_folder(folder) as blocks:
+            yield group.first(blocks)
 
 
 class _Result:
