@@ -124,13 +124,16 @@ def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, config: Layer
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the inverse; damped more, if need be, until there is one."""
-    diagonal = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    eye = torch.eye(len(hessian), device=hessian.device, dtype=torch.float64)
+    diagonal = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny).double()
     for _ in range(6):
-        damped = hessian.double() + damping * diagonal.double() * eye
+        damped = hessian.double()
+        damped.diagonal().add_(damping * diagonal)
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these is as large as a block's weights
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            inverse = torch.cholesky_inverse(factor)
+            del factor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper.float()
         damping *= 10
