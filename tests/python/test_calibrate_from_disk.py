@@ -20,9 +20,11 @@ from flexq.plan import Plan
 from flexq.planning.mixed import with_head
 from flexq.quantize import offload
 from flexq.quantize.blocks import stacks_of
+from flexq.quantize.calibrate import calibrate_placed
 from flexq.quantize.equalize import equalize_model
 from flexq.quantize.group import Group
 from flexq.quantize.inputs import run
+from flexq.quantize.model import resolve_plan
 from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing
 
@@ -350,7 +352,7 @@ def in_a_group(rank: int, folder: Path, resume: Path | None) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     try:
         flexq.calibrate_checkpoint(
-            folder / "float", folder / "two", MANY, CHANNEL, equalize=0.5, resume=resume,
+            folder / "float", folder / "two", MANY, CHANNEL, equalize=0.5, resume=resume, states=folder / "states",
             processes=distributed.group.WORLD,
         )  # fmt: skip
     finally:
@@ -377,9 +379,11 @@ def test_two_processes_share_the_windows(kind, resume, tmp_path):
         assert len(list((tmp_path / resume).glob("block-*"))) == 2
 
 
-def test_more_processes_than_windows():
+def test_more_processes_than_windows(tmp_path):
     group = Group()
     assert group.mine(WINDOWS) == list(enumerate(WINDOWS)) and group.first("this") == "this"
     group.size = 4
+    assert [i for i, _ in group.mine(WINDOWS)] == [0]
+    model, offloaded = open_offloaded(find_model(saved(tmp_path / "float")), "cpu")
     with pytest.raises(ValueError, match="4 processes share 3 windows of text"):
-        group.mine(WINDOWS)
+        calibrate_placed(offloaded, model, WINDOWS, resolve_plan(model, CHANNEL), group=group)

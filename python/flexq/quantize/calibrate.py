@@ -381,6 +381,8 @@ def calibrate_placed(
     group = group or Group()
     if not windows:
         raise ValueError("calibration needs at least one window of text")
+    if len(windows) < group.size:
+        raise ValueError(f"{group.size} processes share {len(windows)} windows of text; give at least as many windows")
     stacks = stacks_of(model)
     placement.check(model, stacks, resolved)
     with bypassed(stacks):

@@ -351,18 +351,20 @@ def _mean_squares(
     group: Group,
 ) -> dict[str, torch.Tensor]:
     """Of each layer's input channels, float32 [K]."""
-    sums: dict[str, torch.Tensor] = {}
+    on = placement.outside(model)
+    sums = {name: torch.zeros(model.get_submodule(name).in_features, device=on) for name in names}
 
     def add(name: str):
         def hook(module, args):
             square = args[0].detach().float().square().flatten(0, -2).sum(0)
-            sums[name] = sums.get(name, 0) + square
+            sums[name] = sums[name].to(square.device) + square
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
     try:
-        run_windows(model, stacks, [window for _, window in group.mine(windows)], placement, progress)
+        if own := [window for _, window in group.mine(windows)]:
+            run_windows(model, stacks, own, placement, progress)
     finally:
         for handle in handles:
             handle.remove()
