@@ -19,6 +19,7 @@ _RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
 _LOWER_RATIOS = {4: (0.725, 0.7, 0.675, 0.65, 0.625, 0.6, 0.575, 0.55, 0.525, 0.5), 5: (0.725, 0.7, 0.675, 0.65)}
 _BLOCK = 128  # columns after which the columns to come are brought up to date at once
 _KEPT_GRAPHS = 16
+_SLICE = 1 << 26  # values that are rounded at a time, whole rows: an LM head takes several slices
 
 
 class Hessian:
@@ -155,20 +156,38 @@ def compensated_round(
     Raises:
         ValueError: weights that are not finite or that float16 scales cannot hold.
     """
-    w = weight.detach().float()
-    if not torch.isfinite(w).all():
+    slices = weight.detach().split(max(1, _SLICE // _padded(weight.shape[1])))
+    if not all(torch.isfinite(rows).all() for rows in slices):
         raise ValueError("weights must be finite")
-    w = rotate(_pad(w), config.rotation)
     h = hessian.mean(config.rotation)
     importance = h.diagonal().clamp(min=0)
-    scales = _choose_scales(w, importance + damping * importance.mean(), config)
-    width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
-    # Columns in the order of their rounding, each with its scale; transposed, so that a column is a stretch of memory.
+    # Columns in the order of their rounding.
     order = torch.argsort(importance, descending=True, stable=True)
+    h = h[order][:, order].contiguous()
+    factor = _inverse_factor(h, damping)
+    importance = importance + damping * importance.mean()
+    rounded = [_round_rows(rows, h, factor, order, importance, config, passes) for rows in slices]
+    planes, scales = (torch.cat(each) for each in zip(*rounded, strict=True))
+    return planes, scales
+
+
+def _round_rows(
+    rows: torch.Tensor,
+    h: torch.Tensor,
+    factor: torch.Tensor,
+    order: torch.Tensor,
+    importance: torch.Tensor,
+    config: LayerConfig,
+    passes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`compensated_round` of some rows; `h` and its `factor` have columns in their `order`, `importance` has not."""
+    w = rotate(_pad(rows.float()), config.rotation)
+    scales = _choose_scales(w, importance, config)
+    width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
+    # Each column with its scale; transposed, so that a column is a stretch of memory.
     step = scales.float().repeat_interleave(width, 1).T[order].contiguous()
     target = w.T[order].contiguous()
-    h = h[order][:, order].contiguous()
-    codes = _round_in_turn(config.weight_bits, target, step, _inverse_factor(h, damping))
+    codes = _round_in_turn(config.weight_bits, target, step, factor)
     for _ in range(passes):
         _descend(config.weight_bits, target, step, h, codes)
     back = torch.empty_like(order)
