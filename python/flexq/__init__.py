@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives; imported when it is first asked for, so that `import flexq` costs next to nothing.
 _HOMES = {
+    "flexq.checkpoint.calibrate": ("calibrate_checkpoint",),
     "flexq.checkpoint.convert": ("quantize_checkpoint",),
     "flexq.checkpoint.convert_others": ("convert_checkpoint",),
     "flexq.checkpoint.read": ("load_model",),
@@ -74,6 +75,7 @@ __all__ = [
     "ModelError",
     "Plan",
     "activation_codes",
+    "calibrate_checkpoint",
     "calibrate_model",
     "convert_checkpoint",
     "dequantize_weight",

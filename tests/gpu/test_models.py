@@ -8,8 +8,11 @@ import pytest
 import torch
 from flexq.bench import decode as bench_decode
 from flexq.bench import report
+from flexq.quantize import offload
 from flexq.quantize.calibrate import calibrate_model
+from flexq.quantize.equalize import equalize_model
 from flexq.quantize.layers import shared_copy
+from safetensors.torch import load_file
 from test_gpu import unusable
 
 sys.path.append(str(Path(__file__).parents[1] / "python"))
@@ -175,3 +178,18 @@ def test_calibrates_as_on_the_cpu(model_on_the_gpu):
     # common would differ by 1.4 of their error.
     assert (codes[0] == codes[1]).float().mean() > 0.95
     assert (outputs[0] - outputs[1]).norm() < (outputs[0] - expected).norm()
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen3_moe"))
+def test_calibrates_from_files_as_on_the_gpu(kind, tmp_path, monkeypatch):
+    """Bit for bit, with embeddings, norms and head that come and go too."""
+    monkeypatch.setattr(offload, "_SMALL_BYTES", 0)
+    next(a for a in ARCHITECTURES if a.kind == kind).model().bfloat16().save_pretrained(tmp_path / "float")
+    model = flexq.load_model(tmp_path / "float", device="cuda")
+    text = [window.clamp(3, 90) for window in windows()]
+    equalize_model(model, text)
+    flexq.save_model(calibrate_model(model, text, "w6a8"), tmp_path / "whole")
+    flexq.calibrate_checkpoint(tmp_path / "float", tmp_path / "parts", text, "w6a8", device="cuda", equalize=0.25)
+    given, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())

@@ -108,6 +108,19 @@ def test_deficient_inputs(x):
     assert output_error(planes, scales, weight, x, config) <= 1.01 * output_error(*nearest, weight, x, config)
 
 
+def test_a_large_weight_is_rounded_a_slice_of_rows_at_a_time(monkeypatch):
+    weight, x = torch.randn(50, 256), correlated(500, 256)
+    hessian = Hessian(256, weight.device)
+    hessian.add(x)
+    whole = compensated_round(weight, hessian, LayerConfig(scheme="channel"))
+    monkeypatch.setattr("flexq.quantize.rounding._SLICE", 256 * 16)  # the last one has 2 rows
+    sliced = compensated_round(weight, hessian, LayerConfig(scheme="channel"))
+    assert all(a.shape == b.shape and (a == b).float().mean() > 0.99 for a, b in zip(sliced, whole, strict=True))
+    weight[49, 0] = torch.nan
+    with pytest.raises(ValueError, match="weights must be finite"):
+        compensated_round(weight, hessian, LayerConfig())
+
+
 def test_zero_weights_and_no_rows():
     hessian = Hessian(130, torch.device("cpu"))
     hessian.add(torch.randn(20, 130))

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "packed": ("ops", "plan"),
     "linear": ("packed", "ops", "plan"),
     "experts": ("packed", "ops", "plan"),
-    "quantize": ("experts", "linear", "ops", "plan", "progress"),
+    "quantize": ("experts", "linear", "packed", "ops", "plan", "progress"),
     "run": ("quantize", "linear", "ops", "plan"),
     "bench": ("experts", "run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
     "evaluate": ("quantize", "plan", "progress"),

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 _ASIDE, _OLD = ".flexq-new-", ".flexq-old-"
@@ -84,19 +85,31 @@ def new_folder(path: str | Path, overwrite: bool = False, source: str | Path | N
     path = Path(os.path.abspath(path))
     require_free(path, overwrite, source)
     inside = path.is_dir() and _is_empty(path)
-    parent = path if inside else path.parent
+    with _temporary(path, _ASIDE) if inside else work_folder(path) as aside:
+        yield aside
+        _settle(aside)
+        if inside:
+            _move_in(aside, path)
+        else:
+            _put_or_keep(aside, path, overwrite)
+
+
+def work_folder(path: str | Path) -> AbstractContextManager[Path]:
+    """A hidden folder beside `path` for what is made on the way to it. It goes at the end; one whose writer was killed
+    goes as `require_free` is next asked about `path`."""
+    path = Path(os.path.abspath(path))
+    return _temporary(path.parent, f".{path.name}{_ASIDE}")
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path, prefix: str) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=_ASIDE if inside else f".{path.name}{_ASIDE}", dir=parent))
-    with _locked(aside):
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    with _locked(folder):
         try:
-            yield aside
-            _settle(aside)
-            if inside:
-                _move_in(aside, path)
-            else:
-                _put_or_keep(aside, path, overwrite)
+            yield folder
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -65,6 +65,25 @@ def _conversions_of(model) -> tuple[list[Any], list[Any]]:
     return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
 
 
+def remember_conversions(model, names: Iterable[str]) -> None:
+    """Have transformers name and part the model's tensors on disk as in the files that have these names, as it does
+    for models that it loads itself."""
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _conversions_of(model)
+    state = model.state_dict()
+    for name in names:
+        rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    model._weight_conversions = [c for c in (*renamings, *converters) if c.was_used()]
+
+
+def dtype_of(model, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type in which transformers loads a tensor of the model's state_dict: `dtype`, unless the model's class keeps
+    it in float32."""
+    kept = model._get_dtype_plan(dtype)
+    return torch.float32 if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept) else dtype
+
+
 def merged(model, target: Target, parts: Iterable[tuple[str, Callable[[], torch.Tensor]]]) -> torch.Tensor:
     """The tensor that transformers makes of several.
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,13 +188,21 @@ def save_model(
 
 
 def write_model(
-    model, folder, tokenizer, shard_bytes: int, overwrite: bool, companions, dtype: torch.dtype | None = None
+    model,
+    folder,
+    tokenizer,
+    shard_bytes: int,
+    overwrite: bool,
+    companions,
+    dtype: torch.dtype | None = None,
+    read: Callable[[str], torch.Tensor] | None = None,
 ) -> Sizes:
-    """`save_model`, with another dtype for what is not quantized; returns what the bytes are of."""
+    """`save_model`, with another dtype for what is not quantized, and what reads tensors that are on the meta device;
+    returns what the bytes are of."""
     plan = record_plan(model, getattr(model, "flexq_plan", Plan()))
     with new_folder(folder, overwrite, companions) as aside:
         writer = ShardWriter(aside, shard_bytes, plan.fingerprint(), dtype)
-        _add_tensors(model, writer)
+        _add_tensors(model, writer, read)
         writer.finish()
         if not model.config.architectures:
             model.config.architectures = [type(model).__name__]
@@ -210,24 +219,39 @@ def write_model(
     return writer.sizes_by_part(name_of(model, embeddings), name_of(model, output_embeddings(model)))
 
 
-def _add_tensors(model, writer: ShardWriter) -> None:
+def _add_tensors(model, writer: ShardWriter, read: Callable[[str], torch.Tensor] | None) -> None:
     seen: set[tuple[int, tuple[int, ...]]] = set()
     others: dict[str, torch.Tensor] = {}
     # Module by module, so that only one layer's canonical form exists at a time.
     for prefix, module in model.named_modules():
         tensors: dict[str, torch.Tensor] = {}
-        module._save_to_state_dict(tensors, f"{prefix}." if prefix else "", keep_vars=False)
+        module._save_to_state_dict(tensors, f"{prefix}." if prefix else "", keep_vars=True)
         for name, tensor in tensors.items():
-            if tensor.device.type == "meta":
-                raise ValueError(f"tensor {name} is not in memory (offloaded, or on the meta device)")
-            where = (tensor.data_ptr(), tuple(tensor.shape))
+            where = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tuple(tensor.shape))
             if getattr(module, "is_flexq_layer", False):
-                writer.add(name_on_disk(model, name), tensor)
+                writer.add(name_on_disk(model, name), _in_memory(name, tensor, read))
             elif not tensor.numel() or where not in seen:  # else tied, as transformers ties it again
                 seen.add(where)
                 others[name] = tensor
-    for name, tensor in as_on_disk(model, others).items():
-        writer.add(name, tensor)
+    for group in [others] if read is None else _by_module(others):
+        tensors = {name: _in_memory(name, tensor, read) for name, tensor in group.items()}
+        for name, tensor in as_on_disk(model, tensors).items():
+            writer.add(name, tensor)
+
+
+def _in_memory(name: str, tensor: torch.Tensor, read: Callable[[str], torch.Tensor] | None) -> torch.Tensor:
+    if not tensor.is_meta:
+        return tensor.detach()
+    if read is None:
+        raise ValueError(f"tensor {name} is not in memory (offloaded, or on the meta device)")
+    return read(name)
+
+
+def _by_module(tensors: dict[str, torch.Tensor]) -> Iterable[dict[str, torch.Tensor]]:
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(name.rpartition(".")[0], {})[name] = tensor
+    return groups.values()
 
 
 def name_on_disk(model, name: str) -> str:

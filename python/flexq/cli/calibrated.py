@@ -1,14 +1,18 @@
 """What `flexq quantize --calibrate` does: equalize, choose widths or activations' bits, round with a text in view."""
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flexq.cli import options
-from flexq.cli.output import note, progress
+from flexq.cli.options import UsageError
+from flexq.cli.output import available_memory, note, progress
 
 # Tokens a window, and windows, on which layers are measured: long enough to rank them, short enough for every layer.
 _PROBE_LENGTH, _PROBE_WINDOWS = 512, 4
@@ -29,6 +33,76 @@ def place(model, device: str) -> None:
         model.to(device)
 
 
+def is_from_files(args: argparse.Namespace, source) -> bool:
+    """Whether weights are to be read a block at a time: as asked, or where memory does not hold what calibration takes
+    and nothing that is asked for needs all of the model."""
+    if _processes() > 1 and args.measures_whole:
+        raise UsageError(f"--{args.measures_whole[0]} measures the whole model, which several processes never hold")
+    if args.low_memory or _processes() > 1 or source.folder is None or args.measures_whole:
+        return args.low_memory or _processes() > 1
+    size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    return available_memory() < _CALIBRATION_MEMORY * size
+
+
+def _processes() -> int:
+    """How many torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def _group(args: argparse.Namespace) -> Iterator[Any]:
+    """The processes that torchrun has started, each on a GPU of its own; the first one alone prints."""
+    from torch import cuda, distributed
+
+    from flexq.quantize.group import Group
+
+    if _processes() == 1:
+        yield Group()
+        return
+    on_gpu = args.device != "cpu"
+    if on_gpu:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        cuda.set_device(args.device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        group = Group(distributed.group.WORLD)
+        if group.rank > 0:
+            args.quiet, args.json = True, False
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        yield group
+    finally:
+        distributed.destroy_process_group()
+
+
+def quantize_from_files(args: argparse.Namespace, source, output: Path, plan):
+    """`quantize` with a block in memory at a time, by all processes that torchrun has started."""
+    with _group(args) as group:
+        return _quantize_from_files(args, source, output, plan, group)
+
+
+def _quantize_from_files(args: argparse.Namespace, source, output: Path, plan, group):
+    from flexq.checkpoint.calibrate import calibrate_offloaded, weights_where_they_are_read
+    from flexq.checkpoint.offloaded import open_offloaded
+    from flexq.checkpoint.source import load_tokenizer
+    from flexq.evaluate.text import read_text, windows_of
+
+    folder = None if args.offload_folder is None else Path(args.offload_folder)
+    model, offloaded = open_offloaded(source, args.device, folder)
+    note(args, "calibrating from files, a block in memory at a time")
+    tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
+    windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows, model)
+    if group.size > 1:
+        note(args, f"{group.size} processes share {len(windows)} windows")
+    dtype = options.stored_dtype(args)
+    with weights_where_they_are_read(model):
+        equalized = _equalize(args, offloaded, model, windows, dtype, group)
+    return calibrate_offloaded(
+        source, model, offloaded, output, windows, _with_head(args, model, plan), args.include, args.skip,
+        int(args.shard_size * 1e9), args.overwrite, progress("calibrating", args.quiet), args.resume,
+        not args.no_token_weights, dtype, {"recipe": _recipe(args), **equalized}, group,
+    )  # fmt: skip
+
+
 def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     """Write the calibrated model to `output`; returns a `Conversion`."""
     from flexq.checkpoint.convert import Conversion
@@ -37,13 +111,15 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     from flexq.evaluate.text import Limits, read_text, windows_of
     from flexq.quantize.calibrate import calibrate_model
     from flexq.quantize.layers import shared_copy
+    from flexq.quantize.placement import Placement
     from flexq.quantize.report import coverage
 
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
     windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows, reference)
     length = min(_PROBE_LENGTH, Limits.of(reference).positions or _PROBE_LENGTH)
     probes = windows_of(tokenizer, text, length, model=reference)
-    floats, equalized = _equalized(args, source, reference, windows)
+    floats = reference if _alpha(args) == 0 else shared_copy(reference)
+    equalized = _equalize(args, Placement(), floats, windows, _stored_dtype(args, source))
 
     def calibrate(to, resume: str | None = None, on=windows):
         with warnings.catch_warnings():
@@ -61,7 +137,7 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     if args.budget is not None or (args.target_kl is not None and not args.weights) or args.target_ppl is not None:
         last = probes[-_PROBE_WINDOWS:]
         _choose_activations(args, model, reference, last, lambda: calibrate(_in_scheme(plan, "group")))
-    model.flexq_plan.produced_by.update({"recipe": "best" if args.best else "calibrated", "source": source.name})
+    model.flexq_plan.produced_by.update({"recipe": _recipe(args), "source": source.name})
     model.flexq_plan.produced_by.update(equalized)
     companions = source.folder
     sizes = write_model(
@@ -84,20 +160,28 @@ def _stored_dtype(args: argparse.Namespace, source):
     return torch.bfloat16 if dtype is None and source.gguf_file is not None else dtype
 
 
-def _equalized(args: argparse.Namespace, source, reference, windows) -> tuple[Any, dict[str, Any]]:
-    """The model with equalized inputs, if that is asked for, and what its plan says of it."""
-    from flexq.evaluate.text import spread
+def _alpha(args: argparse.Namespace) -> float:
     from flexq.planning.mixed import BEST_ALPHA
-    from flexq.quantize.equalize import equalize_model
-    from flexq.quantize.layers import shared_copy
 
-    alpha = args.equalize if args.equalize is not None else BEST_ALPHA if args.best else 0.0
-    if alpha == 0.0:
-        return reference, {}
-    floats = shared_copy(reference)
-    done = equalize_model(floats, spread(windows, _FEW_WINDOWS), alpha, _stored_dtype(args, source))
+    return args.equalize if args.equalize is not None else BEST_ALPHA if args.best else 0.0
+
+
+def _equalize(args: argparse.Namespace, placement, model, windows, dtype, group=None) -> dict[str, Any]:
+    """Equalize the model's inputs in place, if that is asked for; what its plan says of it."""
+    from flexq.evaluate.text import spread
+    from flexq.quantize.equalize import equalize_placed
+
+    alpha = _alpha(args)
+    if alpha == 0:
+        return {}
+    on = spread(windows, _FEW_WINDOWS)
+    done = equalize_placed(placement, model, on, alpha, dtype, progress("equalizing", args.quiet), group)
     note(args, f"equalized (alpha {alpha:g}): the inputs of {done.count} layers, {len(done.norms)} by norms")
-    return floats, {"equalized": {"alpha": alpha, "norms": len(done.norms), "rows": len(done.rows)}}
+    return {"equalized": done.to_dict()}
+
+
+def _recipe(args: argparse.Namespace) -> str:
+    return "best" if args.best else "calibrated"
 
 
 def _with_head(args: argparse.Namespace, model, plan):

@@ -1,10 +1,13 @@
 """What commands print: tables, sizes, progress, notes."""
 
 import argparse
+import contextlib
 import functools
 import json
+import os
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +19,25 @@ def peak_memory() -> int:
     """Bytes; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_memory(device: str) -> int:
+    """Bytes that PyTorch has held at once on a CUDA device; 0 for the CPU."""
+    import torch
+
+    return 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
+
+
+def available_memory() -> int:
+    """Bytes that the host can still give: what Linux says is available, within the limit of the control group."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    return available
 
 
 def table(rows: list[list[str]]) -> str:

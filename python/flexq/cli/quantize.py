@@ -9,7 +9,7 @@ from flexq.cli import calibrated, options
 from flexq.cli.evaluate import compare
 from flexq.cli.generate import generate_text
 from flexq.cli.options import UsageError, positive, positive_float, share
-from flexq.cli.output import megabytes, note, peak_memory, progress, where_it_ran
+from flexq.cli.output import megabytes, note, peak_gpu_memory, peak_memory, progress, where_it_ran
 
 HELP = "Quantize a model into a folder that transformers loads after `import flexq`."
 
@@ -52,6 +52,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--no-token-weights", action="store_true", help="calibrate without a backward pass, see the docs")
     options.add_device(p, "where it calibrates and compares")
     p.add_argument("--resume", metavar="DIR", help="keep the calibration's finished blocks there, and go on from them")
+    low_help = "calibrate from files, a block in memory at a time (default: where memory does not hold the model)"
+    p.add_argument("--low-memory", action="store_true", help=low_help)
+    folder_help = "the same, with hidden states in files of this folder, not in memory"
+    p.add_argument("--offload-folder", metavar="DIR", help=folder_help)
     p.add_argument("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers; may be repeated")
     p.add_argument("--shard-size", type=positive_float, default=2.0, metavar="GB", help="of a file (default: 2)")
@@ -77,7 +81,8 @@ def _plan(args: argparse.Namespace):
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuses what does not go together, and says in `args.best` whether the recipe best is meant."""
+    """Refuses what does not go together, and says in `args.best` whether the recipe best is meant, in
+    `args.measures_whole` which options need all of the model in memory."""
     chosen = ("budget", "target_kl", "target_ppl", "bits", "size")
     if args.calibrate is None:
         if args.plan == "best":
@@ -85,6 +90,13 @@ def _check(args: argparse.Namespace) -> None:
         for option in (*chosen, "equalize", "head_bits"):
             if getattr(args, option) is not None:
                 raise UsageError(f"--{option.replace('_', '-')} looks at a text: give one with --calibrate")
+        for option in ("low_memory", "offload_folder"):
+            if getattr(args, option):
+                raise UsageError(f"--{option.replace('_', '-')} is of calibration; plain rounding takes little memory")
+    args.low_memory = args.low_memory or args.offload_folder is not None
+    args.measures_whole = [o.replace("_", "-") for o in (*chosen, "compare") if getattr(args, o)]
+    if args.low_memory and args.measures_whole:
+        raise UsageError(f"--{args.measures_whole[0]} measures the whole model, which --low-memory never holds")
     if args.weights and args.target_kl is None:
         raise UsageError("--weights says what --target-kl chooses; without one there is nothing to choose")
     of_weights = args.bits is not None or args.size is not None or args.weights
@@ -110,11 +122,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     name = source.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     output = Path(args.output or f"{name}-flexq")
     require_free(output, args.overwrite, source.folder)
+    from_files = args.calibrate is not None and calibrated.is_from_files(args, source)
     # What is loaded whole anyway serves as the reference of the comparison too.
-    whole = args.calibrate is not None or (args.compare and source.folder is None)
+    whole = (args.calibrate is not None and not from_files) or (args.compare and source.folder is None)
     reference = load_model(source) if whole else None
     done: Conversion
-    if args.calibrate is not None:
+    if from_files:
+        done = calibrated.quantize_from_files(args, source, output, plan)
+    elif args.calibrate is not None:
         calibrated.place(reference, args.device)
         done = calibrated.quantize(args, source, output, plan, reference)
     else:
@@ -143,10 +158,12 @@ def _report(args: argparse.Namespace, source, output: Path, done, seconds: float
     layers = [c for c in done.plan.layers.values() if c is not None]
     kept = len(done.plan.layers) - len(layers)
     where = where_it_ran(args.device) if args.calibrate is not None else "CPU"
+    of_gpu = peak_gpu_memory(args.device) if args.calibrate is not None else 0
+    peaks = megabytes(peak_memory()) + (f", of the GPU {megabytes(of_gpu)}" if of_gpu else "")
     note(
         args,
         f"{source.name}: {len(layers)} layers quantized, {kept} left, in {seconds:.1f} s ({where}), peak memory "
-        f"{megabytes(peak_memory())}\n{done.coverage.sentence()}\n{output}: {megabytes(size)} ({done.sizes})",
+        f"{peaks}\n{done.coverage.sentence()}\n{output}: {megabytes(size)} ({done.sizes})",
     )
     if done.coverage.warning:
         note(args, "warning: " + done.coverage.warning)
@@ -168,4 +185,5 @@ def _report(args: argparse.Namespace, source, output: Path, done, seconds: float
         "seconds": seconds,
         "device": where,
         "peak_memory_bytes": peak_memory(),
+        "peak_gpu_memory_bytes": of_gpu,
     }

@@ -2,32 +2,30 @@
 
 import contextlib
 import functools
-import json
-import os
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from flexq import ops
-from flexq.experts import Experts, ExpertWeights
+from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
 from flexq.quantize import fisher
-from flexq.quantize.blocks import Call, Reached, Stack, placed, stacks_of, trace
+from flexq.quantize.blocks import Call, Reached, Stack, bypassed, stacks_of
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
-from flexq.quantize.inputs import arguments, predicts_tokens, run
+from flexq.quantize.finished import Finished, fingerprint
+from flexq.quantize.group import Group
+from flexq.quantize.inputs import predicts_tokens
 from flexq.quantize.layers import as_linear, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
-from flexq.quantize.rounding import Hessian, compensated_round
+from flexq.quantize.passes import Calls, Ends, calls_of
+from flexq.quantize.placement import Placement
+from flexq.quantize.rounding import Hessian, compensated_round, empty_codes
 from flexq.quantize.routed import Routed, round_routed
 
 DEFAULT_WINDOWS = 16
@@ -62,19 +60,23 @@ def _stages(block: nn.Module, layers: dict[str, nn.Module], call: Call) -> list[
     return [*filter(None, stages), *([name] for name in layers if name not in reached)]
 
 
-def _hessian(name: str, layer: nn.Module) -> Hessian:
+def _hessian(layer: nn.Module) -> Hessian:
     linear = as_linear(layer)
     return Hessian(linear.in_features, linear.weight.device)
 
 
 def _hessians(
-    stage: dict[str, nn.Module], block: nn.Module, calls: Sequence[Call], weights: dict[str, list[torch.Tensor]] | None
+    stage: dict[str, nn.Module],
+    block: nn.Module,
+    calls: Sequence[Call],
+    weights: dict[str, list[torch.Tensor]] | None,
+    group: Group,
 ) -> dict[str, Hessian]:
     """Of the input that a stage's layers share, from every window, with each layer's own weights of tokens."""
     first = next(iter(stage))
     device = stage[first].weight.device
     names = [first] if weights is None else list(stage)
-    hessians = {name: _hessian(name, stage[name]) for name in names}
+    hessians = {name: _hessian(stage[name]) for name in names}
     inputs: list[torch.Tensor] = []
 
     def keep(_, args):
@@ -96,20 +98,23 @@ def _hessians(
         raise ValueError(f"layer {first}: {error}") from None
     finally:
         handle.remove()
+    for hessian in hessians.values():
+        hessian.add_up(group)
     return {name: hessians.get(name, hessians[first]) for name in stage}
 
 
-def _hessians_of_whole(
-    model: nn.Module, layers: dict[str, nn.Module], windows: Sequence[torch.Tensor]
+def _hessians_outside(
+    placement: Placement, layers: dict[str, nn.Module], runs: Callable[[], Iterable[Callable[[], Any]]], group: Group
 ) -> Iterator[tuple[str, Hessian]]:
-    """Of layers anywhere in the model, from passes of all of it, a few layers at a time."""
+    """Of layers anywhere in the model, from runs of all that is outside blocks, a few layers at a time."""
     waiting = list(layers)
     while waiting:
         hessians: dict[str, Hessian] = {}
         size = 0
         while waiting and (not hessians or size < _HESSIAN_BYTES):
             name = waiting.pop(0)
-            hessians[name] = _hessian(name, layers[name])
+            with placement.present(layers[name]):
+                hessians[name] = _hessian(layers[name])
             size += hessians[name].sum.nbytes
 
         def add(hessian: Hessian):
@@ -118,106 +123,21 @@ def _hessians_of_whole(
         with contextlib.ExitStack() as hooks:
             for name, hessian in hessians.items():
                 hooks.callback(layers[name].register_forward_pre_hook(add(hessian)).remove)
-            for window in windows:
-                model(**arguments(model, window))
+            for run_once in runs():
+                run_once()
+        for hessian in hessians.values():
+            hessian.add_up(group)
         yield from hessians.items()
-
-
-class _Finished:
-    """The blocks that an interrupted calibration has finished, a file each, in a folder of its own.
-
-    Each file has checksums of its tensors and says which calibration it is of; a damaged or foreign one counts as
-    absent, so that its block is calibrated again.
-    """
-
-    _CHECKSUMS, _CALIBRATION, _EXPERTS = "flexq.crc32", "flexq.calibration", "flexq.experts"
-
-    def __init__(self, folder: str | Path | None, about: dict[str, Any]):
-        self.folder, self.about = None if folder is None else Path(folder), json.dumps(about, sort_keys=True)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        note = self.folder / "calibration.json"
-        if not note.exists():
-            _write_whole(note, lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
-            return
-        try:
-            same = json.loads(note.read_text()) == about
-        except (ValueError, RecursionError):
-            same = False
-        if not same:
-            raise ValueError(f"{folder} belongs to another calibration: other text, plan or weights; use a new folder")
-
-    def _file(self, block: int) -> Path:
-        return self.folder / f"block-{block:04}.safetensors"
-
-    def load(self, block: int, layers: Sequence[str]) -> tuple[dict[str, torch.Tensor], Counter] | None:
-        """A block's canonical tensors, and how its experts were rounded, if its file is there and sound."""
-        if self.folder is None or not self._file(block).exists():
-            return None
-        wanted = {f"{name}.{tensor}" for name in layers for tensor in ("qweight", "scales")}
-        try:
-            with safe_open(self._file(block), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksums = json.loads(metadata.get(self._CHECKSUMS, "{}"))
-            experts = Counter(json.loads(metadata.get(self._EXPERTS, "{}")))
-        except (OSError, SafetensorError, ValueError, RecursionError):
-            return None
-        sound = metadata.get(self._CALIBRATION) == self.about and set(tensors) == wanted
-        return (tensors, experts) if sound and checksums == {n: _crc32(t) for n, t in tensors.items()} else None
-
-    def save(self, block: int, layers: dict[str, Linear | ExpertWeights], experts: Counter) -> None:
-        if self.folder is None:
-            return
-        tensors = {}
-        for name, layer in layers.items():
-            planes, scales = layer.canonical()
-            tensors |= {f"{name}.qweight": planes.cpu().contiguous(), f"{name}.scales": scales.cpu().contiguous()}
-        checksums = json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()})
-        metadata = {self._CHECKSUMS: checksums, self._CALIBRATION: self.about}
-        if experts:
-            metadata[self._EXPERTS] = json.dumps(experts)
-        _write_whole(self._file(block), lambda file: save_file(tensors, file, metadata=metadata))
-
-
-def _write_whole(file: Path, write) -> None:
-    """Write a file that is whole or not there."""
-    aside = file.with_suffix(".part")
-    try:
-        write(aside)
-        os.replace(aside, file)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from None
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _fingerprint(
-    model: nn.Module, windows: Sequence[torch.Tensor], resolved: dict[str, LayerConfig], **settings: Any
-) -> dict[str, Any]:
-    """What decides a calibration's outcome: the text, the plan, every tensor of the model, how rounding is done."""
-    text = zlib.crc32(torch.cat([w.flatten().cpu() for w in windows]).numpy().tobytes())
-    sums = []
-    for tensor in [*model.parameters(), *model.buffers()]:
-        values = tensor.detach().double()
-        sums += [values.sum().item(), values.abs().sum().item()]
-    return {
-        "text": text,
-        "windows": [len(windows), windows[0].shape[-1]],
-        "plan": zlib.crc32(repr(sorted(resolved.items())).encode()),
-        "weights": zlib.crc32(torch.tensor(sums, dtype=torch.float64).numpy().tobytes()),
-        **settings,
-    }
 
 
 class _Work:
     """The state of a calibration: what is to be done, what has been, and how to take it back."""
 
-    def __init__(self, model: nn.Module, resolved: dict[str, LayerConfig], damping: float, passes: int, step):
+    def __init__(
+        self, model: nn.Module, resolved: dict[str, LayerConfig], damping: float, passes: int, group: Group, step
+    ):
         self.model, self.resolved, self.damping, self.passes, self.step = model, resolved, damping, passes, step
+        self.group = group
         self.wholes = {n: whole_of(n) for n in resolved if kind_of(module_of(model, n)) is not None}
         self.before: dict[str, nn.Module] = {}
         self.vanished = 0
@@ -262,15 +182,28 @@ class _Work:
             for _ in PROJECTIONS if isinstance(by, Experts) else (place,):
                 self.step()
 
-    def quantize(self, name: str, hessian: Hessian) -> None:
-        if name in self.before:
-            return
+    def quantize(self, hessians: dict[str, Hessian]) -> None:
+        """Layers, each rounded by one of the processes."""
+        todo = {name: hessian for name, hessian in hessians.items() if name not in self.before}
+        codes = {
+            name: self._rounded(name, hessian) if self.group.owns(number) else self._empty(name)
+            for number, (name, hessian) in enumerate(todo.items())
+        }
+        for number, (name, (planes, scales)) in enumerate(codes.items()):
+            planes, scales = self.group.sent(planes, number), self.group.sent(scales, number)
+            if name not in self.before:
+                self.put(name, planes, scales)
+
+    def _rounded(self, name: str, hessian: Hessian) -> tuple[torch.Tensor, torch.Tensor]:
         weight = as_linear(self.model.get_submodule(name)).weight
         try:
-            rounded = compensated_round(weight, hessian, self.resolved[name], self.damping, self.passes)
+            return compensated_round(weight, hessian, self.resolved[name], self.damping, self.passes)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from None
-        self.put(name, *rounded)
+
+    def _empty(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = as_linear(self.model.get_submodule(name)).weight
+        return empty_codes(*weight.shape, self.resolved[name], weight.device)
 
     def quantize_experts(
         self, whole: str, runs: Iterable[Callable[[], Any]], weights: dict[str, list[torch.Tensor]] | None
@@ -284,7 +217,7 @@ class _Work:
         canonical = []
         for projection, config in zip(PROJECTIONS, self.configs(whole), strict=True):
             try:
-                rounded, how = round_routed(module, projection, tokens, config, self.damping, self.passes)
+                rounded, how = round_routed(module, projection, tokens, config, self.damping, self.passes, self.group)
             except ValueError as error:
                 raise ValueError(f"layer {whole}.{projection}: {error}") from None
             canonical.append(rounded)
@@ -301,30 +234,48 @@ def _calibrate_stack(
     stack: Stack,
     windows: Sequence[torch.Tensor],
     weights: dict[str, list[torch.Tensor]] | None,
-    finished: _Finished,
+    finished: Finished,
     first_block: int,
-    where: torch.device | None,
+    placement: Placement,
+    ends: Ends,
 ) -> None:
     """Blocks one after the other, each on what the quantized ones before it give."""
-    traces = [trace(work.model, stack.blocks, window, where, first_only=True) for window in windows]
-    hidden = [traced.calls[0].hidden for traced in traces]
+    of_windows = calls_of(work.model, stack, windows, ends, placement)
+    hidden = placement.states()
+    hidden.update({at: of_window[0].hidden for at, of_window in enumerate(of_windows)})
     for index, block in enumerate(stack.blocks):
         names = [n for n in work.resolved if stack.index_of(n) == index]
-        modules = work.modules(names)
-        calls = [replace(traced.calls[index], hidden=h) for traced, h in zip(traces, hidden, strict=True)]
+        calls = Calls([of_window[index] for of_window in of_windows], hidden)
         known = finished.load(first_block + index, names)
-        home = next(block.parameters()).device
-        with placed(block, where):
+        with placement.placed(block):
+            modules = work.modules(names)
             if known is not None:
                 _put_known(work, modules, *known)
             else:
                 before = Counter(work.experts)
                 _calibrate_block(work, block, modules, calls, weights)
                 layers = {name: work.model.get_submodule(name) for name in names}
-                finished.save(first_block + index, layers, work.experts - before)
-            for module in modules.values():  # the block goes back without them
-                module.to(home)
-            hidden = [call.run(block) for call in calls]
+                if work.group.rank == 0:
+                    finished.save(first_block + index, layers, work.experts - before)
+            for at, call in enumerate(calls):
+                hidden[at] = call.run(block)
+    ends.add(stack, hidden)
+
+
+def _calibrate_outside(work: _Work, windows: Sequence[torch.Tensor], ends: Ends, placement: Placement) -> None:
+    """What is in no block: the LM head, or all layers of a model that has no stacks."""
+    outside = work.modules(work.resolved)
+
+    def runs() -> Iterator[Callable[[], None]]:
+        return (functools.partial(ends.run, at, ids) for at, ids in enumerate(windows))
+
+    linear = {name: module for name, module in outside.items() if kind_of(module) is None}
+    for name, hessian in _hessians_outside(placement, linear, runs, work.group):
+        with placement.present(linear[name]):
+            work.quantize({name: hessian})
+    for name in outside.keys() - linear.keys():
+        with placement.present(outside[name]):
+            work.quantize_experts(name, runs(), None)
 
 
 def _put_known(work: _Work, modules: dict[str, nn.Module], tensors: dict[str, torch.Tensor], experts: Counter) -> None:
@@ -348,16 +299,15 @@ def _calibrate_block(
     calls: Sequence[Call],
     weights: dict[str, list[torch.Tensor]] | None,
 ) -> None:
-    for stage in _stages(block, modules, calls[0]) if modules else ():
+    for stage in work.group.first(_stages(block, modules, calls[0])) if modules else ():
         todo = {name: modules[name] for name in stage if name not in work.before}
         first = next(iter(todo), None)
         if first is None:
             continue
         if kind_of(todo[first]) is not None:
-            work.quantize_experts(first, [functools.partial(call.run, block) for call in calls], weights)
+            work.quantize_experts(first, (functools.partial(call.run, block) for call in calls), weights)
             continue
-        for name, hessian in _hessians(todo, block, calls, weights).items():
-            work.quantize(name, hessian)
+        work.quantize(_hessians(todo, block, calls, weights, work.group))
 
 
 def calibrate_model(
@@ -387,7 +337,7 @@ def calibrate_model(
         plan: as for `quantize_model`.
         include: likewise.
         skip: likewise.
-        progress: wraps the loop over windows that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
+        progress: wraps the loop over blocks that weighs tokens, then the one over layers, e.g. `tqdm.tqdm`.
         damping: of `flexq.quantize.rounding.compensated_round`.
         passes: likewise.
         resume: a folder that keeps each block as it is finished; with one from an interrupted run, those are not
@@ -401,42 +351,75 @@ def calibrate_model(
         ValueError: no windows, a model that reads no text, a plan that does not fit, or weights or inputs that are not
             finite (the message names the layer); a folder to resume from that belongs to another calibration.
     """
-    if not windows:
-        raise ValueError("calibration needs at least one window of text")
     resolved = resolve_plan(model, plan, include, skip)
     for name in resolved:
         require_in_memory(name, module_of(model, name))
-    where = None if device is None else torch.device(device)
+    record = calibrate_placed(
+        Placement(device), model, windows, resolved, progress, damping, passes, resume, weigh_tokens
+    )
+    return finish_quantized(model, Plan.of(plan), **record)
+
+
+def calibrate_placed(
+    placement: Placement,
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    resolved: dict[str, LayerConfig],
+    progress: Progress | None = None,
+    damping: float = 0.01,
+    passes: int = 1,
+    resume: str | Path | None = None,
+    weigh_tokens: bool = True,
+    keep: str | Path | None = None,
+    group: Group | None = None,
+) -> dict[str, Any]:
+    """`calibrate_model` of a model whose weights are as `placement` says, with the settings of each layer that
+    `resolve_plan` gives, by processes that share the windows; returns what the plan is to say of how it was made.
+
+    Finished blocks are kept in the folder to resume from, or in an empty one, `keep`, from which nothing is resumed.
+    """
+    group = group or Group()
+    if not windows:
+        raise ValueError("calibration needs at least one window of text")
+    if len(windows) < group.size:
+        raise ValueError(f"{group.size} processes share {len(windows)} windows of text; give at least as many windows")
     stacks = stacks_of(model)
-    weigh_tokens = weigh_tokens and bool(stacks) and predicts_tokens(model)
+    placement.check(model, stacks, resolved)
+    with bypassed(stacks):
+        weigh_tokens = weigh_tokens and bool(stacks) and predicts_tokens(model)
     about = {}
     if resume is not None:
-        about = _fingerprint(
-            model, windows, resolved, weigh_tokens=weigh_tokens, damping=damping, passes=passes, version=1
+        about = fingerprint(
+            placement.tensors(model),
+            windows,
+            resolved,
+            weigh_tokens=weigh_tokens,
+            damping=damping,
+            passes=passes,
+            version=2,
         )
-    finished = _Finished(resume, about)
+    if group.rank > 0:
+        group.wait()
+    finished = Finished(keep if resume is None else resume, about)
+    if group.rank == 0:
+        group.wait()
     steps: Iterator[str] = iter(())  # one a layer, whatever their order
-    work = _Work(model, resolved, damping, passes, lambda: next(steps, None))
+    work = _Work(model, resolved, damping, passes, group, lambda: next(steps, None))
     try:
         blocks = [(s, i) for s in stacks for i in range(len(s.blocks))]
         in_block = [[n for n in resolved if s.index_of(n) == i] for s, i in blocks]
         complete = bool(blocks) and all(finished.load(i, names) is not None for i, names in enumerate(in_block))
         weights = None
         if weigh_tokens and not complete:
-            weights = fisher.token_weights(model, windows, list(resolved), progress, where)
+            weights = fisher.token_weights(model, windows, list(resolved), progress, placement, stacks[-1], group)
         steps = iter(progress(list(resolved)) if progress else resolved)
+        ends, own = Ends(placement, model), [window for _, window in group.mine(windows)]
         with torch.no_grad():
             first_block = 0
             for stack in stacks:
-                _calibrate_stack(work, stack, windows, weights, finished, first_block, where)
+                _calibrate_stack(work, stack, own, weights, finished, first_block, placement, ends)
                 first_block += len(stack.blocks)
-            outside = work.modules(resolved)
-            seen = windows if where is None or where == next(model.parameters()).device or not stacks else ()
-            linear = {name: module for name, module in outside.items() if kind_of(module) is None}
-            for name, hessian in _hessians_of_whole(model, linear, seen):
-                work.quantize(name, hessian)
-            for name in outside.keys() - linear.keys():
-                work.quantize_experts(name, [functools.partial(run, model, window) for window in seen], None)
+            _calibrate_outside(work, own, ends, placement)
         next(steps, None)
     except BaseException:
         work.undo()
@@ -450,4 +433,4 @@ def calibrate_model(
         record["experts"] = dict(work.experts)
     if work.vanished:
         record["vanished_scales"] = work.vanished
-    return finish_quantized(model, Plan.of(plan), **record)
+    return record

@@ -9,15 +9,20 @@ What can take a factor is found by trying: a module is run again with factors fo
 has to give what it gave. No class or attribute name is asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from flexq.progress import Progress
-from flexq.quantize.inputs import run
+from flexq.quantize.blocks import Stack, stacks_of
+from flexq.quantize.group import Group
+from flexq.quantize.inputs import result_of
 from flexq.quantize.layers import linear_layers
+from flexq.quantize.passes import run_windows
+from flexq.quantize.placement import Placement
 from flexq.quantize.tracing import Call, once, result, watch
 
 # Factors beyond these say more about the text than about the model.
@@ -42,6 +47,10 @@ class Equalized:
     def count(self) -> int:
         """Of layers."""
         return sum(map(len, (*self.norms, *self.rows)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a plan's `produced_by`."""
+        return {"alpha": self.alpha, "norms": len(self.norms), "rows": len(self.rows)}
 
 
 @dataclass(frozen=True)
@@ -84,34 +93,81 @@ def equalize_model(
         windows: token ids [1, L] each, on which inputs are measured; a few thousand tokens do.
         alpha: 0 to 1: how far the inputs' differences are taken into the weights.
         carrier: the type that norms will be stored in; factors are then such that it holds theirs without rounding.
-        progress: wraps the loop over windows.
+        progress: wraps the loop over blocks on which inputs are measured.
 
     Raises:
         ValueError: an alpha out of range, or no windows.
+    """
+    return equalize_placed(Placement(), model, windows, alpha, carrier, progress)
+
+
+def equalize_placed(
+    placement: Placement,
+    model: nn.Module,
+    windows: Sequence[torch.Tensor],
+    alpha: float,
+    carrier: torch.dtype | None = None,
+    progress: Progress | None = None,
+    group: Group | None = None,
+) -> Equalized:
+    """`equalize_model` of a model whose weights are as `placement` says, by processes that share the windows.
+
+    Raises:
+        ValueError: besides, a factor that would reach from a block into what is not in memory with it.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
     if not windows:
         raise ValueError("equalization needs at least one window of text")
-    done = Equalized(alpha)
     with torch.no_grad():
-        folds = _find(model)
-        squares = _mean_squares(model, [fold.readers[0] for fold in folds], windows, progress)
-        before = result(model)
+        stacks = stacks_of(model)
+        calls = once(watch(model))
+        folds = _find(placement, model, calls)
+        squares = _mean_squares(
+            placement, model, stacks, [fold.readers[0] for fold in folds], windows, progress, group or Group()
+        )
+        before = result_of(calls[""].output).float()
+
+        def is_same(fold: _Fold) -> bool:
+            # To ask a block costs less where the model is not in memory; the model then decides in the end.
+            block = None if placement.is_whole else _block_call(stacks, calls, fold)
+            if block is not None:
+                return _close(_again(block), block.y)
+            return _close(result(model), before)
+
+        done = Equalized(alpha)
         for fold in folds:
-            factors = _factors(model, fold, squares[fold.readers[0]], alpha)
-            undo = _apply(model, fold, factors, carrier)
-            if not _close(result(model), before):  # something else reads what was scaled
-                undo()
+            placement.bring([model.get_submodule(name) for name in (fold.source, *fold.readers)])
+            edits = _edits(model, fold, _factors(model, fold, squares[fold.readers[0]], alpha), carrier)
+            undo = [edit.carry_out() for edit in edits]
+            if not is_same(fold):  # something else reads what was scaled
+                _all(undo)
                 continue
+            for edit in edits:
+                placement.change(edit.module, edit.name, edit.change)
             (done.norms if model.get_submodule(fold.source).weight.dim() == 1 else done.rows).append(list(fold.readers))
+        if not placement.is_whole and not _close(result(model), before):
+            placement.require_whole("what is scaled in one block is read in others")
     return done
 
 
-def _find(model: nn.Module) -> list[_Fold]:
+def _all(functions: Iterable[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def _block_call(stacks: Sequence[Stack], calls: dict[str, Call], fold: _Fold) -> Call | None:
+    """The call of the block that all of a fold is in."""
+    for stack in stacks:
+        indices = {stack.index_of(name) for name in (fold.source, *fold.readers)}
+        if len(indices) == 1 and (index := indices.pop()) is not None:
+            return calls.get(f"{stack.name}.{index}")
+    return None
+
+
+def _find(placement: Placement, model: nn.Module, calls: dict[str, Call]) -> list[_Fold]:
     """Places for factors, those in other layers' rows first: norms then see what became of the rows."""
     linear = linear_layers(model)
-    calls = once(watch(model))
     counts: dict[int, int] = {}
     for module in linear.values():
         counts[id(module)] = counts.get(id(module), 0) + 1
@@ -125,7 +181,7 @@ def _find(model: nn.Module) -> list[_Fold]:
     for call in calls.values():
         if call.name not in own and next(call.module.children(), None) is None and call.y is not None:
             names = [reader.name for reader in readers.get(id(call.y), [])]
-            offset = _norm_offset(call) if names and all(name in own for name in names) else None
+            offset = _norm_offset(placement, call) if names and all(name in own for name in names) else None
             if offset is not None:
                 norms.append(_Fold(tuple(names), call.name, offset, torch.arange(call.y.shape[-1])))
     heads = _head_size(model)
@@ -136,7 +192,7 @@ def _find(model: nn.Module) -> list[_Fold]:
         beside = [other for n, other in own.items() if n.rpartition(".")[0] == parent.name and n != name]
         for source in reversed(beside):  # up after gate, v after q and k
             place = _place(source.module.out_features, call.module.in_features, heads)
-            if source.y is not None and place is not None and _is_linear_in(parent, source, call, place):
+            if source.y is not None and place is not None and _is_linear_in(placement, parent, source, call, place):
                 rows.append(_Fold((name,), source.name, 0.0, place))
                 break
     return rows + norms
@@ -161,35 +217,36 @@ def _place(outputs: int, inputs: int, head: int | None) -> torch.Tensor | None:
     return at // (head * (inputs // outputs)) * head + at % head
 
 
-def _norm_offset(call: Call) -> float | None:
+def _norm_offset(placement: Placement, call: Call) -> float | None:
     """0 for a module that multiplies each channel by its weight, 1 by 1 + its weight; None for others."""
     module, x, y = call.module, call.x, call.y
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or x is None or y.shape[-1:] != weight.shape:
         return None
-    factors = _some_factors(len(weight), weight)
+    placement.bring([module])
+    factors = _some_factors(len(weight), module.weight)
     for offset in (0.0, 1.0):
-        undo = _scale_norm(module, factors, offset)
+        undo = [edit.carry_out() for edit in _norm_edits(module, factors, offset)]
         try:
             if _close(_again(call), y * factors):
                 return offset
         finally:
-            undo()
+            _all(undo)
     return None
 
 
-def _is_linear_in(parent: Call, source: Call, reader: Call, place: torch.Tensor) -> bool:
+def _is_linear_in(placement: Placement, parent: Call, source: Call, reader: Call, place: torch.Tensor) -> bool:
     """Whether factors in the source's rows can be taken out again in the reader's columns."""
+    placement.bring([parent.module])
     factors = _some_factors(source.module.out_features, source.module.weight)
-    undo_rows = _scale_rows(source.module, factors)
-    undo_columns = _scale_columns(reader.module, 1 / factors[place.to(factors.device)])
+    edits = [*_row_edits(source.module, factors), _column_edit(reader.module, 1 / factors[place.to(factors.device)])]
+    undo = [edit.carry_out() for edit in edits]
     try:
         return _close(_again(parent), parent.y)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return False
     finally:
-        undo_columns()
-        undo_rows()
+        _all(undo)
 
 
 def _some_factors(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -211,46 +268,55 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 # ---- Factors into weights ----
 
 
-def _set(module: nn.Module, name: str, value: torch.Tensor) -> Callable[[], None]:
-    before = getattr(module, name)
-    setattr(module, name, nn.Parameter(value.to(before.dtype), requires_grad=before.requires_grad))
-    return lambda: setattr(module, name, before)
+@dataclass(frozen=True)
+class _Edit:
+    """A module's parameter becomes a function of itself, which is given it in float32."""
+
+    module: nn.Module
+    name: str
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+    def change(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.function(tensor.detach().float()).to(tensor.dtype)
+
+    def carry_out(self) -> Callable[[], None]:
+        """Replace the parameter; returns what takes that back."""
+        before = getattr(self.module, self.name)
+        setattr(self.module, self.name, nn.Parameter(self.change(before), requires_grad=before.requires_grad))
+        return lambda: setattr(self.module, self.name, before)
 
 
-def _scale_norm(module: nn.Module, factors: torch.Tensor, offset: float) -> Callable[[], None]:
-    weight = module.weight.detach().float()
-    undo = [_set(module, "weight", (weight + offset) * factors - offset)]
+def _times(factors: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor * factors.to(tensor.device)
+
+
+def _norm_edits(module: nn.Module, factors: torch.Tensor, offset: float) -> list[_Edit]:
+    edits = [_Edit(module, "weight", lambda weight: (weight + offset) * factors.to(weight.device) - offset)]
     if isinstance(getattr(module, "bias", None), nn.Parameter):
-        undo.append(_set(module, "bias", module.bias.detach().float() * factors))
-    return lambda: [each() for each in undo] and None
+        edits.append(_Edit(module, "bias", _times(factors)))
+    return edits
 
 
-def _scale_rows(module: nn.Linear, factors: torch.Tensor) -> Callable[[], None]:
-    undo = [_set(module, "weight", module.weight.detach().float() * factors.unsqueeze(1))]
-    if module.bias is not None:
-        undo.append(_set(module, "bias", module.bias.detach().float() * factors))
-    return lambda: [each() for each in undo] and None
+def _row_edits(module: nn.Linear, factors: torch.Tensor) -> list[_Edit]:
+    edits = [_Edit(module, "weight", _times(factors.unsqueeze(1)))]
+    return edits if module.bias is None else [*edits, _Edit(module, "bias", _times(factors))]
 
 
-def _scale_columns(module: nn.Linear, factors: torch.Tensor) -> Callable[[], None]:
-    return _set(module, "weight", module.weight.detach().float() * factors)
+def _column_edit(module: nn.Linear, factors: torch.Tensor) -> _Edit:
+    return _Edit(module, "weight", _times(factors))
 
 
-def _apply(
-    model: nn.Module, fold: _Fold, factors: torch.Tensor, carrier: torch.dtype | None = None
-) -> Callable[[], None]:
-    """Fold the factors of the readers' input channels in; what takes them out again."""
+def _edits(model: nn.Module, fold: _Fold, factors: torch.Tensor, carrier: torch.dtype | None = None) -> list[_Edit]:
+    """What folds the factors of the readers' input channels in."""
     source = model.get_submodule(fold.source)
     if carrier is not None and source.weight.dim() == 1:
         weight = source.weight.detach().float() + fold.offset
         stored = (weight * factors - fold.offset).to(carrier).float() + fold.offset
         factors = torch.where((weight != 0) & (stored / weight > 0), stored / weight, 1.0)
-    undo = [_scale_columns(model.get_submodule(name), 1 / factors) for name in fold.readers]
+    edits = [_column_edit(model.get_submodule(name), 1 / factors) for name in fold.readers]
     of_source = fold.source_factors(factors, source.weight.shape[0])
-    undo.append(
-        _scale_norm(source, of_source, fold.offset) if source.weight.dim() == 1 else _scale_rows(source, of_source)
-    )
-    return lambda: [each() for each in undo] and None
+    is_norm = source.weight.dim() == 1
+    return edits + (_norm_edits(source, of_source, fold.offset) if is_norm else _row_edits(source, of_source))
 
 
 def _factors(model: nn.Module, fold: _Fold, squares: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -276,24 +342,31 @@ def _by_source(of_inputs: torch.Tensor, fold: _Fold, channels: int) -> torch.Ten
 
 
 def _mean_squares(
-    model: nn.Module, names: Sequence[str], windows: Sequence[torch.Tensor], progress: Progress | None
+    placement: Placement,
+    model: nn.Module,
+    stacks: Sequence[Stack],
+    names: Sequence[str],
+    windows: Sequence[torch.Tensor],
+    progress: Progress | None,
+    group: Group,
 ) -> dict[str, torch.Tensor]:
     """Of each layer's input channels, float32 [K]."""
-    sums: dict[str, torch.Tensor] = {}
+    on = placement.outside(model)
+    sums = {name: torch.zeros(model.get_submodule(name).in_features, device=on) for name in names}
 
     def add(name: str):
         def hook(module, args):
             square = args[0].detach().float().square().flatten(0, -2).sum(0)
-            sums[name] = sums.get(name, 0) + square
+            sums[name] = sums[name].to(square.device) + square
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(add(name)) for name in names]
     try:
-        for window in progress(list(windows)) if progress else windows:
-            run(model, window)
+        if own := [window for _, window in group.mine(windows)]:
+            run_windows(model, stacks, own, placement, progress)
     finally:
         for handle in handles:
             handle.remove()
     tokens = sum(window.numel() for window in windows)
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: group.add_up(sums[name]) / tokens for name in names}

@@ -25,10 +25,9 @@ def arguments(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if "input_ids" not in accepted and not takes_any:
         raise ValueError(f"{type(model).__name__} takes no input_ids: it is no model of transformers that reads text")
-    embeddings = input_embeddings(model)
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    if embeddings is not None and isinstance(getattr(embeddings, "weight", None), torch.Tensor):
-        device = embeddings.weight.device
+    weights = [getattr(input_embeddings(model), "weight", None), *model.parameters()]
+    there = (w.device for w in weights if isinstance(w, torch.Tensor) and w.device.type != "meta")
+    device = next(there, torch.device("cpu"))
     ids = ids.to(device)
     keywords: dict[str, Any] = {"input_ids": ids}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

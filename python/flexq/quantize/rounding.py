@@ -12,12 +12,14 @@ import torch
 
 from flexq import ops
 from flexq.plan import LayerConfig
+from flexq.quantize.group import Group
 
 # Shares of absmax / the largest code that are tried as a scale; the fewer the codes, the lower they go.
 _RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
 _LOWER_RATIOS = {4: (0.725, 0.7, 0.675, 0.65, 0.625, 0.6, 0.575, 0.55, 0.525, 0.5), 5: (0.725, 0.7, 0.675, 0.65)}
 _BLOCK = 128  # columns after which the columns to come are brought up to date at once
 _KEPT_GRAPHS = 16
+_SLICE = 1 << 26  # values that are rounded at a time, whole rows: an LM head takes several slices
 
 
 class Hessian:
@@ -38,6 +40,11 @@ class Hessian:
         else:
             self.sum.addmm_((rows * weights.reshape(-1, 1)).T, rows)
             self.count += weights.sum().item()
+
+    def add_up(self, group: Group) -> None:
+        """Those of all processes."""
+        group.add_up(self.sum)
+        self.count = group.total(self.count, self.sum.device)
 
     def leaning_on(self, other: "Hessian", share: float) -> "Hessian":
         """A share of this one's mean and the rest of another's."""
@@ -118,13 +125,16 @@ def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, config: Layer
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the inverse; damped more, if need be, until there is one."""
-    diagonal = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    eye = torch.eye(len(hessian), device=hessian.device, dtype=torch.float64)
+    diagonal = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny).double()
     for _ in range(6):
-        damped = hessian.double() + damping * diagonal.double() * eye
+        damped = hessian.double()
+        damped.diagonal().add_(damping * diagonal)
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these is as large as a block's weights
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            inverse = torch.cholesky_inverse(factor)
+            del factor
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper.float()
         damping *= 10
@@ -146,25 +156,50 @@ def compensated_round(
     Raises:
         ValueError: weights that are not finite or that float16 scales cannot hold.
     """
-    w = weight.detach().float()
-    if not torch.isfinite(w).all():
+    slices = weight.detach().split(max(1, _SLICE // _padded(weight.shape[1])))
+    if not all(torch.isfinite(rows).all() for rows in slices):
         raise ValueError("weights must be finite")
-    w = rotate(_pad(w), config.rotation)
     h = hessian.mean(config.rotation)
     importance = h.diagonal().clamp(min=0)
-    scales = _choose_scales(w, importance + damping * importance.mean(), config)
-    width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
-    # Columns in the order of their rounding, each with its scale; transposed, so that a column is a stretch of memory.
+    # Columns in the order of their rounding.
     order = torch.argsort(importance, descending=True, stable=True)
+    h = h[order][:, order].contiguous()
+    factor = _inverse_factor(h, damping)
+    importance = importance + damping * importance.mean()
+    rounded = [_round_rows(rows, h, factor, order, importance, config, passes) for rows in slices]
+    planes, scales = (torch.cat(each) for each in zip(*rounded, strict=True))
+    return planes, scales
+
+
+def _round_rows(
+    rows: torch.Tensor,
+    h: torch.Tensor,
+    factor: torch.Tensor,
+    order: torch.Tensor,
+    importance: torch.Tensor,
+    config: LayerConfig,
+    passes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`compensated_round` of some rows; `h` and its `factor` have columns in their `order`, `importance` has not."""
+    w = rotate(_pad(rows.float()), config.rotation)
+    scales = _choose_scales(w, importance, config)
+    width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
+    # Each column with its scale; transposed, so that a column is a stretch of memory.
     step = scales.float().repeat_interleave(width, 1).T[order].contiguous()
     target = w.T[order].contiguous()
-    h = h[order][:, order].contiguous()
-    codes = _round_in_turn(config.weight_bits, target, step, _inverse_factor(h, damping))
+    codes = _round_in_turn(config.weight_bits, target, step, factor)
     for _ in range(passes):
         _descend(config.weight_bits, target, step, h, codes)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return ops.pack_codes(codes[back].T.to(torch.int8), config.weight_bits), scales
+
+
+def empty_codes(rows: int, k: int, config: LayerConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Planes and scales of a weight [rows, k], not filled."""
+    groups = ops.num_groups(k)
+    planes = torch.empty(rows, groups, config.weight_bits, 16, dtype=torch.uint8, device=device)
+    return planes, torch.empty(rows, groups if config.scheme == "group" else 1, dtype=torch.float16, device=device)
 
 
 def _captured(function):

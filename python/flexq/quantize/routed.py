@@ -14,7 +14,8 @@ from flexq.experts import gate
 from flexq.plan import LayerConfig
 from flexq.quantize.blocks import Reached
 from flexq.quantize.experts import kind_of, positional, routed
-from flexq.quantize.rounding import Hessian, compensated_round
+from flexq.quantize.group import Group
+from flexq.quantize.rounding import Hessian, compensated_round, empty_codes
 
 # An expert with fewer tokens than this share of a projection's input features leans on those of all experts: its own
 # second moment says little about most directions.
@@ -77,7 +78,13 @@ class Routed:
 
 
 def round_routed(
-    module: nn.Module, projection: str, tokens: Routed, config: LayerConfig, damping: float, passes: int
+    module: nn.Module,
+    projection: str,
+    tokens: Routed,
+    config: LayerConfig,
+    damping: float,
+    passes: int,
+    group: Group,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], Counter]:
     """Planes and scales of a projection of all experts, and how many were rounded on what.
 
@@ -87,33 +94,40 @@ def round_routed(
         tokens: of `Routed.gather`.
         config: scheme and rotation.
         damping, passes: of `compensated_round`.
+        group: processes that have tokens; each rounds a share of the experts.
 
     Raises:
         ValueError: weights or inputs that are not finite.
     """
     weight = kind_of(module).oriented(getattr(module, projection)).detach()
-    experts, _, k = weight.shape
-    counts = [int((tokens.ids == expert).any(1).sum()) for expert in range(experts)]
+    experts, rows, k = weight.shape
+    own = [(tokens.ids == expert).any(1).sum() for expert in range(experts)]
+    counts = group.add_up(torch.stack(own)).tolist()
     enough = max(1, int(k * _ENOUGH))
     every = None
     if any(0 < count < enough for count in counts):
         every = Hessian(k, weight.device)
         for x, weights in _inputs_of_all(module, projection, tokens):
             every.add(x, weights)
+        every.add_up(group)
     canonical, how = [], Counter()
     for expert, count in enumerate(counts):
-        if count == 0:
+        hessian = None
+        if count > 0:
+            hessian = Hessian(k, weight.device)
+            hessian.add(*_inputs(module, projection, tokens, expert))
+            hessian.add_up(group)
+        how[NEAREST if count == 0 else OWN if count >= enough else LEANING] += 1
+        if not group.owns(expert):
+            canonical.append(empty_codes(rows, k, config, weight.device))
+        elif hessian is None:
             canonical.append(
                 ops.quantize_weight(weight[expert].contiguous(), config.scheme, config.rotation, config.weight_bits)
             )
-            how[NEAREST] += 1
-            continue
-        hessian = Hessian(k, weight.device)
-        hessian.add(*_inputs(module, projection, tokens, expert))
-        if count < enough:
-            hessian = hessian.leaning_on(every, count / enough)
-        canonical.append(compensated_round(weight[expert], hessian, config, damping, passes))
-        how[OWN if count >= enough else LEANING] += 1
+        else:
+            blend = hessian if count >= enough else hessian.leaning_on(every, count / enough)
+            canonical.append(compensated_round(weight[expert], blend, config, damping, passes))
+    canonical = [[group.sent(t, expert) for t in codes] for expert, codes in enumerate(canonical)]
     planes, scales = zip(*canonical, strict=True)
     return (torch.stack(planes), torch.stack(scales)), how
 
