@@ -6,7 +6,7 @@ import flexq
 import pytest
 import torch
 from flexq.experts import Experts
-from flexq.integrations.vllm_experts import CheckpointExpertsMethod, configs_of_experts
+from flexq.integrations.vllm_experts import CheckpointExpertsMethod, names_of_experts
 
 E, H, INNER, T, K = 4, 256, 512, 9, 2
 
@@ -38,7 +38,8 @@ def part(experts: Experts, tensors, activation: str, rank: int, ranks: int, expe
     layer.expert_map = expert_map
     count = E if expert_map is None else int((expert_map >= 0).sum())
     config = experts.gate_up_proj.config
-    method = CheckpointExpertsMethod(moe, "model.layers.0.mlp.experts", config, config)
+    name = "model.layers.0.mlp.experts"
+    method = CheckpointExpertsMethod(moe, name, config, config, of_checkpoint=name, check=lambda: None)
     method.create_weights(layer, count, H, here, torch.float32)
     list(layer.load_weights(tensors))
     method.process_weights_after_loading(layer)
@@ -98,8 +99,12 @@ def test_groups_that_cannot_be_split():
         part(experts, tensors_of(experts), "silu", 0, 8)
 
 
-def test_settings_by_name():
-    config = flexq.LayerConfig()
-    layers = {"model.layers.1.mlp.experts.gate_up_proj": config, "model.layers.1.mlp.experts.down_proj": config}
-    assert configs_of_experts(layers, "model.layers.1.block_sparse_moe.experts") == (config, config)
-    assert configs_of_experts(layers, "model.layers.11.mlp.experts") is None
+@pytest.mark.parametrize(
+    "projections", [("gate_up_proj", "down_proj"), ("w13_weight", "w2_weight"), ("gate_up_proj", "w2")]
+)
+def test_settings_by_name(projections):
+    """vLLM renames some, and calls the module around experts otherwise."""
+    names = tuple(f"model.layers.1.mlp.experts.{projection}" for projection in projections)
+    layers = dict.fromkeys(names, flexq.LayerConfig())
+    assert names_of_experts(layers, "model.layers.1.block_sparse_moe.experts") == names
+    assert names_of_experts(layers, "model.layers.11.mlp.experts") is None

@@ -73,7 +73,11 @@ def test_quantizes_a_float_checkpoint(random_float, tmp_path):
 def mixtures(random_float, tmp_path_factory):
     """Folders of random mixture-of-experts models, in floating point, by kind."""
     tokenizer = AutoTokenizer.from_pretrained(random_float)
-    settings = {"mixtral": {}, "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2}}
+    settings = {
+        "mixtral": {},
+        "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2},
+        "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    }
     folders = {}
     for kind, values in settings.items():
         folders[kind] = tmp_path_factory.mktemp(kind)
@@ -107,10 +111,12 @@ def test_quantizes_experts_on_the_way(mixtures, tmp_path, kind, size, monkeypatc
         ("qwen3_moe", "group", 2, False),
         ("mixtral", "channel", 1, False),
         ("qwen3_moe", "group", 2, True),
+        ("gpt_oss", "group", 1, False),
     ],
 )
 def test_serves_quantized_experts(mixtures, tmp_path, kind, scheme, size, by_expert, monkeypatch):
-    """A checkpoint's experts: all here, each device a part of each, or each device some of them."""
+    """A checkpoint's experts: all here, each device a part of each, or each device some of them. vLLM has other names for
+    those of gpt-oss."""
     use_cores(size, monkeypatch)
     plan = flexq.Plan(flexq.LayerConfig(scheme=scheme))
     flexq.quantize_checkpoint(mixtures[kind], tmp_path / "model", plan)
@@ -134,3 +140,25 @@ def test_merged_layers_share_a_width():
     layer = LinearBase.__new__(LinearBase)
     with pytest.raises(ValueError, match="it gives group 6 bits, group 5 bits, group 6 bits"):
         config.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
+
+
+def test_layers_without_a_place_are_refused():
+    """vLLM's classes may leave out what they do not know; blocks of other devices are nobody's fault."""
+    from flexq.integrations.vllm import FlexQVllmConfig
+    from vllm.model_executor.layers.linear import LinearBase
+
+    names = [
+        "model.layers.1.mlp.up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+        "model.layers.2.mlp.up_proj",
+        "lm_head",
+    ]
+    config = FlexQVllmConfig(flexq.Plan(layers=dict.fromkeys(names, flexq.LayerConfig())))
+    config.packed_modules_mapping = {}
+    config.get_quant_method(LinearBase.__new__(LinearBase), names[0])
+    with pytest.raises(
+        ValueError, match=r"has quantized model\.layers\.1\.mlp\.experts\.down_proj, which vLLM's class"
+    ):
+        config.check_all_placed()
+    config.plan.layers[names[1]] = None
+    config.check_all_placed()

@@ -12,6 +12,7 @@ Environment:
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from flexq.checkpoint.layers import plan_of_settings
 from flexq.checkpoint.source import CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+from flexq.quantize.layers import some
 from flexq.run.parallel import check_input_split
 
 QUANT_METHOD = "flexq"
@@ -62,6 +64,8 @@ class FlexQVllmConfig(QuantizationConfig):
         super().__init__()
         self.is_checkpoint = plan is not None
         self.plan = Plan.of(os.environ.get("FLEXQ_PLAN", DEFAULT_RECIPE)) if plan is None else plan
+        self._of_checkpoint: dict[str, str] = {}  # its names of the plan's layers, where vLLM's are others
+        self._placed: set[str] = set()  # of the plan's layers, those that the model has
 
     @classmethod
     def get_name(cls) -> str:
@@ -98,8 +102,25 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Names of the checkpoint's layers to vLLM's, where a model renames them."""
-        layers = {(hf_to_vllm_mapper.apply_list([name]) or [name])[0]: c for name, c in self.plan.layers.items()}
+        renamed = {name: (hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in self.plan.layers}
+        layers = {renamed[name]: config for name, config in self.plan.layers.items()}
         self.plan = Plan(self.plan.defaults, layers, self.plan.produced_by)
+        self._of_checkpoint = {new: self._of_checkpoint.get(name, name) for name, new in renamed.items()}
+
+    def check_all_placed(self) -> None:
+        """Refuses a checkpoint with quantized layers that a block of the model has under no name, whose weights vLLM's
+        classes may leave out without a word. Blocks that are not here at all are other devices'."""
+        here = {_block_of(name) for name in self._placed} - {None}
+        missing = [
+            name
+            for name, config in self.plan.layers.items()
+            if self.is_checkpoint and config is not None and name not in self._placed and _block_of(name) in here
+        ]
+        if missing:
+            raise ValueError(
+                f"the checkpoint has quantized {some(missing)}, which vLLM's class of this model has not: serve the "
+                "floating point model with --quantization flexq"
+            )
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
@@ -109,6 +130,7 @@ class FlexQVllmConfig(QuantizationConfig):
         if self.is_checkpoint and len(parts) > 1 and not any(n in self.plan.layers for n in names):
             names = [prefix]  # merged in the checkpoint too
         if self.is_checkpoint:
+            self._placed.update(names)
             return [self.plan.layers.get(n) for n in names]
         return [self.plan.config_for(n) for n in names]
 
@@ -139,12 +161,19 @@ class FlexQVllmConfig(QuantizationConfig):
 
         is_known = vllm_experts.activation_of(layer) is not None
         if self.is_checkpoint:
-            configs = vllm_experts.configs_of_experts(self.plan.layers, prefix)
-            if configs is None:
+            names = vllm_experts.names_of_experts(self.plan.layers, prefix)
+            if names is None:
                 return None
             if not is_known:
                 raise ValueError(f"{prefix}: its experts are quantized, and FlexQ has no activation {layer.activation}")
-            return vllm_experts.CheckpointExpertsMethod(layer.moe_config, prefix, *configs)
+            self._placed.update(names)
+            return vllm_experts.CheckpointExpertsMethod(
+                layer.moe_config,
+                prefix,
+                *(self.plan.layers[name] for name in names),
+                of_checkpoint=self._of_checkpoint.get(names[0], names[0]).rpartition(".")[0],
+                check=self.check_all_placed,
+            )
         config = self.plan.config_for(prefix)
         if config is None:
             return None
@@ -152,6 +181,12 @@ class FlexQVllmConfig(QuantizationConfig):
             logger.info_once(f"FlexQ leaves experts in floating point: it has no activation {layer.activation}")
             return None
         return vllm_experts.QuantizingExpertsMethod(layer.moe_config, prefix, config)
+
+
+def _block_of(name: str) -> str | None:
+    """The block that a layer is in, as `model.layers.3`; None outside of all."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match and match[0]
 
 
 def _holds_experts(layer: torch.nn.Module) -> bool:
@@ -237,6 +272,7 @@ class FlexQLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         begin, packed, runs = 0, [], []
+        self.config.check_all_placed()
         if self.config.is_checkpoint and not self.is_sharded_state:
             self._check_complete(layer)
         for size, config in self._runs(layer):

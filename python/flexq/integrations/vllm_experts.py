@@ -5,11 +5,12 @@ experts in one tensor, are loaded and sliced here.
 """
 
 import re
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, wraps
 
 import torch
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
@@ -27,8 +28,11 @@ _ACTIVATIONS = {
 }
 # Attributes of vLLM's layers, where they are not None -> fields of flexq.ops.ExpertsDesc.
 _SETTINGS = {"swiglu_alpha": "alpha", "swiglu_limit": "limit", "swiglu_beta": "up_offset"}
-# First part of a tensor's name below the experts -> projection. Some of vLLM's mappers rename down_proj.
-_PROJECTIONS = {"gate_up_proj": "gate_up", "down_proj": "down", "w2": "down"}
+# What is below the experts in names -> projection. Some of vLLM's mappers rename it.
+_PROJECTIONS = {
+    "gate_up_proj": "gate_up", "w13": "gate_up", "w13_weight": "gate_up",
+    "down_proj": "down", "w2": "down", "w2_weight": "down",
+}  # fmt: skip
 
 
 def activation_of(layer: torch.nn.Module) -> dict[str, object] | None:
@@ -41,16 +45,41 @@ def activation_of(layer: torch.nn.Module) -> dict[str, object] | None:
     return known | {field: value for field, value in given.items() if value is not None}
 
 
-def configs_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tuple[LayerConfig, LayerConfig] | None:
-    """Settings that a checkpoint's plan has for gate_up and down of the experts `prefix`; None if they are in floating
-    point. vLLM may call the module around them otherwise than transformers (block_sparse_moe, mlp)."""
+def names_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tuple[str, str] | None:
+    """A checkpoint's layers that are gate_up and down of the experts `prefix`; None if those are in floating point.
+    vLLM may call the module around them otherwise than transformers (block_sparse_moe, mlp)."""
     stem = re.escape(prefix.removesuffix(".experts").rpartition(".")[0])
     found = {}
     for name, config in layers.items():
-        match = re.fullmatch(rf"{stem}\.[^.]+\.experts\.(gate_up_proj|down_proj)", name)
+        match = re.fullmatch(rf"{stem}\.[^.]+\.experts\.({'|'.join(_PROJECTIONS)})", name)
         if match and config is not None:
-            found[match[1]] = config
-    return (found["gate_up_proj"], found["down_proj"]) if len(found) == 2 else None
+            found[_PROJECTIONS[match[1]]] = name
+    return (found["gate_up"], found["down"]) if len(found) == 2 else None
+
+
+def _load_experts_first(get_all_weights: Callable) -> Callable:
+    """vLLM's iterator over a checkpoint's tensors, without those that quantized experts take."""
+
+    @wraps(get_all_weights)
+    def get_others(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        taken = {m.flexq_checkpoint_name: m for m in model.modules() if hasattr(m, "flexq_checkpoint_name")}
+        for name, tensor in get_all_weights(self, model_config, model):
+            stem, separator, rest = name.rpartition(".experts.")
+            layer = taken.get(stem + separator[:-1])
+            if layer is None:
+                yield name, tensor
+            else:
+                list(layer.load_weights([(rest, tensor)]))
+
+    get_others.flexq = True
+    return get_others
+
+
+def _have_vllm_load_experts_first() -> None:
+    """Classes of models look for tensors of single experts, or know experts by names of their own; so vLLM's usual
+    loader gives quantized experts theirs itself. Others go by `layer.load_weights`. May be called more than once."""
+    if not hasattr(DefaultModelLoader.get_all_weights, "flexq"):
+        DefaultModelLoader.get_all_weights = _load_experts_first(DefaultModelLoader.get_all_weights)
 
 
 class _ExpertsMethod(FusedMoEMethodBase):
@@ -123,11 +152,20 @@ class QuantizingExpertsMethod(_ExpertsMethod):
 
 
 class CheckpointExpertsMethod(_ExpertsMethod):
-    """Experts of a FlexQ checkpoint: `gate_up_proj.qweight`, `down_proj.scales` and so on, of all experts."""
+    """Experts of a FlexQ checkpoint: `gate_up_proj.qweight`, `down_proj.scales` and so on, of all experts.
 
-    def __init__(self, moe, prefix: str, gate_up: LayerConfig, down: LayerConfig):
+    Args:
+        of_checkpoint: the experts' name in it.
+        check: called once all of the model's layers exist.
+    """
+
+    def __init__(
+        self, moe, prefix: str, gate_up: LayerConfig, down: LayerConfig, of_checkpoint: str, check: Callable[[], None]
+    ):
         super().__init__(moe, prefix)
         self.configs = {"gate_up": gate_up, "down": down}
+        self.of_checkpoint, self.check = of_checkpoint, check
+        _have_vllm_load_experts_first()
 
     def create_weights(
         self,
@@ -158,6 +196,7 @@ class CheckpointExpertsMethod(_ExpertsMethod):
         layer.flexq_missing = {name for name in layer._parameters if name.startswith(("w13_", "w2_"))}
         # vLLM's own looks for tensors of single experts, and for weights in floating point.
         layer.load_weights = partial(self._load, layer)
+        layer.flexq_checkpoint_name = self.of_checkpoint
 
     def _load(self, layer: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         for name, loaded in weights:
@@ -198,11 +237,12 @@ class CheckpointExpertsMethod(_ExpertsMethod):
         mine.copy_(loaded)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.check()
         if layer.flexq_missing:
             raise ValueError(
                 f"{self.prefix}: {', '.join(sorted(layer.flexq_missing))} did not come: the checkpoint has no such "
-                "tensors, or vLLM's class of this model reads experts one by one; serve the floating point model with "
-                "--quantization flexq"
+                "tensors, or its loader gives them to vLLM's class of this model, which does not know them; serve the "
+                "floating point model with --quantization flexq"
             )
         canonical = [
             tuple(getattr(layer, _parameter(projection, tensor)).data for tensor in ("qweight", "scales"))
@@ -218,7 +258,7 @@ class CheckpointExpertsMethod(_ExpertsMethod):
             gate_up_config=self.configs["gate_up"],
             down_config=self.configs["down"],
         )
-        del layer.load_weights
+        del layer.load_weights, layer.flexq_checkpoint_name
 
 
 def _parameter(projection: str, tensor: str) -> str:
