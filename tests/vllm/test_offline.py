@@ -115,8 +115,8 @@ def test_quantizes_experts_on_the_way(mixtures, tmp_path, kind, size, monkeypatc
     ],
 )
 def test_serves_quantized_experts(mixtures, tmp_path, kind, scheme, size, by_expert, monkeypatch):
-    """A checkpoint's experts: all here, each device a part of each, or each device some of them. vLLM has other names for
-    those of gpt-oss."""
+    """A checkpoint's experts: all here, each device a part of each, or each device some of them. vLLM has other
+    names for those of gpt-oss."""
     use_cores(size, monkeypatch)
     plan = flexq.Plan(flexq.LayerConfig(scheme=scheme))
     flexq.quantize_checkpoint(mixtures[kind], tmp_path / "model", plan)
