@@ -75,7 +75,7 @@ def widths(reference, tokenizer, text) -> None:
         equalized, probes, with_head(equalized, plan), calibrate=lambda at_6: calibrated(equalized, at_6, few)
     )
     for bits in (6.0, 5.0, 4.5):
-        model = calibrated(equalized, mixed.plan_at(mixed.at_mean_bits(bits)))
+        model = calibrated(equalized, mixed.plan_at(mixed.at_bits(bits)))
         report(f"{bits} bits by layer, head 8", model, held_out, reference)
         model.lm_head = equalized.lm_head
         report(f"{bits} bits by layer", model, held_out, reference)

@@ -109,7 +109,7 @@ def _weights(args: argparse.Namespace, source, reference, windows, tokenizer) ->
     mixed = Mixed.of(reference, windows, plan, progress=progress("estimating", args.quiet), device=args.device)
     about = {"model": source.name, **options.about_windows(windows, tokenizer), "scheme": scheme}
     about |= {"kind": "estimated, rounded to nearest", "device": where_it_ran(args.device)}
-    points = [{"bits": bits, "kl": mixed.at_mean_bits(bits).kl} for bits in _MEAN_BITS]
+    points = [{"bits": bits, "kl": mixed.at_bits(bits).kl} for bits in _MEAN_BITS]
     if args.output:
         widths.save(mixed.ranking, args.output, **about)
     if args.plot:
