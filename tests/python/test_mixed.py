@@ -204,7 +204,7 @@ def test_the_head_keeps_its_width(reference):
     assert plan.layers == {"lm_head": LayerConfig(scheme="channel", weight_bits=8)}
     assert with_head(reference, plan, 6) is plan
     mixed = Mixed.of(reference, windows()[:1], plan)
-    assert "lm_head" not in {x.name for x in mixed.ranking} and mixed.head_bytes == 96 * (128 + 2)
+    assert "lm_head" not in {x.name for x in mixed.ranking} and mixed.fixed_bytes == 96 * (128 + 2)
     model = quantize_model(shared_copy(reference), mixed.plan_at(mixed.at_bits(4.5)))
     assert model.lm_head.config.weight_bits == 8
 

@@ -130,7 +130,7 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
         model, reached = mixed.for_target(args.target_kl, calibrate, divergence)
     else:
         if args.size is not None:
-            beside = bytes_beside(floats, mixed.resolved, _stored_dtype(args, source)) + mixed.head_bytes
+            beside = bytes_beside(floats, mixed.resolved, _stored_dtype(args, source)) + mixed.fixed_bytes
             chosen = mixed.at_bytes(1e9 * args.size - beside)
             how = {"size": args.size}
         else:

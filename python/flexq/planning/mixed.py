@@ -51,9 +51,10 @@ class Mixed:
     Args:
         plan: settings of all layers but for their weight bits.
         resolved: the same, layer by layer.
-        ranking: of `widths.estimate`; of the layers whose width is chosen. The LM head's is the plan's.
+        ranking: of `widths.estimate`; of the layers whose width is chosen. The plan's is that of the LM head, and of
+            layers that the estimate does not see, as nothing that it looks at depends on them.
         groups: layers that get one width.
-        head_bytes: of the LM head as stored, if the plan quantizes it.
+        fixed_bytes: of the other layers as stored.
         costs: of those layers on a device, if what a plan may cost is time and not bits.
     """
 
@@ -61,7 +62,7 @@ class Mixed:
     resolved: dict[str, LayerConfig]
     ranking: list[WidthSensitivity]
     groups: list[list[str]]
-    head_bytes: int = 0
+    fixed_bytes: int = 0
     costs: WidthCosts | None = None
 
     @classmethod
@@ -98,11 +99,12 @@ class Mixed:
         calibrated = None if calibrate is None else calibrate(every)
         where = None if device is None else torch.device(device)
         ranking = widths.estimate(model, models, windows, progress, where, calibrated)
-        head_bytes = 0
+        fixed_bytes = sum(x.bytes[_width(resolved, x.name)] for x in ranking if not _is_seen(x))
+        ranking = list(filter(_is_seen, ranking))
         if head in resolved:
             n, k = weight_at(model, head).shape
-            head_bytes = Linear(k, n, False, resolved[head], "meta").stored_bytes
-        return cls(plan, resolved, ranking, widths.groups_of(model, ranking), head_bytes, costs)
+            fixed_bytes += Linear(k, n, False, resolved[head], "meta").stored_bytes
+        return cls(plan, resolved, ranking, widths.groups_of(model, ranking), fixed_bytes, costs)
 
     @property
     def parameters(self) -> int:
@@ -174,6 +176,16 @@ class Mixed:
         return best[1:]
 
 
+def _is_seen(layer: WidthSensitivity) -> bool:
+    return any(layer.kl.values())
+
+
+def _width(layers: Mapping[str, LayerConfig | None], name: str) -> int:
+    """Of a layer, or of both projections of experts."""
+    config = layers.get(name) or layers[f"{name}.{PROJECTIONS[0]}"]
+    return config.weight_bits
+
+
 def bytes_beside(model: nn.Module, resolved: Mapping[str, LayerConfig], dtype: torch.dtype | None = None) -> int:
     """Of what a checkpoint stores beside the layers that a plan quantizes: embeddings, norms, biases, other layers.
 
@@ -194,10 +206,7 @@ def bytes_beside(model: nn.Module, resolved: Mapping[str, LayerConfig], dtype: t
 
 def summary(mixed: Mixed, plan: Plan) -> str:
     """How a plan spreads the weights over the widths, in a sentence."""
-    chosen = {}
-    for layer in mixed.ranking:
-        config = plan.layers.get(layer.name) or plan.layers[f"{layer.name}.{PROJECTIONS[0]}"]
-        chosen[layer.name] = config.weight_bits
+    chosen = {layer.name: _width(plan.layers, layer.name) for layer in mixed.ranking}
     sizes = {bits: sum(x.parameters for x in mixed.ranking if chosen[x.name] == bits) for bits in WEIGHT_BITS}
     parts = [f"{100 * size / mixed.parameters:.0f}% at {bits} bits" for bits, size in sizes.items() if size]
     said = f"weights: {', '.join(parts)}; {widths.mean_bits(mixed.ranking, chosen):.2f} bits in the mean"

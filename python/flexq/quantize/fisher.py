@@ -3,6 +3,7 @@
 To second order, an error d in a layer's output for a token moves the model's next-token distributions by a KL
 divergence of E[(g . d)^2] / 2, where g is the gradient of the log likelihood of tokens drawn from the model's own
 distribution: the Fisher information of the output. Drawing them once a text is enough for averages over many tokens.
+Hidden states of an encoder stand for tokens where it predicts none (outcome.py).
 """
 
 import contextlib
@@ -15,7 +16,8 @@ from torch import nn
 from flexq.progress import Progress
 from flexq.quantize.blocks import decoder_stack, placed, starting_at, trace
 from flexq.quantize.experts import module_of, positional
-from flexq.quantize.inputs import arguments, logits
+from flexq.quantize.inputs import arguments
+from flexq.quantize.outcome import outcome
 
 # Given a layer's arguments and output in the forward pass, what to do with the gradient at the output in the backward
 # pass. Arguments and output of a projection of experts are those of all of the experts.
@@ -29,7 +31,7 @@ def backward(
     seed: int,
     device: torch.device | None = None,
 ) -> int:
-    """One forward and backward pass of drawn next tokens, block by block; returns how many there were.
+    """One forward and backward pass of a drawn outcome, block by block; returns how many there were.
 
     A block runs once without gradients and once more when its turn in the backward pass comes, so that no more than the
     hidden states between blocks and what a single block needs is held.
@@ -57,8 +59,8 @@ def backward(
             starting_at(stack.blocks, last, hidden, traced.rests),
         ):
             hidden.requires_grad_(True)
-            log_p = logits(model, window)[0, :-1].float().log_softmax(-1)
-            log_p.gather(1, _draw(log_p.detach(), seed)).sum().backward()
+            predicted = outcome(model, window)
+            predicted.log_likelihood(seed).backward()
         gradient = hidden.grad
         for index in reversed(range(last)):
             block, call = stack.blocks[index], traced.calls[index]
@@ -71,7 +73,7 @@ def backward(
     finally:
         for parameter in required:
             parameter.requires_grad_(True)
-    return len(log_p)
+    return len(predicted)
 
 
 @contextlib.contextmanager
@@ -91,13 +93,6 @@ def _watched(model: nn.Module, watchers: dict[str, Watcher], names: Sequence[str
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _draw(log_p: torch.Tensor, seed: int) -> torch.Tensor:
-    """A token [T, 1] of each distribution [T, V]: where its cumulative sum passes a uniform number."""
-    uniform = torch.rand(len(log_p), 1, generator=torch.Generator().manual_seed(seed)).to(log_p.device)
-    below = log_p.exp().cumsum(-1) < uniform
-    return below.sum(-1, keepdim=True).clamp_(max=log_p.shape[1] - 1)
 
 
 def token_weights(
