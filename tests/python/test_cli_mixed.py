@@ -52,7 +52,7 @@ def test_sensitivity_of_weights(model, text, tmp_path):  # noqa: F811
     arguments = ["--weights", "--text", text, "--window-length", "32", "--windows", "2", "-o", out, "--plot", plot]
     code, printed, errors = run("sensitivity", model, *arguments)
     assert code == 0 and "KL at 5 bits" in printed and "6 in the mean" in printed, errors
-    assert len(widths.load(out)) == 14 and plot.stat().st_size > 0
+    assert len(widths.FILE.load(out)) == 14 and plot.stat().st_size > 0
 
 
 @pytest.mark.parametrize(

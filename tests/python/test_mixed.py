@@ -210,8 +210,8 @@ def test_the_head_keeps_its_width(reference):
 
 
 def test_files_round_trip(mixed, tmp_path):
-    widths.save(mixed.ranking, tmp_path / "w.json", model="a")
-    assert widths.load(tmp_path / "w.json") == mixed.ranking
+    widths.FILE.save(mixed.ranking, tmp_path / "w.json", model="a")
+    assert widths.FILE.load(tmp_path / "w.json") == mixed.ranking
     (tmp_path / "w.json").write_text('{"format": "flexq-sensitivity", "version": 1, "layers": []}')
     with pytest.raises(ValueError, match="is not a file of this version's sensitivity to weight bits"):
-        widths.load(tmp_path / "w.json")
+        widths.FILE.load(tmp_path / "w.json")

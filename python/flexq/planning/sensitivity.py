@@ -7,18 +7,17 @@ Measuring takes a forward pass a layer. The estimate (fisher.py) takes one forwa
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from flexq.experts import ExpertWeights
 from flexq.linear import Linear
+from flexq.planning.files import RankingFile
 from flexq.planning.heat_map import heat_map
 from flexq.progress import Progress
 from flexq.quantize import fisher
@@ -29,9 +28,6 @@ from flexq.quantize.layers import is_linear
 from flexq.quantize.outcome import Outcome, outcome
 
 Layer = Linear | ExpertWeights
-
-FORMAT = "flexq-sensitivity"
-VERSION = 1
 
 
 @dataclass
@@ -54,6 +50,9 @@ class LayerSensitivity:
     def density(self) -> float:
         """KL for each parameter: what 8 bits here are worth."""
         return self.kl / max(self.parameters, 1)
+
+
+FILE = RankingFile("flexq-sensitivity", 1, LayerSensitivity, "sensitivity to activation bits")
 
 
 def _over_windows(name: str, layer: Layer, kl: Sequence[float]) -> LayerSensitivity:
@@ -262,22 +261,6 @@ def rank_agreement(a: Sequence[LayerSensitivity], b: Sequence[LayerSensitivity])
         raise ValueError("rank agreement needs at least two layers that both rankings have")
     ranks = [torch.tensor(values).argsort().argsort().double() for values in zip(*pairs, strict=True)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
-def save(ranking: Sequence[LayerSensitivity], path: str | Path, **about: Any) -> None:
-    data = {"format": FORMAT, "version": VERSION, **about, "layers": [asdict(layer) for layer in ranking]}
-    Path(path).write_text(json.dumps(data, indent=2) + "\n")
-
-
-def load(path: str | Path) -> list[LayerSensitivity]:
-    """ValueError for a file that `save` did not write."""
-    try:
-        data = json.loads(Path(path).read_text())
-        if data["format"] != FORMAT or data["version"] != VERSION:
-            raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-        return [LayerSensitivity(**layer) for layer in data["layers"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a sensitivity file of this version: {error}") from None
 
 
 def curve(ranking: Sequence[LayerSensitivity]) -> list[tuple[float, float]]:

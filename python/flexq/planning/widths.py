@@ -7,12 +7,9 @@ knapsack, solved on its convex frontier: from the cheapest widths on, whatever t
 
 import contextlib
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -21,6 +18,7 @@ from flexq.experts import Experts
 from flexq.ops import WEIGHT_BITS
 from flexq.plan import LayerConfig, Plan
 from flexq.planning.costs import WidthCosts
+from flexq.planning.files import RankingFile
 from flexq.planning.sensitivity import Layer, quantized_layers
 from flexq.progress import Progress
 from flexq.quantize import fisher
@@ -29,8 +27,6 @@ from flexq.quantize.layers import shared_copy
 from flexq.quantize.model import quantize_model
 from flexq.quantize.tracing import shared_inputs
 
-FORMAT = "flexq-width-sensitivity"
-VERSION = 1
 _CALIBRATED = 0  # beside widths
 # Of an error, by calibration: what more it takes away at 6 bits is not relied on at others.
 _LEAST_LEFT = 0.25
@@ -54,6 +50,9 @@ class WidthSensitivity:
     bytes: dict[int, int]
     kl: dict[int, float]
     spread: dict[int, float]
+
+
+FILE = RankingFile("flexq-width-sensitivity", 1, WidthSensitivity, "sensitivity to weight bits")
 
 
 def rounded_models(
@@ -353,26 +352,3 @@ def plan_of(plan: Plan, resolved: Mapping[str, LayerConfig], bits: Mapping[str, 
         width = bits.get(name, bits.get(whole_of(name)))
         layers[name] = config if width is None else replace(config, weight_bits=width)
     return Plan(plan.defaults, layers, dict(plan.produced_by))
-
-
-# ---- Files and plots -------------------------------------------------------------------------------------------------
-
-
-def save(ranking: Sequence[WidthSensitivity], path: str | Path, **about: Any) -> None:
-    data = {"format": FORMAT, "version": VERSION, **about, "layers": [asdict(layer) for layer in ranking]}
-    Path(path).write_text(json.dumps(data, indent=2) + "\n")
-
-
-def load(path: str | Path) -> list[WidthSensitivity]:
-    """ValueError for a file that `save` did not write."""
-    try:
-        data = json.loads(Path(path).read_text())
-        if data["format"] != FORMAT or data["version"] != VERSION:
-            raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-        by_width = ("bytes", "kl", "spread")
-        return [
-            WidthSensitivity(**(layer | {key: {int(b): v for b, v in layer[key].items()} for key in by_width}))
-            for layer in data["layers"]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file of this version's sensitivity to weight bits: {error}") from None
