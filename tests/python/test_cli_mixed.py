@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from architectures import ARCHITECTURES
+from conftest import character_tokenizer
 from flexq.planning import widths
 from test_cli import model, run, text  # noqa: F401
 
@@ -45,6 +47,15 @@ def test_bits_of_time(model, text, tmp_path):  # noqa: F811
     assert (
         found["budget_of"] == "time" and found["microseconds"] > 0 and (found["tokens"], found["device"]) == (2, "CPU")
     )
+
+
+def test_bits_of_an_encoder(text, tmp_path):  # noqa: F811
+    source, out = tmp_path / "bert", tmp_path / "out"
+    next(a for a in ARCHITECTURES if a.id == "bert-base").model().save_pretrained(source)
+    character_tokenizer().save_pretrained(source)
+    code, _, errors = run("quantize", source, "-o", out, *options_of(text), "--bits", "5")
+    found = produced_by(out)
+    assert code == 0 and 4.5 < found["mean_weight_bits"] <= 5.0 and 0 < found["measured_kl"] < 0.1, errors
 
 
 def test_sensitivity_of_weights(model, text, tmp_path):  # noqa: F811
