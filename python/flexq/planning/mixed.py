@@ -55,7 +55,7 @@ class Mixed:
             layers that the estimate does not see, as nothing that it looks at depends on them.
         groups: layers that get one width.
         fixed_bytes: of the other layers as stored.
-        costs: of those layers on a device, if what a plan may cost is time and not bits.
+        costs: of the layers in `ranking` on a device, if what a plan may cost is time and not bits.
     """
 
     plan: Plan
@@ -101,6 +101,8 @@ class Mixed:
         ranking = widths.estimate(model, models, windows, progress, where, calibrated)
         fixed_bytes = sum(x.bytes[_width(resolved, x.name)] for x in ranking if not _is_seen(x))
         ranking = list(filter(_is_seen, ranking))
+        if not ranking:
+            raise ValueError("what the model makes of these windows depends on no layer whose width is to be chosen")
         if head in resolved:
             n, k = weight_at(model, head).shape
             fixed_bytes += Linear(k, n, False, resolved[head], "meta").stored_bytes
