@@ -1,18 +1,21 @@
 """The tables of docs/results/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
-python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--fast | --widths | --plans | --estimated-plans]
-                              [--no-rotation] [--resume DIR]
+python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--no-rotation] [--resume DIR]
+                              [--fast | --widths | --width-plans [--calibrated] | --plans | --estimated-plans]
 
 TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
 Instead, --fast evaluates recipes that calibrate nothing on every fourth window of all; --widths equalizes and compares
-weight bits, on fewer and shorter windows; --plans measures the layers'
-sensitivity and compares plans, --estimated-plans estimates it (both may be given); with --no-rotation for weights
-rounded to nearest without rotation. --resume keeps the calibration's blocks in DIR.
+weight bits, on fewer and shorter windows; --width-plans compares plans of weight bits with random ones and with a rule
+of thumb, of weights rounded to nearest or --calibrated; --plans measures the layers' sensitivity to activation bits and
+compares plans, --estimated-plans estimates it (both may be given); with --no-rotation for weights rounded to nearest
+without rotation. --resume keeps the calibration's blocks in DIR.
 """
 
 import argparse
 import random
+import statistics
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,16 +23,20 @@ from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import find_model, load_tokenizer
 from flexq.evaluate.perplexity import evaluate
 from flexq.evaluate.text import spread, windows_of
+from flexq.ops import WEIGHT_BITS
 from flexq.plan import Plan
 from flexq.planning import choose as planning
 from flexq.planning import sensitivity
 from flexq.planning.mixed import BEST_ALPHA, Mixed, with_head
+from flexq.planning.widths import mean_bits, rounded_models
 from flexq.quantize.calibrate import DEFAULT_WINDOWS, calibrate_model
 from flexq.quantize.equalize import equalize_model
-from flexq.quantize.layers import shared_copy
+from flexq.quantize.layers import replace_module, shared_copy
 from flexq.quantize.model import quantize_model
 
 BUDGETS = (0.3, 0.2, 0.1, 0.05)
+MEAN_BITS = (4.5, 5.0, 6.0)
+RANDOM_PLANS = 5
 
 
 def report(name, model, held_out, reference, share=None) -> None:
@@ -54,12 +61,17 @@ def uncalibrated(reference, windows) -> None:
         report(f"fast {recipe}", quantize_model(shared_copy(reference), recipe), windows, reference)
 
 
+def windows_for_widths(tokenizer, text):
+    """To calibrate, to evaluate, and to estimate widths: the second apart from the others."""
+    windows = windows_of(tokenizer, text, 1024)
+    probes = spread(windows_of(tokenizer, text, 512)[:-64], 10)
+    return spread(windows[:-32], 8), spread(windows[-32:], 6), probes
+
+
 def widths(reference, tokenizer, text) -> None:
     """Weight bits everywhere and layer by layer, scheme channel, A8, equalized."""
-    windows = windows_of(tokenizer, text, 1024)
-    calibration, held_out = spread(windows[:-32], 8), spread(windows[-32:], 6)
-    few = spread(windows[:-32], 4)
-    probes = spread(windows_of(tokenizer, text, 512)[:-64], 10)
+    calibration, held_out, probes = windows_for_widths(tokenizer, text)
+    few = calibration[::2]
     plan = Plan.uniform(scheme="channel")
 
     def calibrated(model, plan, on=calibration):
@@ -75,10 +87,79 @@ def widths(reference, tokenizer, text) -> None:
         equalized, probes, with_head(equalized, plan), calibrate=lambda at_6: calibrated(equalized, at_6, few)
     )
     for bits in (6.0, 5.0, 4.5):
-        model = calibrated(equalized, mixed.plan_at(mixed.at_mean_bits(bits)))
+        model = calibrated(equalized, mixed.plan_at(mixed.at_bits(bits)))
         report(f"{bits} bits by layer, head 8", model, held_out, reference)
         model.lm_head = equalized.lm_head
         report(f"{bits} bits by layer", model, held_out, reference)
+
+
+def width_plans(reference, tokenizer, text, calibrated: bool) -> None:
+    """Plans of weight bits by the estimate, at random and by a rule of thumb, of the same size each.
+
+    A plan's model is put together of layers of a model of each width: for weights rounded to nearest that is what
+    quantizing with the plan gives, for calibrated ones nearly so.
+    """
+    calibration, held_out, probes = windows_for_widths(tokenizer, text)
+    floats, plan = reference, Plan.uniform(scheme="channel")
+    if calibrated:
+        floats = shared_copy(reference)
+        equalize_model(floats, calibration[::2], BEST_ALPHA)
+        of_width = {bits: Plan.uniform(scheme="channel", weight_bits=bits) for bits in WEIGHT_BITS}
+        models = {bits: calibrate_model(shared_copy(floats), calibration, p) for bits, p in of_width.items()}
+    else:
+        models = rounded_models(floats, plan)
+    mixed = Mixed.of(floats, probes, plan, calibrate=(lambda _: models[6]) if calibrated else None)
+    divergence = sensitivity.Divergence(reference, held_out)
+
+    def kl(bits: Mapping[str, int]) -> float:
+        model = shared_copy(models[6])
+        for name, width in bits.items():
+            replace_module(model, name, models[width].get_submodule(name))
+        return divergence.mean(model)
+
+    def row(name: str, plans: Sequence[Mapping[str, int]]) -> None:
+        each = [kl(bits) for bits in plans]
+        spread_of = "" if len(each) == 1 else f", {min(each):.4f} to {max(each):.4f} of {len(each)}"
+        size = statistics.mean(mean_bits(mixed.ranking, bits) for bits in plans)
+        print(f"{name:32} {size:.3f} bits  KL {statistics.mean(each):.4f}{spread_of}", flush=True)
+
+    for bits in WEIGHT_BITS:
+        row(f"{bits} bits everywhere", [{layer.name: bits for layer in mixed.ranking}])
+    for bits in MEAN_BITS:
+        row(f"{bits} measured", [mixed.at_bits(bits).bits])
+        row(f"{bits} down_proj and v_proj more", [more_for(mixed, ("down_proj", "v_proj"), bits)])
+        row(f"{bits} at random", [random_widths(mixed, bits, seed) for seed in range(RANDOM_PLANS)])
+
+
+def random_widths(mixed: Mixed, bits: float, seed: int) -> dict[str, int]:
+    """Layers that are merged have one width, as in the plans of `Mixed`."""
+    draw = random.Random(seed)
+    return raised(mixed, (draw.choice(mixed.groups) for _ in range(100 * len(mixed.groups))), min(WEIGHT_BITS), bits)
+
+
+def more_for(mixed: Mixed, kinds: tuple[str, ...], bits: float) -> dict[str, int]:
+    """The widest width below `bits` everywhere; what is left goes to layers of these kinds, a step each in turn, and
+    then to others."""
+    names = [layer.name for layer in mixed.ranking]
+    favored = [[name] for name in names if name.endswith(kinds)]
+    others = [[name] for name in names if not name.endswith(kinds)]
+    base = max(width for width in WEIGHT_BITS if width < bits)
+    return raised(mixed, [*favored * len(WEIGHT_BITS), *others], base, bits)
+
+
+def raised(mixed: Mixed, groups: Iterator[list[str]] | list[list[str]], base: int, bits: float) -> dict[str, int]:
+    """From one width everywhere, groups of layers one step wider in turn as long as the mean stays within `bits`."""
+    sizes = {layer.name: layer.parameters for layer in mixed.ranking}
+    chosen, left = dict.fromkeys(sizes, base), (bits - base) * sum(sizes.values())
+    for group in groups:
+        wider = min((width for width in WEIGHT_BITS if width > chosen[group[0]]), default=None)
+        if wider is None:
+            continue
+        price = sum((wider - chosen[name]) * sizes[name] for name in group)
+        if price <= left:
+            chosen |= dict.fromkeys(group, wider)
+            left -= price
+    return chosen
 
 
 def at_random(sizes, budget) -> set[str]:
@@ -122,6 +203,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, metavar="WINDOWS")
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--widths", action="store_true")
+    parser.add_argument("--width-plans", action="store_true")
+    parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--plans", action="store_true")
     parser.add_argument("--estimated-plans", action="store_true")
     parser.add_argument("--no-rotation", action="store_true")
@@ -145,6 +228,8 @@ def main() -> None:
             plans(reference, model, held_out, probes[-8:], "estimate")
     elif args.widths:
         widths(reference, tokenizer, text)
+    elif args.width_plans:
+        width_plans(reference, tokenizer, text, args.calibrated)
     elif args.fast:
         uncalibrated(reference, windows[::4])
     else:

@@ -10,6 +10,7 @@ from flexq.quantize import fisher
 from flexq.quantize.fisher import token_weights
 from flexq.quantize.layers import shared_copy
 from flexq.quantize.model import quantize_model
+from flexq.quantize.outcome import outcome
 from flexq.quantize.rounding import Hessian, compensated_round, rotate
 from transformers import (
     AutoModelForCausalLM,
@@ -278,8 +279,7 @@ def test_backward_block_by_block_is_the_whole_models():
         )
         for name in names
     ]
-    log_p = model(text, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    log_p.gather(1, fisher._draw(log_p.detach(), 3)).sum().backward()
+    outcome(model, text).log_likelihood(3).backward()
     for handle in handles:
         handle.remove()
     assert set(gradients) == set(names)

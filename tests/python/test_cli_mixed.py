@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from architectures import ARCHITECTURES
+from conftest import character_tokenizer
 from flexq.planning import widths
 from test_cli import model, run, text  # noqa: F401
 
@@ -36,12 +38,32 @@ def test_bits_and_size(model, text, tmp_path):  # noqa: F811
     assert produced_by(tmp_path / "b")["mean_weight_bits"] >= produced_by(tmp_path / "a")["mean_weight_bits"]
 
 
+def test_bits_of_time(model, text, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    arguments = [*options_of(text), "--bits", "5.5", "--budget-of", "time", "--cost-device", "cpu"]
+    code, _, errors = run("quantize", model, "-o", out, *arguments, "--cost-tokens", "2")
+    found = produced_by(out)
+    assert code == 0 and "us for 2 tokens on CPU, where 6 bits everywhere take" in errors, errors
+    assert (
+        found["budget_of"] == "time" and found["microseconds"] > 0 and (found["tokens"], found["device"]) == (2, "CPU")
+    )
+
+
+def test_bits_of_an_encoder(text, tmp_path):  # noqa: F811
+    source, out = tmp_path / "bert", tmp_path / "out"
+    next(a for a in ARCHITECTURES if a.id == "bert-base").model().save_pretrained(source)
+    character_tokenizer().save_pretrained(source)
+    code, _, errors = run("quantize", source, "-o", out, *options_of(text), "--bits", "5")
+    found = produced_by(out)
+    assert code == 0 and 4.5 < found["mean_weight_bits"] <= 5.0 and 0 < found["measured_kl"] < 0.1, errors
+
+
 def test_sensitivity_of_weights(model, text, tmp_path):  # noqa: F811
     out, plot = tmp_path / "w.json", tmp_path / "w.png"
     arguments = ["--weights", "--text", text, "--window-length", "32", "--windows", "2", "-o", out, "--plot", plot]
     code, printed, errors = run("sensitivity", model, *arguments)
     assert code == 0 and "KL at 5 bits" in printed and "6 in the mean" in printed, errors
-    assert len(widths.load(out)) == 14 and plot.stat().st_size > 0
+    assert len(widths.FILE.load(out)) == 14 and plot.stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -51,6 +73,8 @@ def test_sensitivity_of_weights(model, text, tmp_path):  # noqa: F811
         (["--calibrate", "TEXT", "--weights"], "without one there is nothing to choose"),
         (["--calibrate", "TEXT", "--bits", "5", "--weight-bits", "6"], "leave it out where they are to be chosen"),
         (["--calibrate", "TEXT", "--bits", "5", "--size", "1"], "not allowed with"),
+        (["--calibrate", "TEXT", "--bits", "3.5"], "must be from 4 to 8, got 3.5"),
+        (["--calibrate", "TEXT", "--size", "1", "--budget-of", "time"], "is for --budget, --bits and --weights"),
     ],
 )
 def test_what_does_not_go_together(model, text, tmp_path, arguments, message):  # noqa: F811

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from flexq.quantize.equalize import equalize_model
+from flexq.quantize.inputs import run
 from flexq.quantize.layers import shared_copy
 from test_fuse import logits, random_model
 
@@ -32,6 +34,17 @@ def test_merged_layers_take_what_norms_give():
     done = equalize_model(model, WINDOW)
     assert len(done.norms) == 4 and done.rows == []  # v and up are parts of other layers
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+def test_encoders_equalize_what_attention_gives():
+    """A value layer and the one that reads it in modules of their own; norms after residuals can take nothing."""
+    text = WINDOW[0][:, :40]
+    model = next(a for a in ARCHITECTURES if a.id == "bert-base").model()
+    before = run(model, text).detach()
+    done = equalize_model(model, [text], 0.5)
+    assert done.norms == [] and done.rows == [[f"encoder.layer.{i}.attention.output.dense"] for i in (0, 1)]
+    with torch.no_grad():
+        torch.testing.assert_close(run(model, text), before, rtol=1e-4, atol=1e-5)
 
 
 def test_channels_become_alike():

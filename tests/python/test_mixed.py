@@ -1,14 +1,16 @@
 """Weight bits layer by layer: the estimate, the knapsack, and plans from a mean, a size or a target."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from flexq.plan import LayerConfig, Plan
 from flexq.planning import widths
-from flexq.planning.mixed import Mixed, bytes_beside, summary, with_head
+from flexq.planning.costs import WidthCosts, measure_width_costs
+from flexq.planning.mixed import Mixed, bytes_beside, chosen_layers, summary, with_head
 from flexq.planning.sensitivity import Divergence, quantized_layers
-from flexq.planning.widths import WidthSensitivity, frontier, solve
+from flexq.planning.widths import WidthSensitivity, frontier, in_time, solve, uniform_price
 from flexq.quantize.calibrate import calibrate_model
 from flexq.quantize.layers import shared_copy
 from flexq.quantize.model import quantize_model
@@ -69,8 +71,24 @@ def test_groups_have_one_width():
     ranking = [layer("q", 10, {b: 4.0**-b for b in WIDTHS}), layer("k", 1, {b: 9 * 4.0**-b for b in WIDTHS})]
     for point in frontier(ranking, [["q", "k"]]):
         assert point.bits["q"] == point.bits["k"]
-    with pytest.raises(ValueError, match="the budget must be 44 or more, what the narrowest widths take; got 30"):
+    with pytest.raises(ValueError, match="the budget must be 44 or more, what the cheapest widths take; got 30"):
         solve(ranking, [["q", "k"]], 30)
+
+
+def test_a_width_that_takes_longer_and_errs_more_is_left_out():
+    """Times need not grow with the width: 5 bits are slower than 6 here, 4 as fast as those."""
+    ranking = [layer("a", 10, {b: 4.0**-b for b in WIDTHS})]
+    costs = WidthCosts({"a": {4: 7.0, 5: 9.0, 6: 7.0, 8: 11.0}}, "a device", 1)
+    assert [(p.bits["a"], p.price) for p in frontier(ranking, [["a"]], in_time(costs))] == [(6, 7.0), (8, 11.0)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 100)), min_size=1, max_size=5), st.floats(4, 8))
+def test_the_price_of_fractional_bits_is_between_that_of_widths(layers, bits):
+    ranking = [layer(str(i), size, {b: kl * 4.0**-b for b in WIDTHS}) for i, (size, kl) in enumerate(layers)]
+    assert uniform_price(ranking, bits) == pytest.approx(bits * sum(x.parameters for x in ranking))
+    costs = WidthCosts({x.name: {4: 1.0, 5: 2.0, 6: 4.0, 8: 5.0} for x in ranking}, "a device", 1)
+    assert uniform_price(ranking, 5.5, in_time(costs)) == pytest.approx(3.0 * len(ranking))
 
 
 def test_estimate_is_near_what_is_measured(reference, mixed):
@@ -120,7 +138,7 @@ def test_merged_layers_are_found(mixed):
 
 
 def test_a_mean_number_of_bits(reference, mixed):
-    chosen = mixed.at_mean_bits(5.0)
+    chosen = mixed.at_bits(5.0)
     plan = mixed.plan_at(chosen, asked_bits=5.0)
     assert plan.produced_by["mean_weight_bits"] <= 5.0 and plan.produced_by["asked_bits"] == 5.0
     model = quantize_model(shared_copy(reference), plan)
@@ -129,6 +147,32 @@ def test_a_mean_number_of_bits(reference, mixed):
     assert 4.6 < bits <= 5.0 and bits == pytest.approx(plan.produced_by["mean_weight_bits"], abs=1e-3)
     assert f"{bits:.2f} bits in the mean" in summary(mixed, model.flexq_plan)
     assert chosen.kl < sum(x.kl[5] for x in mixed.ranking)  # better than 5 bits everywhere
+
+
+def test_a_time(mixed):
+    """Where the first block's layers take as long at every width, they get 8 bits and the second's the rest."""
+    flat = {name: name.startswith("model.layers.0.") for name in (x.name for x in mixed.ranking)}
+    costs = WidthCosts({n: {b: 8.0 if f else float(b) for b in WIDTHS} for n, f in flat.items()}, "a device", 3)
+    timed = replace(mixed, costs=costs)
+    chosen = timed.at_bits(5.0)
+    assert chosen.price <= (8 + 5) * 7 and {chosen.bits[name] for name, f in flat.items() if f} == {8}
+    assert chosen.kl < mixed.at_bits(5.0).kl
+    plan = timed.plan_at(chosen)
+    assert plan.produced_by["microseconds"] == chosen.price and plan.produced_by["budget_of"] == "time"
+    assert f"{chosen.price:.0f} us for 3 tokens on a device, where 6 bits everywhere take 98 us" in summary(timed, plan)
+    assert timed.at_kl(chosen.kl).price == chosen.price
+    for bits in (3, 9):
+        with pytest.raises(ValueError, match=f"weight bits must be from 4 to 8 in the mean, got {bits}"):
+            timed.at_bits(bits)
+
+
+def test_times_are_measured_once_a_shape(reference):
+    plan = with_head(reference, Plan.uniform(scheme="channel"))
+    costs = measure_width_costs(reference, chosen_layers(reference, plan), tokens=2)
+    times = costs.microseconds
+    assert (costs.device, costs.tokens, len(times)) == ("CPU", 2, 14)
+    assert all(set(each) == set(WIDTHS) and min(each.values()) > 0 for each in times.values())
+    assert times["model.layers.0.self_attn.k_proj"] is times["model.layers.1.self_attn.v_proj"]
 
 
 def test_a_number_of_bytes(reference, mixed):
@@ -160,14 +204,14 @@ def test_the_head_keeps_its_width(reference):
     assert plan.layers == {"lm_head": LayerConfig(scheme="channel", weight_bits=8)}
     assert with_head(reference, plan, 6) is plan
     mixed = Mixed.of(reference, windows()[:1], plan)
-    assert "lm_head" not in {x.name for x in mixed.ranking} and mixed.head_bytes == 96 * (128 + 2)
-    model = quantize_model(shared_copy(reference), mixed.plan_at(mixed.at_mean_bits(4.5)))
+    assert "lm_head" not in {x.name for x in mixed.ranking} and mixed.fixed_bytes == 96 * (128 + 2)
+    model = quantize_model(shared_copy(reference), mixed.plan_at(mixed.at_bits(4.5)))
     assert model.lm_head.config.weight_bits == 8
 
 
 def test_files_round_trip(mixed, tmp_path):
-    widths.save(mixed.ranking, tmp_path / "w.json", model="a")
-    assert widths.load(tmp_path / "w.json") == mixed.ranking
+    widths.FILE.save(mixed.ranking, tmp_path / "w.json", model="a")
+    assert widths.FILE.load(tmp_path / "w.json") == mixed.ranking
     (tmp_path / "w.json").write_text('{"format": "flexq-sensitivity", "version": 1, "layers": []}')
     with pytest.raises(ValueError, match="is not a file of this version's sensitivity to weight bits"):
-        widths.load(tmp_path / "w.json")
+        widths.FILE.load(tmp_path / "w.json")

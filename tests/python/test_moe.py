@@ -13,7 +13,9 @@ import transformers
 from architectures import ARCHITECTURES, answer, distance
 from flexq.checkpoint.verify import verify
 from flexq.experts import Experts, ExpertsByRows, ExpertWeights
+from flexq.plan import Plan
 from flexq.planning import choose, costs, sensitivity
+from flexq.planning.mixed import chosen_layers
 from flexq.quantize import experts as found
 from flexq.quantize.layers import linear_bytes, record_plan, shared_copy
 from flexq.quantize.report import coverage
@@ -357,6 +359,13 @@ def test_costs_leave_experts_at_a8():
     assert not measured[UP].a6_saves and not measured[DOWN].a6_saves
     chosen = choose.choose(model, reference, WINDOWS[:1], budget=0.0, costs=measured)
     assert {UP, DOWN} <= set(chosen.at_8)
+
+
+def test_the_time_of_experts_is_not_made_up():
+    reference = model_of()
+    configs = chosen_layers(reference, Plan.uniform())
+    with pytest.raises(ValueError, match="the time of experts depends on their router and is not measured"):
+        costs.measure_width_costs(reference, configs, tokens=2)
 
 
 def test_experts_are_left_as_a_whole_for_a_target():

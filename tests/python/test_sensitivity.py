@@ -33,11 +33,11 @@ def test_measuring_leaves_the_model_as_it_was(models, ranking):
 
 
 def test_file_and_plot(ranking, tmp_path):
-    sensitivity.save(ranking, tmp_path / "s.json", model="m")
-    assert sensitivity.load(tmp_path / "s.json") == ranking
+    sensitivity.FILE.save(ranking, tmp_path / "s.json", model="m")
+    assert sensitivity.FILE.load(tmp_path / "s.json") == ranking
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a sensitivity file"):
-        sensitivity.load(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="is not a file of this version's sensitivity to activation bits"):
+        sensitivity.FILE.load(tmp_path / "other.json")
     sensitivity.plot(ranking, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     share, left = zip(*sensitivity.curve(ranking), strict=True)

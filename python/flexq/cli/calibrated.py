@@ -197,6 +197,7 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
     from flexq.planning.mixed import Mixed, bytes_beside, summary
     from flexq.planning.sensitivity import Divergence
 
+    costs = _width_costs(args, floats, plan) if args.budget_of == "time" else None
     mixed = Mixed.of(
         floats,
         spread(probes, _ESTIMATE_WINDOWS),
@@ -206,17 +207,18 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
         progress("estimating widths", args.quiet),
         args.device,
         lambda at_6: calibrate(at_6, on=spread(windows, _FEW_WINDOWS)),
+        costs,
     )
     divergence = Divergence(reference, probes[-_PROBE_WINDOWS:])
     if args.weights:
         model, reached = mixed.for_target(args.target_kl, calibrate, divergence)
     else:
         if args.size is not None:
-            beside = bytes_beside(floats, mixed.resolved, _stored_dtype(args, source)) + mixed.head_bytes
+            beside = bytes_beside(floats, mixed.resolved, _stored_dtype(args, source)) + mixed.fixed_bytes
             chosen = mixed.at_bytes(1e9 * args.size - beside)
             how = {"size": args.size}
         else:
-            chosen, how = mixed.at_mean_bits(args.bits), {"asked_bits": args.bits}
+            chosen, how = mixed.at_bits(args.bits), {"asked_bits": args.bits}
         model = calibrate(mixed.plan_at(chosen, **how), args.resume)
         reached = divergence.mean(model)
         model.flexq_plan.produced_by["measured_kl"] = reached
@@ -225,17 +227,30 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
     return model
 
 
-def _choose_activations(args: argparse.Namespace, model, reference, probes, in_group) -> None:
-    """Give the calibrated model the activations' bits that --budget or a target asks for, and say what they are."""
+def _width_costs(args: argparse.Namespace, model, plan):
+    from flexq.planning.costs import measure_width_costs
+    from flexq.planning.mixed import chosen_layers
+
+    configs = chosen_layers(model, plan, args.include, args.skip)
+    return measure_width_costs(
+        model, configs, args.cost_tokens, _cost_device(args), progress("timing layers", args.quiet)
+    )
+
+
+def _cost_device(args: argparse.Namespace) -> str:
     import torch
 
+    return args.cost_device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _choose_activations(args: argparse.Namespace, model, reference, probes, in_group) -> None:
+    """Give the calibrated model the activations' bits that --budget or a target asks for, and say what they are."""
     from flexq.planning import choose, sensitivity
     from flexq.planning.costs import measure_costs
 
     costs = None
     if args.a6 == "where-faster" or args.budget_of == "time":
-        on = args.cost_device or ("cuda" if torch.cuda.is_available() else "cpu")
-        costs = measure_costs(model, args.cost_tokens, on, progress("timing layers", args.quiet))
+        costs = measure_costs(model, args.cost_tokens, _cost_device(args), progress("timing layers", args.quiet))
     choice = choose.choose(
         model,
         reference,

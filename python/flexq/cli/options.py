@@ -32,6 +32,13 @@ def share(text: str) -> float:
     return value
 
 
+def mean_bits(text: str) -> float:
+    value = float(text)
+    if not 4 <= value <= 8:
+        raise argparse.ArgumentTypeError(f"must be from 4 to 8, got {text}")
+    return value
+
+
 def shape(text: str) -> tuple[int, int]:
     n, sep, k = text.lower().partition("x")
     if not sep or not (n.isdigit() and k.isdigit()) or int(n) < 1 or int(k) < 1:

@@ -8,7 +8,7 @@ from typing import Any
 from flexq.cli import calibrated, options
 from flexq.cli.evaluate import compare
 from flexq.cli.generate import generate_text
-from flexq.cli.options import UsageError, positive, positive_float, share
+from flexq.cli.options import UsageError, mean_bits, positive, positive_float, share
 from flexq.cli.output import megabytes, note, peak_gpu_memory, peak_memory, progress, where_it_ran
 
 HELP = "Quantize a model into a folder that transformers loads after `import flexq`."
@@ -31,9 +31,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     bits.add_argument("--budget", type=share, metavar="SHARE", help="A8 for this share of the parameters, else A6")
     bits.add_argument("--target-kl", type=positive_float, metavar="KL", help="A8 where it takes to reach this KL")
     bits.add_argument("--target-ppl", type=positive_float, metavar="PPL", help="the same for this perplexity")
-    bits.add_argument(
-        "--bits", type=positive_float, metavar="B", help="weight bits by layer, B in the mean (LM head aside)"
-    )
+    bits.add_argument("--bits", type=mean_bits, metavar="B", help="weight bits by layer, B in the mean (LM head aside)")
     bits.add_argument("--size", type=positive_float, metavar="GB", help="the same for a checkpoint of at most GB")
     p.add_argument(
         "--weights", action="store_true", help="--target-kl chooses weight bits instead of activations' bits"
@@ -42,8 +40,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     head_help = "weight bits of the LM head, or 'float' (best: 8)"
     p.add_argument("--head-bits", choices=("4", "5", "6", "8", "float"), help=head_help)
     p.add_argument("--estimate", action="store_true", help="rank layers for these by an estimate, not by measuring")
-    of = ("parameters", "time")
-    p.add_argument("--budget-of", choices=of, default=of[0], help="what --budget is a share of (default: parameters)")
+    of_help = "what --budget, --bits and --weights --target-kl count (default: parameters); time is measured"
+    p.add_argument("--budget-of", choices=("parameters", "time"), default="parameters", help=of_help)
     where_help = "A6 only where it is measured to be faster (default), or for devices where it is"
     p.add_argument("--a6", choices=("where-faster", "anywhere"), default="where-faster", help=where_help)
     cost_help = "where that is measured (default: a GPU if there is one)"
@@ -102,6 +100,8 @@ def _check(args: argparse.Namespace) -> None:
     of_weights = args.bits is not None or args.size is not None or args.weights
     if of_weights and args.weight_bits is not None:
         raise UsageError("--weight-bits gives every layer the same; leave it out where they are to be chosen")
+    if args.budget_of == "time" and args.budget is None and args.bits is None and not args.weights:
+        raise UsageError("--budget-of time is for --budget, --bits and --weights --target-kl; give one of them")
     # --calibrate alone is best too; other settings and activations' bits are not.
     of_activations = not of_weights and any(getattr(args, option) is not None for option in chosen)
     given = [args.plan, args.act_bits, args.weight_bits, args.scheme, args.rotation]

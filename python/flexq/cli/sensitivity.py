@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         reference_source = find_model(name)
     if args.weights and args.agreement:
         raise UsageError("--agreement compares rankings of activations' bits, not those of --weights")
-    earlier = sensitivity.load(args.agreement) if args.agreement else None  # before the long work
+    earlier = sensitivity.FILE.load(args.agreement) if args.agreement else None  # before the long work
     reference = load_model(reference_source, args.dtype, args.device)
     tokenizer = load_tokenizer(reference_source)
     length = args.window_length or min(512, Limits.of(reference).positions or 512)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         about["rank_agreement"] = sensitivity.rank_agreement(ranking, earlier)
         note(args, f"rank agreement with {args.agreement}: {about['rank_agreement']:.3f} (Spearman, 1 is the same)")
     if args.output:
-        sensitivity.save(ranking, args.output, **about)
+        sensitivity.FILE.save(ranking, args.output, **about)
     if args.plot:
         sensitivity.plot(ranking, args.plot, title=f"{source.name}, {about['kind']}, {len(windows)} windows")
     if not args.json:
@@ -109,9 +109,9 @@ def _weights(args: argparse.Namespace, source, reference, windows, tokenizer) ->
     mixed = Mixed.of(reference, windows, plan, progress=progress("estimating", args.quiet), device=args.device)
     about = {"model": source.name, **options.about_windows(windows, tokenizer), "scheme": scheme}
     about |= {"kind": "estimated, rounded to nearest", "device": where_it_ran(args.device)}
-    points = [{"bits": bits, "kl": mixed.at_mean_bits(bits).kl} for bits in _MEAN_BITS]
+    points = [{"bits": bits, "kl": mixed.at_bits(bits).kl} for bits in _MEAN_BITS]
     if args.output:
-        widths.save(mixed.ranking, args.output, **about)
+        widths.FILE.save(mixed.ranking, args.output, **about)
     if args.plot:
         width_plots.plot(mixed.ranking, mixed.groups, args.plot, title=f"{source.name}, {len(windows)} windows")
     if not args.json:

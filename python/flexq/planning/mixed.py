@@ -11,8 +11,9 @@ from flexq.linear import Linear
 from flexq.ops import WEIGHT_BITS
 from flexq.plan import LayerConfig, Plan
 from flexq.planning import widths
+from flexq.planning.costs import WidthCosts
 from flexq.planning.sensitivity import Divergence
-from flexq.planning.widths import Widths, WidthSensitivity
+from flexq.planning.widths import Price, Widths, WidthSensitivity
 from flexq.progress import Progress
 from flexq.quantize.experts import PROJECTIONS
 from flexq.quantize.layers import input_embeddings, lm_head_name, weight_at
@@ -35,6 +36,14 @@ def with_head(model: nn.Module, plan: Plan, bits: int = HEAD_BITS) -> Plan:
     return replace(plan, layers={**plan.layers, head: replace(plan.defaults, weight_bits=bits)})
 
 
+def chosen_layers(
+    model: nn.Module, plan: Plan, include: Sequence[str] | None = None, skip: Sequence[str] = ()
+) -> dict[str, LayerConfig]:
+    """The layers whose weight bits are to be chosen: all that a plan quantizes but the LM head."""
+    head = lm_head_name(model)
+    return {name: config for name, config in resolve_plan(model, plan, include, skip).items() if name != head}
+
+
 @dataclass
 class Mixed:
     """How the weight bits of a model's layers can be chosen.
@@ -42,16 +51,19 @@ class Mixed:
     Args:
         plan: settings of all layers but for their weight bits.
         resolved: the same, layer by layer.
-        ranking: of `widths.estimate`; of the layers whose width is chosen. The LM head's is the plan's.
+        ranking: of `widths.estimate`; of the layers whose width is chosen. The plan's is that of the LM head, and of
+            layers that the estimate does not see, as nothing that it looks at depends on them.
         groups: layers that get one width.
-        head_bytes: of the LM head as stored, if the plan quantizes it.
+        fixed_bytes: of the other layers as stored.
+        costs: of the layers in `ranking` on a device, if what a plan may cost is time and not bits.
     """
 
     plan: Plan
     resolved: dict[str, LayerConfig]
     ranking: list[WidthSensitivity]
     groups: list[list[str]]
-    head_bytes: int = 0
+    fixed_bytes: int = 0
+    costs: WidthCosts | None = None
 
     @classmethod
     def of(
@@ -64,6 +76,7 @@ class Mixed:
         progress: Progress | None = None,
         device: torch.device | str | None = None,
         calibrate: Callable[[Plan], nn.Module] | None = None,
+        costs: WidthCosts | None = None,
     ) -> "Mixed":
         """Estimate what each width costs each layer of a model in floating point.
 
@@ -75,37 +88,47 @@ class Mixed:
             device: as for `fisher.backward`.
             calibrate: makes a model of a plan as the one to come is made, if need be on less text. Without, the
                 estimate is that of weights rounded to nearest, whose errors are spread over layers otherwise.
+            costs: of `measure_width_costs` for `chosen_layers`: plans are then of a time, on its device.
         """
         resolved, head = resolve_plan(model, plan, include, skip), lm_head_name(model)
-        chosen = {name: config for name, config in resolved.items() if name != head}
         left = dict.fromkeys(name for name, config in plan.layers.items() if config is None)
+        chosen = chosen_layers(model, plan, include, skip)
         at_6 = {name: replace(config, weight_bits=6) for name, config in chosen.items()}
         every = Plan(replace(plan.defaults, weight_bits=6), {**left, **at_6})
         models = widths.rounded_models(model, every, include, skip)
         calibrated = None if calibrate is None else calibrate(every)
         where = None if device is None else torch.device(device)
         ranking = widths.estimate(model, models, windows, progress, where, calibrated)
-        head_bytes = 0
+        fixed_bytes = sum(x.bytes[_width(resolved, x.name)] for x in ranking if not _is_seen(x))
+        ranking = list(filter(_is_seen, ranking))
+        if not ranking:
+            raise ValueError("what the model makes of these windows depends on no layer whose width is to be chosen")
         if head in resolved:
             n, k = weight_at(model, head).shape
-            head_bytes = Linear(k, n, False, resolved[head], "meta").stored_bytes
-        return cls(plan, resolved, ranking, widths.groups_of(model, ranking), head_bytes)
+            fixed_bytes += Linear(k, n, False, resolved[head], "meta").stored_bytes
+        return cls(plan, resolved, ranking, widths.groups_of(model, ranking), fixed_bytes, costs)
 
     @property
     def parameters(self) -> int:
         return sum(layer.parameters for layer in self.ranking)
 
-    def at_mean_bits(self, bits: float) -> Widths:
-        """The best widths of at most so many bits a weight, in the mean over all layers but the LM head."""
-        return widths.solve(self.ranking, self.groups, bits * self.parameters)
+    @property
+    def price(self) -> Price:
+        return widths.in_bits if self.costs is None else widths.in_time(self.costs)
+
+    def at_bits(self, bits: float) -> Widths:
+        """The best widths of at most so many bits a weight, in the mean over all layers but the LM head; with costs,
+        those that take at most the time of so many bits everywhere, which is linear between two widths."""
+        budget = widths.uniform_price(self.ranking, bits, self.price)
+        return widths.solve(self.ranking, self.groups, budget, self.price)
 
     def at_bytes(self, size: float) -> Widths:
         """The best widths whose layers, stored, have at most so many bytes, scales included."""
         return widths.solve(self.ranking, self.groups, size, widths.in_bytes)
 
     def at_kl(self, kl: float) -> Widths:
-        """The narrowest widths whose estimated KL is at most this; the widest, where none is."""
-        for point in widths.frontier(self.ranking, self.groups):
+        """The cheapest widths whose estimated KL is at most this; the most faithful ones, where none is."""
+        for point in widths.frontier(self.ranking, self.groups, self.price):
             if point.kl <= kl:
                 break
         return point
@@ -115,12 +138,16 @@ class Mixed:
         plan = widths.plan_of(self.plan, self.resolved, chosen.bits)
         bits = widths.mean_bits(self.ranking, chosen.bits)
         plan.produced_by.update({"mean_weight_bits": round(bits, 4), "estimated_kl": chosen.kl, **how})
+        if self.costs is not None:
+            time = widths.price_of(self.ranking, chosen.bits, self.price)
+            about = {"tokens": self.costs.tokens, "device": self.costs.device}
+            plan.produced_by.update({"budget_of": "time", "microseconds": round(time, 1), **about})
         return plan
 
     def for_target(
         self, target: float, quantize: Callable[[Plan], nn.Module], divergence: Divergence
     ) -> tuple[nn.Module, float]:
-        """The smallest model found whose measured KL divergence is at most `target`, and its divergence.
+        """The cheapest model found whose measured KL divergence is at most `target`, and its divergence.
 
         The estimate says how widths compare, a few quantized models how it compares with what is measured.
 
@@ -130,7 +157,7 @@ class Mixed:
             divergence: from the unquantized model.
 
         Raises:
-            ValueError: the widest weights miss it too; says how near they come.
+            ValueError: the most faithful widths miss it too; says how near they come.
         """
         share, best, tried = _FIRST_SHARE, None, set()
         for _ in range(_TRIES):
@@ -149,6 +176,16 @@ class Mixed:
         if best is None:
             raise ValueError(f"a KL of {target} cannot be met: the nearest model tried has {reached:.5f}")
         return best[1:]
+
+
+def _is_seen(layer: WidthSensitivity) -> bool:
+    return any(layer.kl.values())
+
+
+def _width(layers: Mapping[str, LayerConfig | None], name: str) -> int:
+    """Of a layer, or of both projections of experts."""
+    config = layers.get(name) or layers[f"{name}.{PROJECTIONS[0]}"]
+    return config.weight_bits
 
 
 def bytes_beside(model: nn.Module, resolved: Mapping[str, LayerConfig], dtype: torch.dtype | None = None) -> int:
@@ -171,10 +208,13 @@ def bytes_beside(model: nn.Module, resolved: Mapping[str, LayerConfig], dtype: t
 
 def summary(mixed: Mixed, plan: Plan) -> str:
     """How a plan spreads the weights over the widths, in a sentence."""
-    chosen = {}
-    for layer in mixed.ranking:
-        config = plan.layers.get(layer.name) or plan.layers[f"{layer.name}.{PROJECTIONS[0]}"]
-        chosen[layer.name] = config.weight_bits
+    chosen = {layer.name: _width(plan.layers, layer.name) for layer in mixed.ranking}
     sizes = {bits: sum(x.parameters for x in mixed.ranking if chosen[x.name] == bits) for bits in WEIGHT_BITS}
     parts = [f"{100 * size / mixed.parameters:.0f}% at {bits} bits" for bits, size in sizes.items() if size]
-    return f"weights: {', '.join(parts)}; {widths.mean_bits(mixed.ranking, chosen):.2f} bits in the mean"
+    said = f"weights: {', '.join(parts)}; {widths.mean_bits(mixed.ranking, chosen):.2f} bits in the mean"
+    if mixed.costs is None:
+        return said
+    time = widths.price_of(mixed.ranking, chosen, mixed.price)
+    at_6 = widths.uniform_price(mixed.ranking, 6, mixed.price)
+    where = f"for {mixed.costs.tokens} tokens on {mixed.costs.device}"
+    return f"{said}; {time:.0f} us {where}, where 6 bits everywhere take {at_6:.0f} us"

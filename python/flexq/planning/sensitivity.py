@@ -7,18 +7,17 @@ Measuring takes a forward pass a layer. The estimate (fisher.py) takes one forwa
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from flexq.experts import ExpertWeights
 from flexq.linear import Linear
+from flexq.planning.files import RankingFile
 from flexq.planning.heat_map import heat_map
 from flexq.progress import Progress
 from flexq.quantize import fisher
@@ -26,11 +25,9 @@ from flexq.quantize.blocks import Stack, Trace, decoder_stack, starting_at, trac
 from flexq.quantize.experts import kind_of, module_of
 from flexq.quantize.inputs import logits
 from flexq.quantize.layers import is_linear
+from flexq.quantize.outcome import Outcome, outcome
 
 Layer = Linear | ExpertWeights
-
-FORMAT = "flexq-sensitivity"
-VERSION = 1
 
 
 @dataclass
@@ -53,6 +50,9 @@ class LayerSensitivity:
     def density(self) -> float:
         """KL for each parameter: what 8 bits here are worth."""
         return self.kl / max(self.parameters, 1)
+
+
+FILE = RankingFile("flexq-sensitivity", 1, LayerSensitivity, "sensitivity to activation bits")
 
 
 def _over_windows(name: str, layer: Layer, kl: Sequence[float]) -> LayerSensitivity:
@@ -84,28 +84,26 @@ def act_bits(layers: Sequence[Layer], bits: int) -> Iterator[None]:
 
 
 class Divergence:
-    """KL divergence of a quantized model's next-token distribution from the unquantized one's, window by window."""
+    """KL divergence of a quantized model's outcome (outcome.py) from the unquantized one's, window by window."""
 
     def __init__(self, reference: nn.Module, windows: Sequence[torch.Tensor]):
         self.windows = list(windows)
-        self.log_p = [_log_probabilities(reference, window) for window in self.windows]
+        self.expected = [_outcome(reference, window) for window in self.windows]
 
     def __call__(self, model: nn.Module) -> list[float]:
-        return [self.of(_log_probabilities(model, window), i) for i, window in enumerate(self.windows)]
+        return [self.of(_outcome(model, window), i) for i, window in enumerate(self.windows)]
 
     def mean(self, model: nn.Module) -> float:
         each = self(model)
         return sum(each) / len(each)
 
-    def of(self, log_q: torch.Tensor, window: int) -> float:
-        log_p = self.log_p[window].to(log_q.device)
-        total = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-        return max(total, 0.0) / len(log_q)  # below 0 by rounding alone
+    def of(self, found: Outcome, window: int) -> float:
+        return self.expected[window].divergence(found)
 
 
 @torch.inference_mode()
-def _log_probabilities(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    return logits(model, window)[0, :-1].float().log_softmax(-1)
+def _outcome(model: nn.Module, window: torch.Tensor) -> Outcome:
+    return outcome(model, window)
 
 
 def measure(
@@ -138,7 +136,7 @@ def measure(
             with act_bits([layer], 6):
                 for i, window in enumerate(windows):
                     with _from_block(stack, index, traces[i]):
-                        added.append(divergence.of(_log_probabilities(model, window), i) - base[i])
+                        added.append(divergence.of(_outcome(model, window), i) - base[i])
             results.append(_over_windows(name, layer, added))
     return sorted(results, key=lambda layer: -layer.density)
 
@@ -155,19 +153,20 @@ def _can_begin_inside(model: nn.Module, stack: Stack, traced: Trace, window: tor
 
     Blocks of some models (Gemma 3n) look at what earlier ones left.
     """
-    expected = _log_probabilities(model, window)
+    expected = outcome(model, window).values
     try:
         with _from_block(stack, len(stack.blocks) - 1, traced):
-            return torch.allclose(_log_probabilities(model, window), expected, rtol=1e-3, atol=1e-3)
+            return torch.allclose(outcome(model, window).values, expected, rtol=1e-3, atol=1e-3)
     except (KeyError, IndexError, AttributeError, TypeError, RuntimeError, ValueError):
         return False
 
 
+@torch.inference_mode()
 def perplexity(model: nn.Module, windows: Sequence[torch.Tensor]) -> float:
     """exp of the mean negative log likelihood of the next token."""
     total = tokens = 0.0
     for window in windows:
-        log_p = _log_probabilities(model, window)
+        log_p = logits(model, window)[0, :-1].float().log_softmax(-1)
         targets = window[0, 1:].to(log_p.device)
         total -= log_p.gather(1, targets[:, None]).sum(dtype=torch.float64).item()
         tokens += len(targets)
@@ -262,22 +261,6 @@ def rank_agreement(a: Sequence[LayerSensitivity], b: Sequence[LayerSensitivity])
         raise ValueError("rank agreement needs at least two layers that both rankings have")
     ranks = [torch.tensor(values).argsort().argsort().double() for values in zip(*pairs, strict=True)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
-def save(ranking: Sequence[LayerSensitivity], path: str | Path, **about: Any) -> None:
-    data = {"format": FORMAT, "version": VERSION, **about, "layers": [asdict(layer) for layer in ranking]}
-    Path(path).write_text(json.dumps(data, indent=2) + "\n")
-
-
-def load(path: str | Path) -> list[LayerSensitivity]:
-    """ValueError for a file that `save` did not write."""
-    try:
-        data = json.loads(Path(path).read_text())
-        if data["format"] != FORMAT or data["version"] != VERSION:
-            raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-        return [LayerSensitivity(**layer) for layer in data["layers"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a sensitivity file of this version: {error}") from None
 
 
 def curve(ranking: Sequence[LayerSensitivity]) -> list[tuple[float, float]]:

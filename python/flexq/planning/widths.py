@@ -2,17 +2,14 @@
 
 What a layer of so many bits adds to the KL divergence from the unquantized model is estimated by Fisher information
 (quantize/fisher.py), for all layers and widths in one forward and backward pass a window. Choosing widths is then a
-knapsack, solved on its convex frontier: from the narrowest widths on, whatever takes away most KL for what it costs.
+knapsack, solved on its convex frontier: from the cheapest widths on, whatever takes away most KL for what it costs.
 """
 
 import contextlib
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,6 +17,8 @@ from torch import nn
 from flexq.experts import Experts
 from flexq.ops import WEIGHT_BITS
 from flexq.plan import LayerConfig, Plan
+from flexq.planning.costs import WidthCosts
+from flexq.planning.files import RankingFile
 from flexq.planning.sensitivity import Layer, quantized_layers
 from flexq.progress import Progress
 from flexq.quantize import fisher
@@ -28,8 +27,6 @@ from flexq.quantize.layers import shared_copy
 from flexq.quantize.model import quantize_model
 from flexq.quantize.tracing import shared_inputs
 
-FORMAT = "flexq-width-sensitivity"
-VERSION = 1
 _CALIBRATED = 0  # beside widths
 # Of an error, by calibration: what more it takes away at 6 bits is not relied on at others.
 _LEAST_LEFT = 0.25
@@ -53,6 +50,9 @@ class WidthSensitivity:
     bytes: dict[int, int]
     kl: dict[int, float]
     spread: dict[int, float]
+
+
+FILE = RankingFile("flexq-width-sensitivity", 1, WidthSensitivity, "sensitivity to weight bits")
 
 
 def rounded_models(
@@ -221,6 +221,9 @@ class Widths:
     kl: float
 
 
+Price = Callable[[WidthSensitivity], Mapping[int, float]]
+
+
 def in_bits(layer: WidthSensitivity) -> dict[int, float]:
     """The price of a layer by which a budget is a sum of weight bits, scales left out."""
     return {bits: float(bits * layer.parameters) for bits in layer.kl}
@@ -230,30 +233,57 @@ def in_bytes(layer: WidthSensitivity) -> dict[int, float]:
     return {bits: float(size) for bits, size in layer.bytes.items()}
 
 
+def in_time(costs: WidthCosts) -> Price:
+    """The price of a layer by which a budget is the microseconds that all take on a device."""
+    return lambda layer: costs.microseconds[layer.name]
+
+
+def price_of(ranking: Sequence[WidthSensitivity], bits: Mapping[str, int], price: Price = in_bits) -> float:
+    """What the layers cost at these widths."""
+    return sum(price(layer)[bits[layer.name]] for layer in ranking)
+
+
+def uniform_price(ranking: Sequence[WidthSensitivity], bits: float, price: Price = in_bits) -> float:
+    """What all layers cost with so many bits in each; between two widths on the straight line.
+
+    ValueError for bits that are not from the narrowest width to the widest.
+    """
+    widths = sorted(ranking[0].kl)
+    if not widths[0] <= bits <= widths[-1]:
+        raise ValueError(f"weight bits must be from {widths[0]} to {widths[-1]} in the mean, got {bits:g}")
+    below = max(width for width in widths if width <= bits)
+    above = min(width for width in widths if width >= bits)
+    part = (bits - below) / (above - below) if above > below else 0.0
+    at_below, at_above = (
+        price_of(ranking, {layer.name: width for layer in ranking}, price) for width in (below, above)
+    )
+    return (1 - part) * at_below + part * at_above
+
+
 def frontier(
     ranking: Sequence[WidthSensitivity],
     groups: Sequence[Sequence[str]],
-    price: Callable[[WidthSensitivity], Mapping[int, float]] = in_bits,
+    price: Price = in_bits,
 ) -> Iterator[Widths]:
-    """From the narrowest widths to the most faithful ones, a step at a time, each the one with most KL for its price.
+    """From the cheapest widths to the most faithful ones, a step at a time, each the one with most KL for its price.
 
     Args:
         ranking: of `estimate`.
         groups: of `groups_of`: layers that get one width.
-        price: of a layer at each width, which grows with it.
+        price: of a layer at each width. A width that another one is better than at a lower price is left out.
     """
     layers = {layer.name: layer for layer in ranking}
     steps, now, total, kl = [], {}, 0.0, 0.0
     for group in groups:
         options = _convex(
-            [
+            sorted(
                 (
                     sum(price(layers[name])[bits] for name in group),
                     sum(layers[name].kl[bits] for name in group),
                     bits,
                 )
-                for bits in sorted(layers[group[0]].kl)
-            ]
+                for bits in layers[group[0]].kl
+            )
         )
         cost, added, bits = options[0]
         now |= dict.fromkeys(group, bits)
@@ -286,11 +316,11 @@ def solve(
     ranking: Sequence[WidthSensitivity],
     groups: Sequence[Sequence[str]],
     budget: float,
-    price: Callable[[WidthSensitivity], Mapping[int, float]] = in_bits,
+    price: Price = in_bits,
 ) -> Widths:
     """The widths of least estimated KL whose price is within a budget; the arguments as for `frontier`.
 
-    ValueError for a budget that the narrowest widths exceed.
+    ValueError for a budget that the cheapest widths exceed.
     """
     best: Widths | None = None
     for point in frontier(ranking, groups, price):
@@ -299,7 +329,7 @@ def solve(
         best = point
     if best is None:
         least = next(iter(frontier(ranking, groups, price))).price
-        raise ValueError(f"the budget must be {least:.6g} or more, what the narrowest widths take; got {budget:.6g}")
+        raise ValueError(f"the budget must be {least:.6g} or more, what the cheapest widths take; got {budget:.6g}")
     return best
 
 
@@ -322,26 +352,3 @@ def plan_of(plan: Plan, resolved: Mapping[str, LayerConfig], bits: Mapping[str, 
         width = bits.get(name, bits.get(whole_of(name)))
         layers[name] = config if width is None else replace(config, weight_bits=width)
     return Plan(plan.defaults, layers, dict(plan.produced_by))
-
-
-# ---- Files and plots -------------------------------------------------------------------------------------------------
-
-
-def save(ranking: Sequence[WidthSensitivity], path: str | Path, **about: Any) -> None:
-    data = {"format": FORMAT, "version": VERSION, **about, "layers": [asdict(layer) for layer in ranking]}
-    Path(path).write_text(json.dumps(data, indent=2) + "\n")
-
-
-def load(path: str | Path) -> list[WidthSensitivity]:
-    """ValueError for a file that `save` did not write."""
-    try:
-        data = json.loads(Path(path).read_text())
-        if data["format"] != FORMAT or data["version"] != VERSION:
-            raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-        by_width = ("bytes", "kl", "spread")
-        return [
-            WidthSensitivity(**(layer | {key: {int(b): v for b, v in layer[key].items()} for key in by_width}))
-            for layer in data["layers"]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file of this version's sensitivity to weight bits: {error}") from None

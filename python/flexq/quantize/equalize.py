@@ -9,7 +9,7 @@ What can take a factor is found by trying: a module is run again with factors fo
 has to give what it gave. No class or attribute name is asked for.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,16 +186,25 @@ def _find(placement: Placement, model: nn.Module, calls: dict[str, Call]) -> lis
                 norms.append(_Fold(tuple(names), call.name, offset, torch.arange(call.y.shape[-1])))
     heads = _head_size(model)
     for name, call in own.items():
-        parent = calls.get(name.rpartition(".")[0])
+        whole = _smallest_with_others(name, own)
+        parent = calls.get(whole)
         if parent is None or parent.y is None or len(readers[id(call.x)]) > 1:
             continue
-        beside = [other for n, other in own.items() if n.rpartition(".")[0] == parent.name and n != name]
+        beside = [other for n, other in own.items() if n.startswith(f"{whole}.") and n != name]
         for source in reversed(beside):  # up after gate, v after q and k
             place = _place(source.module.out_features, call.module.in_features, heads)
             if source.y is not None and place is not None and _is_linear_in(placement, parent, source, call, place):
                 rows.append(_Fold((name,), source.name, 0.0, place))
                 break
     return rows + norms
+
+
+def _smallest_with_others(name: str, layers: Collection[str]) -> str:
+    """The innermost module around a layer that has others in it; "" if that is the model."""
+    whole = name.rpartition(".")[0]
+    while whole and not any(other.startswith(f"{whole}.") and other != name for other in layers):
+        whole = whole.rpartition(".")[0]
+    return whole
 
 
 def _head_size(model: nn.Module) -> int | None:

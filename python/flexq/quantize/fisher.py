@@ -3,6 +3,7 @@
 To second order, an error d in a layer's output for a token moves the model's next-token distributions by a KL
 divergence of E[(g . d)^2] / 2, where g is the gradient of the log likelihood of tokens drawn from the model's own
 distribution: the Fisher information of the output. Drawing them once a text is enough for averages over many tokens.
+Hidden states of an encoder stand for tokens where it predicts none (outcome.py).
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from flexq.progress import Progress
 from flexq.quantize.blocks import Call, Stack, decoder_stack, outline, starting_at, trace
 from flexq.quantize.experts import module_of, positional
 from flexq.quantize.group import Group
-from flexq.quantize.inputs import logits
+from flexq.quantize.outcome import outcome
 from flexq.quantize.placement import Placement
 
 # Given a layer's arguments and output in the forward pass, what to do with the gradient at the output in the backward
@@ -32,7 +33,7 @@ def backward(
     seed: int,
     device: torch.device | None = None,
 ) -> int:
-    """One forward and backward pass of drawn next tokens, block by block; returns how many there were.
+    """One forward and backward pass of a drawn outcome, block by block; returns how many there were.
 
     A block runs once without gradients and once more when its turn in the backward pass comes, so that no more than the
     hidden states between blocks and what a single block needs is held.
@@ -73,7 +74,7 @@ def _backward(
         forward = _Forward.run(model, stack, windows, placement, step)
         gradients, counts = placement.states(), []
         for at, (seed, window) in enumerate(windows):
-            gradients[at], count = _from_logits(model, stack, window, seed, watchers(seed), forward, at, placement)
+            gradients[at], count = _from_outcome(model, stack, window, seed, watchers(seed), forward, at, placement)
             counts.append(count)
         for index in reversed(range(len(stack.blocks))):
             block = stack.blocks[index]
@@ -140,7 +141,7 @@ class _Forward:
         return replace(self.calls[window][block], hidden=self.hidden[window, block])
 
 
-def _from_logits(
+def _from_outcome(
     model: nn.Module,
     stack: Stack,
     window: torch.Tensor,
@@ -150,7 +151,7 @@ def _from_logits(
     at: int,
     placement: Placement,
 ) -> tuple[torch.Tensor, int]:
-    """The gradient at the hidden state that leaves the last block, and the number of tokens drawn."""
+    """The gradient at the hidden state that leaves the last block, and the number of outcomes drawn."""
     last = len(stack.blocks)
     hidden = forward.hidden[at, last].to(placement.outside(model))
     outside = {name: watcher for name, watcher in watchers.items() if stack.index_of(name) is None}
@@ -160,9 +161,9 @@ def _from_logits(
         starting_at(stack.blocks, last, hidden, forward.rests[at]),
     ):
         hidden.requires_grad_(True)
-        log_p = logits(model, window)[0, :-1].float().log_softmax(-1)
-        log_p.gather(1, _draw(log_p.detach(), seed)).sum().backward()
-    return hidden.grad, len(log_p)
+        predicted = outcome(model, window)
+        predicted.log_likelihood(seed).backward()
+    return hidden.grad, len(predicted)
 
 
 @contextlib.contextmanager
@@ -185,13 +186,6 @@ def _watched(model: nn.Module, watchers: dict[str, Watcher]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _draw(log_p: torch.Tensor, seed: int) -> torch.Tensor:
-    """A token [T, 1] of each distribution [T, V]: where its cumulative sum passes a uniform number."""
-    uniform = torch.rand(len(log_p), 1, generator=torch.Generator().manual_seed(seed)).to(log_p.device)
-    below = log_p.exp().cumsum(-1) < uniform
-    return below.sum(-1, keepdim=True).clamp_(max=log_p.shape[1] - 1)
 
 
 def token_weights(
