@@ -296,9 +296,8 @@ class FlexQLinearMethod(LinearMethodBase):
         layer.flexq_runs = runs
         for index, weight in enumerate(packed):
             layer.register_buffer(_packed_name(index), weight, persistent=False)
-        if isinstance(
-            layer, ParallelLMHead
-        ):  # LoRA asks its weight for dtype and device, speculation whether it is equal
+        if isinstance(layer, ParallelLMHead):
+            # LoRA asks its weight for dtype and device, speculation whether it is equal.
             nothing = torch.full((1,), float("nan"), dtype=layer.flexq_dtype, device=packed[0].device)
             layer.register_buffer("weight", nothing, persistent=False)
         if self.config.is_checkpoint:
