@@ -1,7 +1,5 @@
 // Copies quantized tokens to the places of their pairs. A tile of 8 places is written whole: 16 bytes at a time, as a
 // token that is quantized to all its places would, take L2 several times as long.
-#include <algorithm>
-
 #include "cuda/elements.cuh"
 #include "cuda/experts/kernels.h"
 #include "cuda/experts/table.cuh"

@@ -66,6 +66,7 @@ class FlexQVllmConfig(QuantizationConfig):
         self.plan = Plan.of(os.environ.get("FLEXQ_PLAN", DEFAULT_RECIPE)) if plan is None else plan
         self._of_checkpoint: dict[str, str] = {}  # its names of the plan's layers, where vLLM's are others
         self._placed: set[str] = set()  # of the plan's layers, those that the model has
+        self._are_all_placed = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -109,7 +110,10 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def check_all_placed(self) -> None:
         """Refuses a checkpoint with quantized layers that a block of the model has under no name, whose weights vLLM's
-        classes may leave out without a word. Blocks that are not here at all are other devices'."""
+        classes may leave out without a word. Blocks that are not here at all are other devices'. Every layer asks
+        once all exist; the first answer is that of all."""
+        if self._are_all_placed:
+            return
         here = {_block_of(name) for name in self._placed} - {None}
         missing = [
             name
@@ -121,6 +125,7 @@ class FlexQVllmConfig(QuantizationConfig):
                 f"the checkpoint has quantized {some(missing)}, which vLLM's class of this model has not: serve the "
                 "floating point model with --quantization flexq"
             )
+        self._are_all_placed = True
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
