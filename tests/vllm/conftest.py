@@ -45,18 +45,10 @@ def random_float(smollm, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def random_mixed(random_float) -> Path:
     """The same, quantized by a plan that treats merged layers' parts differently, and the LM head too."""
+    from plans import MIXED
+
     folder = random_float.parent / "mixed"
-    plan = flexq.Plan(
-        flexq.LayerConfig(act_bits=6),
-        {
-            "*.k_proj": flexq.LayerConfig(act_bits=8),
-            "*.o_proj": flexq.LayerConfig(act_bits=8, weight_bits=4),
-            "*.0.mlp.down_proj": flexq.LayerConfig(weight_bits=5),
-            "*.0.mlp.up_proj": flexq.LayerConfig(act_bits=8, rotation="none"),
-            "*.1.mlp.down_proj": None,
-            "lm_head": flexq.LayerConfig(act_bits=8, weight_bits=8),
-        },
-    )
+    plan = flexq.Plan(MIXED.defaults, {**MIXED.layers, "*.1.mlp.down_proj": None})
     flexq.quantize_checkpoint(random_float, folder, plan)
     return folder
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from engines import DEVICE, GPUS, assert_alike, assert_same, assert_same_as, engine, greedy, random_model, shut
 from flexq.cli.main import main
+from plans import MIXED
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from vllm.lora.request import LoRARequest
@@ -20,17 +21,6 @@ VOCABULARY = 1024
 BEST = flexq.Plan(
     flexq.LayerConfig(scheme="channel", act_bits=8),
     {"lm_head": flexq.LayerConfig(scheme="channel", act_bits=8, weight_bits=8)},
-)
-# Merged layers whose parts differ, and every width.
-MIXED = flexq.Plan(
-    flexq.LayerConfig(act_bits=6),
-    {
-        "*.k_proj": flexq.LayerConfig(act_bits=8),
-        "*.o_proj": flexq.LayerConfig(act_bits=8, weight_bits=4),
-        "*.0.mlp.down_proj": flexq.LayerConfig(weight_bits=5),
-        "*.0.mlp.up_proj": flexq.LayerConfig(act_bits=8, rotation="none"),
-        "lm_head": flexq.LayerConfig(act_bits=8, weight_bits=8),
-    },
 )
 on_gpu = pytest.mark.skipif(not GPUS, reason="no CUDA device that FlexQ can use")
 
