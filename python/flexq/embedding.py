@@ -85,7 +85,7 @@ class Embedding(PackedModule):
         return DequantizedWeight(self)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...], int32 or int64 -> [..., K]. IndexError for ids that are no row, on a GPU as PyTorch's embedding."""
+        """ids [...], int32 or int64 -> [..., K]. For ids that are no row, what PyTorch has: IndexError on a CPU."""
         rows = nn.functional.embedding(ids, self.packed())
         y = self._dequantized(rows, self.weight_dtype)
         return y if self._factor is None else y * self._factor

@@ -206,8 +206,8 @@ class PackedModule(nn.Module):
 
 
 class DequantizedWeight(torch.Tensor):
-    """A module's weight [N, K] as a tensor that is not there: its shape, dtype and device cost nothing, any operation on
-    it dequantizes the module first. It cannot be written to.
+    """A module's weight [N, K] as a tensor that is not there: shape, dtype and device cost nothing, any operation on it
+    dequantizes the module first. It cannot be written to.
 
     Args:
         layer: a `PackedModule` of two dimensions with `dequantize(dtype)`.

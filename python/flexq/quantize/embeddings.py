@@ -1,12 +1,13 @@
 """A model's token embedding: whether it can be quantized, and the `flexq.Embedding` that takes its place.
 
-Of a model's embeddings it is the one that `get_input_embeddings` gives. Those of positions and token types, and embeddings
+Of a model's embeddings it is the one that `get_input_embeddings` gives. Those of positions and token types, and those
 of each layer, stay as they are.
 """
 
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from flexq import ops
 from flexq.embedding import CONFIG, Embedding
 from flexq.plan import LayerConfig, Plan
-from flexq.quantize.layers import input_embeddings, lm_head_name, output_embeddings
+from flexq.quantize.layers import input_embeddings, lm_head_name, output_embeddings, replace_module
 
 # Of an LM head that is tied to the embedding, where a plan does not name it.
 _TIED_HEAD = {"weight_bits": 8, "act_bits": 8, "scheme": "channel"}
@@ -148,12 +149,28 @@ def empty_embedding(name: str, module: nn.Module) -> Embedding:
     return made.train(module.training)
 
 
-def quantize_embedding(name: str, module: nn.Module) -> tuple[Embedding, int]:
-    """What takes an embedding's place, and how many scales vanished. ValueError for weights that are not finite."""
-    weight = module.weight.detach()
+def quantize_embedding(name: str, module: nn.Module, weight: torch.Tensor | None = None) -> tuple[Embedding, int]:
+    """What takes an embedding's place, and how many scales vanished.
+
+    Args:
+        name: of the embedding.
+        module: that it is.
+        weight: [N, K], where the module's own is not in memory.
+
+    Raises:
+        ValueError: weights that are not finite, or as of `scaling_of`.
+    """
+    weight = module.weight.detach() if weight is None else weight
     try:
         planes, scales = ops.quantize_weight(weight, CONFIG.scheme, CONFIG.rotation, CONFIG.weight_bits)
     except ValueError as error:
         raise ValueError(f"embedding {name}: {error}") from None
     embedding = empty_embedding(name, module).set_canonical(planes, scales)
     return embedding.prepack(), ops.count_vanished(weight, scales)
+
+
+def add_embedding(model: nn.Module, name: str, embedding: Embedding, vanished: int, record: dict[str, Any]) -> None:
+    """Put a quantized token embedding into a calibrated model, whose record says what scales vanished."""
+    replace_module(model, name, embedding)
+    if vanished:
+        record["vanished_scales"] = record.get("vanished_scales", 0) + vanished
