@@ -57,7 +57,7 @@ def read_plan(folder: str | Path) -> Plan:
 
 
 def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
-    """Replace what a checkpoint's plan names by empty `flexq.Linear`, `flexq.Embedding` and `Experts`, on the meta device.
+    """Replace what a checkpoint's plan names by empty `flexq.Linear`, `Embedding` and `Experts`, on the meta device.
 
     A base model loads a checkpoint of a model with a head, and the other way round.
 

@@ -36,20 +36,29 @@ def embedding_name(model: nn.Module, plan: Plan) -> str | None:
     if name is None:
         raise ValueError(f"embeddings cannot be quantized: {type(model).__name__} says of no module that it is theirs")
     scaling_of(name, module)
-    _require_alone(model, name, module)
+    for other, m in _sharing(model).items():
+        if other != name and m is not output_embeddings(model):
+            raise ValueError(
+                f"embedding {name} cannot be quantized: {other} has the same weight; only an LM head may share it"
+            )
     if name in plan.layers and (plan.layers[name] is None or plan.layers[name].weight_bits != plan.embeddings):
         raise ValueError(f"plan has {plan.embeddings} bits for embeddings, and other settings for {name!r}")
     return name
 
 
-def _require_alone(model: nn.Module, name: str, module: nn.Module) -> None:
-    """ValueError where something else than the LM head has the embedding's weight."""
-    head = output_embeddings(model)
-    for other, m in model.named_modules(remove_duplicate=False):
-        if other != name and m is not head and (m is module or getattr(m, "weight", None) is module.weight):
-            raise ValueError(
-                f"embedding {name} cannot be quantized: {other} has the same weight; only an LM head may share it"
-            )
+def _sharing(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that have the token embedding's weight, or will have once transformers has loaded it, by name."""
+    embedding, modules = input_embeddings(model), dict(model.named_modules(remove_duplicate=False))
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return {}
+    sharing = {name: m for name, m in modules.items() if m is embedding or getattr(m, "weight", None) is weight}
+    if weight.is_meta:
+        for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            names = [key.removesuffix(".weight") for key in pair]
+            if any(name in sharing for name in names):
+                sharing |= {name: modules[name] for name in names if name in modules}
+    return sharing
 
 
 def scaling_of(name: str, module: nn.Module) -> tuple[float | None, bool]:
@@ -116,6 +125,8 @@ def without_embedding(model: nn.Module, plan: Plan) -> Plan:
         return plan
     layers = {layer: config for layer, config in plan.layers.items() if layer != name}
     head = _tied_head(model)
+    if head is not None and head != lm_head_name(model):
+        raise ValueError(f"embedding {name} and {head} share a weight, and {head} is no layer that can be quantized")
     if head is not None and head not in layers:
         layers[head] = replace(plan.defaults, **_TIED_HEAD)
     return replace(plan, layers=layers, embeddings=None)
@@ -133,9 +144,8 @@ def require_tied_head(model: nn.Module, plan: Plan, resolved: Mapping[str, Layer
 
 def _tied_head(model: nn.Module) -> str | None:
     """The LM head's name, if its weight is the embedding's."""
-    head, embeddings = output_embeddings(model), input_embeddings(model)
-    tied = head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", None)
-    return (lm_head_name(model) or "the LM head") if tied else None
+    head = output_embeddings(model)
+    return next((name for name, m in _sharing(model).items() if m is head), None)
 
 
 # ---- Quantizing ------------------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ def resolve_plan(
     include: Sequence[str] | None = None,
     skip: Sequence[str] = (),
 ) -> dict[str, LayerConfig]:
-    """What `quantize_model` would do: the settings of each linear layer and projection of experts that it would replace.
-    The token embedding is not among them (`embeddings.embedding_name`).
+    """What `quantize_model` would do: the settings of each linear layer and projection of experts that it replaces. The
+    token embedding is not among them (`embeddings.embedding_name`).
 
     Raises:
         ValueError: no layer is left to quantize, a pattern matches nothing, the plan names layers that do not exist, or
