@@ -245,15 +245,16 @@ class _TensorByTensor:
         self.done |= {layer, *self.shared.get(layer, ())}
 
     def finish(self, tensors: list[tuple[Path, str]]) -> None:
-        """What has no tensor of its own: an LM head that is tied to the embeddings."""
+        """What has no tensor of its own: an LM head that is tied to the embeddings, whose bias may be tied too."""
         head = lm_head_name(self.model)
         if head in self.resolved:
-            if head not in self.done:
-                embeddings = f"{name_of(self.model, input_embeddings(self.model))}.weight"
-                for file, name in tensors:
-                    target = self.targets[name]
-                    if target is not None and target.name == embeddings:
-                        self._quantize(head, head, read_tensor(file, name))
+            files = {target.name: (file, name) for file, name in tensors if (target := self.targets[name]) is not None}
+            embeddings = f"{name_of(self.model, input_embeddings(self.model))}.weight"
+            if head not in self.done and embeddings in files:
+                self._quantize(head, head, read_tensor(*files[embeddings]))
+            bias = (getattr(self.model, "all_tied_weights_keys", None) or {}).get(f"{head}.bias")
+            if f"{head}.bias" not in files and bias in files:
+                self.writer.add(f"{head}.bias", read_tensor(*files[bias]))
             untie_lm_head(self.model)
         left = [layer for layer in self.resolved if layer not in self.done]
         if left:

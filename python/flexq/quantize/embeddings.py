@@ -93,26 +93,26 @@ def scaling_of(name: str, module: nn.Module) -> tuple[float | None, bool]:
 def _rounds_scale(module: nn.Embedding) -> bool | None:
     """Whether the factor is rounded first; None where rows are not what comes out, times the factor. By what the class
     does: a small one is asked."""
-    rows, ids, factor = torch.linspace(-1, 1, 24, dtype=torch.bfloat16).view(3, 8), torch.tensor([[2, 0]]), 1.7
+    given, factor = getattr(module, "embed_scale", None), 1.7
     small = copy.copy(module)
-    small._parameters, small._buffers = {**module._parameters, "weight": nn.Parameter(rows)}, dict(module._buffers)
     small.padding_idx = None
-    given = getattr(module, "embed_scale", None)
-    if isinstance(given, torch.Tensor):
-        small._buffers["embed_scale"] = torch.tensor(factor)
-    elif given is not None:
-        small.embed_scale = factor
-    else:
-        factor = 1.0
-    try:
-        with torch.device("cpu"), torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():
+        rows, ids = torch.linspace(-1, 1, 24, dtype=torch.bfloat16).view(3, 8), torch.tensor([[2, 0]])
+        small._parameters, small._buffers = {**module._parameters, "weight": nn.Parameter(rows)}, dict(module._buffers)
+        if isinstance(given, torch.Tensor):
+            small._buffers["embed_scale"] = torch.tensor(factor, dtype=torch.float32)
+        elif given is not None:
+            small.embed_scale = factor
+        else:
+            factor = 1.0
+        try:
             y = small.forward(ids)  # without hooks
-            rounded = torch.tensor(factor, dtype=rows.dtype)
-    except Exception:  # whatever a class makes of a module that is not whole
-        return None
+        except Exception:  # whatever a class makes of a module that is not whole
+            return None
+        expected = {False: rows[ids] * factor, True: rows[ids] * torch.tensor(factor, dtype=rows.dtype)}
     if not isinstance(y, torch.Tensor) or y.dtype != rows.dtype:
         return None
-    return next((r for r, by in ((False, factor), (True, rounded)) if torch.equal(y, rows[ids] * by)), None)
+    return next((rounds for rounds, rows in expected.items() if torch.equal(y, rows)), None)
 
 
 # ---- Tied LM heads ---------------------------------------------------------------------------------------------------
