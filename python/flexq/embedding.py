@@ -13,6 +13,31 @@ CONFIG = LayerConfig(weight_bits=8, scheme="channel", rotation="none")
 _SCALE_BYTES = 2
 
 
+def rows_of(planes: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tensor:
+    """Canonical planes uint8 [N, G, 8, 16] and scales float16 [N, 1] as rows of codes and a scale, uint8 [N, K + 2]."""
+    codes = ops.unpack_codes(planes.cpu())[:, :k]
+    return torch.cat([codes.view(torch.uint8), scales.cpu().view(torch.uint8)], dim=1).to(planes.device)
+
+
+def canonical_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `rows_of`, exact."""
+    codes, scales = rows[:, :-_SCALE_BYTES].view(torch.int8), rows[:, -_SCALE_BYTES:].contiguous().view(torch.float16)
+    codes = nn.functional.pad(codes, (0, -codes.shape[1] % ops.GROUP_SIZE))
+    return ops.pack_codes(codes, CONFIG.weight_bits), scales
+
+
+def dequantized_rows(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 [..., K + 2] -> [..., K], each code times the row's scale."""
+    codes, scales = rows[..., :-_SCALE_BYTES], rows[..., -_SCALE_BYTES:].contiguous()
+    return (codes.view(torch.int8) * scales.view(torch.float16).float()).to(dtype)
+
+
+def look_up(rows: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of rows uint8 [N, K + 2] those of ids [...], int32 or int64, dequantized: [..., K]. For ids that are no row, what
+    PyTorch has: IndexError on a CPU."""
+    return dequantized_rows(nn.functional.embedding(ids, rows), dtype)
+
+
 class Embedding(PackedModule):
     """y = W[ids], W [N, K] of 8-bit codes with a scale a row: y[k] = code[k] * scale, rounded to the weight's dtype.
 
@@ -60,24 +85,14 @@ class Embedding(PackedModule):
         return self
 
     def _to_packed(self, planes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        codes = ops.unpack_codes(planes.cpu())[:, : self.embedding_dim]
-        return torch.cat([codes.view(torch.uint8), scales.cpu().view(torch.uint8)], dim=1).to(planes.device)
+        return rows_of(planes, scales, self.embedding_dim)
 
     def _to_canonical(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = packed[:, : self.embedding_dim].view(torch.int8)
-        codes = nn.functional.pad(codes, (0, -self.embedding_dim % ops.GROUP_SIZE))
-        scales = packed[:, self.embedding_dim :].contiguous().view(torch.float16)
-        return ops.pack_codes(codes, self.config.weight_bits), scales
-
-    def _dequantized(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the packed weight, uint8 [..., K + 2] -> [..., K]."""
-        codes, scales = rows.split((self.embedding_dim, _SCALE_BYTES), dim=-1)
-        scales = scales.contiguous().view(torch.float16).float()
-        return (codes.view(torch.int8) * scales).to(dtype)
+        return canonical_of(packed)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [N, K] in floating point, not multiplied with `embed_scale`."""
-        return self._dequantized(self.packed(), dtype)
+        return dequantized_rows(self.packed(), dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -86,8 +101,7 @@ class Embedding(PackedModule):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...], int32 or int64 -> [..., K]. For ids that are no row, what PyTorch has: IndexError on a CPU."""
-        rows = nn.functional.embedding(ids, self.packed())
-        y = self._dequantized(rows, self.weight_dtype)
+        y = look_up(self.packed(), ids, self.weight_dtype)
         return y if self._factor is None else y * self._factor
 
     def _apply(self, fn, recurse=True):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "evaluate": ("quantize", "plan", "progress"),
     "planning": ("bench", "quantize", "embedding", "experts", "linear", "ops", "plan", "progress"),
     "checkpoint": ("quantize", "embedding", "experts", "linear", "execution", "ops", "plan", "progress"),
-    "integrations": ("checkpoint", "run", "quantize", "experts", "linear", "packed", "ops", "plan"),
+    "integrations": ("checkpoint", "run", "quantize", "embedding", "experts", "linear", "packed", "ops", "plan"),
     "cli": ("checkpoint", "planning", "evaluate", "bench", "run", "quantize", "execution", "plan", "_core"),
 }
 # Imported for what they register, by names of the importing and the imported module.
