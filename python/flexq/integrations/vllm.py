@@ -183,7 +183,7 @@ class FlexQVllmConfig(QuantizationConfig):
         if len(names) != 1:
             return None
         self._placed |= names
-        return EmbeddingMethod(*names)
+        return EmbeddingMethod(*names, _loads_sharded_state())
 
     def _embeddings(self) -> set[str]:
         """The plan's names that may be the embedding's and are no other layer's."""

@@ -26,10 +26,11 @@ class EmbeddingMethod(QuantizeMethodBase):
 
     Args:
         name: of the embedding in the checkpoint.
+        is_sharded_state: vLLM copies tensors into the parameters itself, and itself sees that none is missing.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, is_sharded_state: bool = False):
+        self.name, self.is_sharded_state = name, is_sharded_state
 
     def create_weights(
         self,
@@ -69,7 +70,7 @@ class EmbeddingMethod(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         missing = [tensor for tensor in _TENSORS if tensor not in layer.flexq_loaded]
-        if missing:
+        if missing and not self.is_sharded_state:
             raise ValueError(f"the checkpoint has no {self.name}.{missing[0]}")
         planes, scales = layer.qweight.data, layer.scales.data
         ops.check_scales(scales)
