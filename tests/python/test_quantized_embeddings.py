@@ -20,7 +20,7 @@ from flexq.quantize.layers import input_embeddings, linear_bytes, shared_copy
 from flexq.quantize.report import coverage
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 PLAN = flexq.Plan.uniform(embeddings=8)
 IDS = torch.arange(3, 19).view(2, 8)
@@ -219,6 +219,19 @@ class Normed(nn.Embedding):
         return nn.functional.layer_norm(super().forward(ids), (self.embedding_dim,))
 
 
+class Decoupled(nn.Embedding):
+    """Ids from 8 on are another embedding's."""
+
+    def __init__(self):
+        super().__init__(8, 4)
+        self.more = nn.Embedding(2, 4)
+
+    def forward(self, ids):
+        return torch.where(
+            (ids < 8).unsqueeze(-1), super().forward(ids.clamp(max=7)), self.more((ids - 8).clamp(min=0))
+        )
+
+
 class Scaled(nn.Embedding):
     embed_scale = 3.0
 
@@ -235,6 +248,7 @@ class Renamed(nn.Embedding):
     [
         (nn.Embedding(8, 4, max_norm=1.0), r"its lookups change it \(max_norm 1.0\)"),
         (Normed(8, 4), "Normed does more than look up rows and multiply them with embed_scale"),
+        (Decoupled(), "Decoupled does more than look up rows"),
         (nn.Linear(4, 8), "it must be an nn.Embedding, got Linear"),
         (flexq.Embedding(8, 4), "embedding e is quantized already"),
     ],
@@ -275,6 +289,30 @@ def test_a_checkpoint_whose_embedding_is_another():
             insert_layers(llama(False), flexq.Plan(layers={NAME: config}, embeddings=8))
     with pytest.raises(ValueError, match=f"plan names layer '{NAME}', which is a Embedding"):
         insert_layers(llama(False), flexq.Plan(layers={NAME: CONFIG}))
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_other_classes_load_it(tied, tmp_path):
+    """The base model, and one with another head."""
+    model = flexq.quantize_model(llama(tied), PLAN)
+    flexq.save_model(model, tmp_path / "out")
+    expected = model.model(IDS).last_hidden_state
+    base = AutoModel.from_pretrained(tmp_path / "out")
+    assert type(base.embed_tokens) is flexq.Embedding and torch.equal(base(IDS).last_hidden_state, expected)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3)
+    assert torch.equal(classifier.model(IDS).last_hidden_state, expected)
+
+
+def test_fused_and_trained_beside():
+    """Fusing sees the embedding, and gradients pass to what comes after it."""
+    model = flexq.quantize_model(llama(True), PLAN)
+    before = model(IDS).logits
+    assert flexq.fuse_model(model).merged and torch.equal(model(IDS).logits, before)
+    flexq.unfuse_model(model)
+    model.enable_input_require_grads()
+    norm = model.model.layers[0].input_layernorm.weight
+    model(IDS).logits.sum().backward()
+    assert norm.grad is not None and norm.grad.norm() > 0
 
 
 def test_older_checkpoints_load_as_before(tmp_path):

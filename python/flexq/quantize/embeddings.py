@@ -81,7 +81,8 @@ def scaling_of(name: str, module: nn.Module) -> tuple[float | None, bool]:
     factor = getattr(module, "scalar_embed_scale", given)
     if isinstance(factor, torch.Tensor):
         factor = None if factor.is_meta or factor.numel() != 1 else factor.item()
-    rounds = _rounds_scale(module) if given is None or factor is not None else None
+    is_alone = [own for own, _ in module.named_parameters()] == ["weight"]
+    rounds = _rounds_scale(module) if is_alone and (given is None or factor is not None) else None
     if rounds is None:
         raise ValueError(
             f"embedding {name} cannot be quantized: {kind.__name__} does more than look up rows and multiply them with "
