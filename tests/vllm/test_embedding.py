@@ -1,5 +1,7 @@
 """Checkpoints whose token embedding is quantized, in vLLM."""
 
+import shutil
+
 import flexq
 import pytest
 from engines import assert_same, engine, greedy, random_model, shut
@@ -31,6 +33,28 @@ def test_serves_it(random_float, tmp_path, kind, size, kept, monkeypatch):
     finally:
         shut(llm)
     assert_same(tmp_path / "model", [tokenizer(prompt).input_ids for prompt in PROMPTS[:3]], results)
+
+
+def test_sharded_state(random_float, tmp_path):
+    """What each device holds, written and read again."""
+    tokenizer = AutoTokenizer.from_pretrained(random_float)
+    folder, state = tmp_path / "model", tmp_path / "state"
+    state.mkdir()
+    flexq.save_model(flexq.quantize_model(random_model("llama", len(tokenizer)), PLAN), folder, tokenizer)
+    llm = engine(folder)
+    try:
+        expected = greedy(llm, PROMPTS[:2])
+        llm.llm_engine.engine_core.save_sharded_state(str(state))
+    finally:
+        shut(llm)
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, state)
+    llm = engine(state, load_format="sharded_state")
+    try:
+        assert greedy(llm, PROMPTS[:2]) == expected
+    finally:
+        shut(llm)
 
 
 def _is_quantized(model) -> bool:

@@ -70,13 +70,11 @@ class FlexQVllmConfig(QuantizationConfig):
         self._of_checkpoint: dict[str, str] = {}  # its names of the plan's layers, where vLLM's are others
         self._placed: set[str] = set()  # of the plan's layers, those that the model has
         self._are_all_placed = False
-        if self.plan.embeddings is not None:
-            if not self.is_checkpoint:
-                raise ValueError(
-                    "embeddings are not quantized while vLLM loads a checkpoint in floating point: leave them out of "
-                    "the plan, or serve what `flexq quantize --embeddings` writes"
-                )
-            have_vllm_dequantize()
+        if self.plan.embeddings is not None and not self.is_checkpoint:
+            raise ValueError(
+                "embeddings are not quantized while vLLM loads a checkpoint in floating point: leave them out of the "
+                "plan, or serve what `flexq quantize --embeddings` writes"
+            )
 
     @classmethod
     def get_name(cls) -> str:
@@ -151,6 +149,8 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         add_fusion_pass()
+        if self.plan.embeddings is not None:
+            have_vllm_dequantize()
         if isinstance(layer, ParallelLMHead):
             config = self.plan.layers.get(prefix)
             self._placed.add(prefix)
