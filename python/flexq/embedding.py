@@ -11,16 +11,27 @@ from flexq.plan import LayerConfig
 # back at each lookup.
 CONFIG = LayerConfig(weight_bits=8, scheme="channel", rotation="none")
 _SCALE_BYTES = 2
+_DTYPES = (torch.uint8, torch.float16)
 
 
 def rows_of(planes: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tensor:
-    """Canonical planes uint8 [N, G, 8, 16] and scales float16 [N, 1] as rows of codes and a scale, uint8 [N, K + 2]."""
+    """Canonical planes uint8 [N, G, 8, 16] and scales float16 [N, 1] as rows of codes and a scale, uint8 [N, K + 2].
+
+    Raises:
+        ValueError: other shapes or dtypes.
+    """
+    shapes = (len(planes), ops.num_groups(k), CONFIG.weight_bits, 16), (len(planes), 1)
+    if (tuple(planes.shape), tuple(scales.shape)) != shapes or (planes.dtype, scales.dtype) != _DTYPES:
+        raise ValueError(
+            f"planes must be uint8 {list(shapes[0])} and scales float16 {list(shapes[1])} for K = {k}, got "
+            f"{planes.dtype} {list(planes.shape)} and {scales.dtype} {list(scales.shape)}"
+        )
     codes = ops.unpack_codes(planes.cpu())[:, :k]
     return torch.cat([codes.view(torch.uint8), scales.cpu().view(torch.uint8)], dim=1).to(planes.device)
 
 
 def canonical_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `rows_of`, exact."""
+    """The inverse of `rows_of`, exact; codes that pad K to whole groups are 0."""
     codes, scales = rows[:, :-_SCALE_BYTES].view(torch.int8), rows[:, -_SCALE_BYTES:].contiguous().view(torch.float16)
     codes = nn.functional.pad(codes, (0, -codes.shape[1] % ops.GROUP_SIZE))
     return ops.pack_codes(codes, CONFIG.weight_bits), scales

@@ -125,6 +125,13 @@ def test_scales_that_are_none():
         flexq.Embedding(17, 100).set_canonical(planes, scales).prepack()
 
 
+@pytest.mark.parametrize(("scheme", "bits", "k"), [("channel", 6, 100), ("group", 8, 200), ("channel", 8, 200)])
+def test_refuses_other_weights(scheme, bits, k):
+    canonical = flexq.quantize_weight(torch.randn(17, k), scheme, "none", bits)
+    with pytest.raises(ValueError, match=r"planes must be uint8 \[17, 1, 8, 16\] and scales float16 \[17, 1\]"):
+        flexq.Embedding(17, 100).set_canonical(*canonical).prepack()
+
+
 def test_rows_of_zeros():
     zeros = torch.zeros(3, 64)
     zeros[1, 5] = 2.0
