@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flexq.checkpoint.read import load_model
     from flexq.checkpoint.source import CheckpointError, ModelError
     from flexq.checkpoint.write import save_model
+    from flexq.embedding import Embedding
     from flexq.integrations.transformers import FlexQConfig
     from flexq.linear import Linear
     from flexq.ops import (
@@ -42,6 +43,7 @@ _HOMES = {
     "flexq.checkpoint.read": ("load_model",),
     "flexq.checkpoint.source": ("CheckpointError", "ModelError"),
     "flexq.checkpoint.write": ("save_model",),
+    "flexq.embedding": ("Embedding",),
     "flexq.integrations.transformers": ("FlexQConfig",),
     "flexq.linear": ("Linear",),
     "flexq.ops": (
@@ -68,6 +70,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CheckpointError",
+    "Embedding",
     "FlexQConfig",
     "Generation",
     "LayerConfig",

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from flexq import ops
-from flexq.packed import PackedModule
+from flexq.packed import DequantizedWeight, PackedModule
 from flexq.plan import LayerConfig
 
 
@@ -96,8 +96,7 @@ class Linear(PackedModule):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Stands for the weight [N, K] where code looks at `linear.weight`: its shape, dtype and device cost nothing,
-        anything else dequantizes it. Cannot be written to."""
+        """Stands for the weight [N, K] where code looks at `linear.weight`."""
         return DequantizedWeight(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,33 +130,3 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return gradient @ ctx.layer.dequantize(gradient.dtype), None
-
-
-class DequantizedWeight(torch.Tensor):
-    """A `flexq.Linear`'s weight as a tensor that is not there: each operation on it dequantizes the layer first."""
-
-    _is_hf_initialized = True  # transformers initializes the weights of modules that a checkpoint left out
-
-    @staticmethod
-    def __new__(cls, layer: Linear):
-        shape = (layer.out_features, layer.in_features)
-        return cls._make_wrapper_subclass(cls, shape, dtype=layer.weight_dtype, device=layer.device)
-
-    def __init__(self, layer: Linear):
-        self._layer = layer
-
-    def __repr__(self, *, tensor_contents=None) -> str:
-        return f"DequantizedWeight({list(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return args[0]
-        if function._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError("the weight of a flexq.Linear cannot be written to; quantize another one")
-
-        def real(value):
-            return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value
-
-        args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
-        return function(*args, **kwargs)

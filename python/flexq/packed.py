@@ -203,3 +203,39 @@ class PackedModule(nn.Module):
         super().__setstate__(state)
         if prepacked:
             self.prepack()
+
+
+class DequantizedWeight(torch.Tensor):
+    """A module's weight [N, K] as a tensor that is not there: shape, dtype and device cost nothing, any operation on it
+    dequantizes the module first. It cannot be written to.
+
+    Args:
+        layer: a `PackedModule` of two dimensions with `dequantize(dtype)`.
+    """
+
+    _is_hf_initialized = True  # transformers initializes the weights of modules that a checkpoint left out
+
+    @staticmethod
+    def __new__(cls, layer: PackedModule):
+        shape = (layer.out_features, layer.in_features)
+        return cls._make_wrapper_subclass(cls, shape, dtype=layer.weight_dtype, device=layer.device)
+
+    def __init__(self, layer: PackedModule):
+        self._layer = layer
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"DequantizedWeight({list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        if function._schema.is_mutable and isinstance(args[0], cls):
+            kind = type(args[0]._layer).__name__
+            raise RuntimeError(f"the weight of a flexq.{kind} cannot be written to; quantize another one")
+
+        def real(value):
+            return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value
+
+        args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
+        return function(*args, **kwargs)

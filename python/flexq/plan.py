@@ -17,6 +17,7 @@ _CHOICES = {
     "rotation": ("none", "hadamard128"),
     "weight_bits": (4, 5, 6, 8),
 }
+EMBEDDING_BITS = (8,)
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,23 @@ class Plan:
         layers: layer name, or pattern as in `fnmatch` ("*.down_proj"), to its settings, or None to leave it as it is.
             An exact name goes before patterns, an earlier pattern before a later one.
         produced_by: free-form record of how the plan came about.
+        embeddings: bits of the token embedding, 8, or None to leave it as it is. An LM head that is tied to it is then
+            quantized too: as `layers` says, else with 8-bit weights and activations in scheme "channel".
     """
 
     defaults: LayerConfig = field(default_factory=LayerConfig)
     layers: dict[str, LayerConfig | None] = field(default_factory=dict)
     produced_by: dict[str, Any] = field(default_factory=dict)
+    embeddings: int | None = None
+
+    def __post_init__(self):
+        if self.embeddings is not None and (type(self.embeddings) is not int or self.embeddings not in EMBEDDING_BITS):
+            raise ValueError(f"embeddings must be 8, or none to leave them as they are, got {self.embeddings!r}")
 
     @classmethod
-    def uniform(cls, **settings: Any) -> "Plan":
+    def uniform(cls, embeddings: int | None = None, **settings: Any) -> "Plan":
         """The same `LayerConfig` settings for every layer."""
-        return cls(_layer_config("plan", settings, LayerConfig()), produced_by={"recipe": "uniform"})
+        return cls(_layer_config("plan", settings, LayerConfig()), {}, {"recipe": "uniform"}, embeddings)
 
     @classmethod
     def named(cls, name: str) -> "Plan":
@@ -148,6 +156,7 @@ class Plan:
             "format": FORMAT,
             "version": VERSION,
             "defaults": default,
+            **({} if self.embeddings is None else {"embeddings": self.embeddings}),
             "layers": {
                 name: None if config is None else {k: v for k, v in asdict(config).items() if v != default[k]}
                 for name, config in self.layers.items()
@@ -161,7 +170,7 @@ class Plan:
             raise ValueError(f'not a plan: "format" must be {FORMAT!r}')
         if data.get("version") != VERSION:
             raise ValueError(f"plan version must be {VERSION}, got {data.get('version')!r}")
-        unknown = sorted(set(data) - {"format", "version", "defaults", "layers", "produced_by"})
+        unknown = sorted(set(data) - {"format", "version", *(f.name for f in fields(cls))})
         if unknown:
             raise ValueError(f"plan: unknown field {unknown[0]!r}")
         defaults = _layer_config("plan defaults", data.get("defaults", {}), LayerConfig())
@@ -176,6 +185,7 @@ class Plan:
                 for name, settings in layers.items()
             },
             dict(produced_by),
+            data.get("embeddings"),
         )
 
     def fingerprint(self) -> str:

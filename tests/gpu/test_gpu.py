@@ -60,6 +60,26 @@ def test_moves_without_loss():
     assert all(torch.equal(state[name].cpu(), expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize(("n", "k"), ((1, 64), (17, 100), (300, 576)))
+def test_an_embedding_equals_the_cpus(n, k, dtype):
+    torch.manual_seed(0)
+    canonical = flexq.quantize_weight(torch.randn(n, k), "channel", "none", 8)
+    cpu = flexq.Embedding(n, k, embed_scale=3.3, rounds_scale=True, dtype=dtype).set_canonical(*canonical).prepack()
+    gpu = copy.deepcopy(cpu).cuda()
+    ids = torch.randint(0, n, (3, 7))
+    on_gpu = ids.cuda()
+    assert torch.equal(gpu(on_gpu).cpu(), cpu(ids)) and torch.equal(gpu.dequantize().cpu(), cpu.dequantize())
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(gpu.canonical(), canonical, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gpu(on_gpu)
+    other = torch.randint(0, n, (3, 7))
+    on_gpu.copy_(other)
+    graph.replay()
+    assert torch.equal(y.cpu(), cpu(other))
+
+
 def test_captured_in_a_graph():
     _, gpu = layer()
     static = torch.randn(4, 576, device="cuda", dtype=torch.bfloat16)

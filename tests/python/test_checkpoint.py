@@ -157,7 +157,7 @@ def test_configs_from_elsewhere_are_refused(saved):
     folder = saved[1]
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"format_version": 2}, "FlexQ format version 2; this FlexQ reads 1"),
+        ({"format_version": 3}, "FlexQ format version 3; this FlexQ reads 1 and 2"),
         ({"plan": {"format": "other"}}, "not a plan"),
     ):
         broken = folder.parent / "broken"

@@ -81,3 +81,34 @@ def test_what_does_not_go_together(model, text, tmp_path, arguments, message):  
     arguments = [text if a == "TEXT" else a for a in arguments]
     code, _, errors = run("quantize", model, "-o", tmp_path / "out", *arguments)
     assert code == 2 and message in errors
+
+
+def test_embeddings(model, text, tmp_path):  # noqa: F811
+    """Of a model whose LM head is tied to them."""
+    out = tmp_path / "out"
+    code, printed, errors = run("quantize", model, "-o", out, "--embeddings", "8", "--json")
+    sizes = json.loads(printed)["bytes_by_part"]
+    assert code == 0 and sizes["embeddings"] == 128 * (128 + 2) and sizes["head"] == 0, errors
+    code, printed, errors = run("info", out, "--json")
+    layers = json.loads(printed)["layers"]
+    assert code == 0 and layers["embedding, 8 bits"] == layers["W8A8, scheme channel, rotation hadamard128"] == 1, (
+        errors
+    )
+    evaluation = ["--text", text, "--window-length", "32", "--windows", "2", "--json"]
+    code, printed, errors = run("eval", out, *evaluation)
+    assert code == 0 and 0 < json.loads(printed)["results"][-1]["kl"] < 0.1, errors
+    calibration = [*options_of(text), "--embeddings", "8"]
+    for folder, options in (("memory", ()), ("files", ("--low-memory",))):
+        code, _, errors = run("quantize", model, "-o", tmp_path / folder, *calibration, *options)
+        assert code == 0 and produced_by(tmp_path / folder)["recipe"] == "best", errors
+    files = [tmp_path / folder / "model.safetensors" for folder in ("memory", "files")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    size = 0.9e-9 * json.loads(run("info", tmp_path / "memory", "--json")[1])["bytes"]
+    code, printed, errors = run("quantize", model, "-o", tmp_path / "small", *calibration, "--size", size)
+    assert code == 0 and sum(json.loads(printed)["bytes_by_part"].values()) <= 1e9 * size, errors
+
+
+def test_embeddings_without_their_head(model, text, tmp_path):  # noqa: F811
+    calibration = [*options_of(text), "--embeddings", "8", "--head-bits", "float"]
+    code, _, errors = run("quantize", model, "-o", tmp_path / "out", *calibration)
+    assert code == 1 and "model.embed_tokens and lm_head share a weight" in errors and not (tmp_path / "out").exists()

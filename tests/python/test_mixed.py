@@ -182,7 +182,7 @@ def test_a_number_of_bytes(reference, mixed):
     assert stored == chosen.price <= 0.75 * sum(x.bytes[8] for x in mixed.ranking)
     every = sum(p.numel() * p.element_size() for p in reference.parameters())
     weights = sum(x.num_weights for x in quantized_layers(model).values())
-    assert bytes_beside(reference, mixed.resolved) == every - 4 * weights
+    assert bytes_beside(reference, mixed.plan, mixed.resolved) == every - 4 * weights
 
 
 def test_a_target(reference, mixed):

@@ -10,7 +10,7 @@ import flexq
 import pytest
 import torch
 from conftest import character_tokenizer, tiny_config
-from flexq.linear import DequantizedWeight
+from flexq.packed import DequantizedWeight
 from flexq.quantize.layers import is_linear, linear_layers
 from flexq.quantize.report import coverage
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline

@@ -94,15 +94,18 @@ def model_bytes(model: nn.Module) -> ModelBytes:
         outermost = (m for name, m in quantized.items() if f"{name}.".startswith(root) and not name.startswith(inside))
         return sum(own.values()) + sum(m.weight_bytes for m in outermost)
 
-    tied = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    own = next(name for name, m in model.named_modules() if m is embedding)
     is_read = any(
-        p is tied for name, p in model.named_parameters(remove_duplicate=False) if name.startswith("lm_head.")
+        p is embedding.weight
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name.startswith("lm_head.")
     )
     experts = [f"{name}." for name, _ in model.named_modules() if name.endswith(".experts")]
     config = model.config
     return ModelBytes(
         total=size_of(""),
-        embeddings=0 if is_read else tied.numel() * tied.element_size(),
+        embeddings=0 if is_read else size_of(f"{own}."),
         experts=sum(size_of(name) for name in experts),
         chosen=config.num_experts_per_tok / config.num_experts if experts else 1.0,
     )

@@ -18,6 +18,7 @@ from flexq.experts import ExpertWeights
 from flexq.plan import DEFAULT_RECIPE, Plan
 from flexq.progress import Progress
 from flexq.quantize.calibrate import calibrate_placed
+from flexq.quantize.embeddings import add_embedding, embedding_name, quantize_embedding
 from flexq.quantize.equalize import equalize_placed
 from flexq.quantize.finished import finished_tensors
 from flexq.quantize.group import Group
@@ -118,7 +119,8 @@ def calibrate_offloaded(
 ) -> Conversion:
     """`calibrate_checkpoint` of what `open_offloaded` has opened, with all that can be said of it; `made` goes into the
     plan's `produced_by`."""
-    resolved = resolve_plan(model, plan, include, skip)
+    plan = Plan.of(plan)
+    resolved, embedding = resolve_plan(model, plan, include, skip), embedding_name(model, plan)
     with _finished_blocks(Path(folder), resume, group) as finished, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller says it
         with weights_where_they_are_read(model):
@@ -126,7 +128,12 @@ def calibrate_offloaded(
                 offloaded, model, windows, resolved, progress, resume=resume, weigh_tokens=weigh_tokens, keep=finished,
                 group=group,
             )  # fmt: skip
-        finish_quantized(model, Plan.of(plan), **record, source=source.name, **made)
+        if embedding is not None:
+            weight = offloaded.read([f"{embedding}.weight"])[f"{embedding}.weight"]
+            add_embedding(
+                model, embedding, *quantize_embedding(embedding, model.get_submodule(embedding), weight), record
+            )
+        finish_quantized(model, plan, **record, source=source.name, **made)
         sizes = None
         if group.rank == 0:
             reader = _Result(model, offloaded, finished)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flexq import ops
 from flexq.checkpoint.folder import new_folder, require_free
@@ -34,9 +35,11 @@ from flexq.checkpoint.write import (
     write_config,
     write_model,
 )
+from flexq.embedding import CONFIG
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
-from flexq.quantize.experts import PROJECTIONS, kind_of, round_experts, whole_of
+from flexq.quantize.embeddings import embedding_name
+from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
 from flexq.quantize.layers import (
     input_embeddings,
     left_alone,
@@ -120,19 +123,20 @@ def convert(
         return _convert_loaded(source, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded, dtype)
     config = load_config(source)
     model = skeleton(source, config)
-    resolved = resolve_plan(model, plan, include, skip)
+    given = Plan.of(plan)
+    resolved, embedding = resolve_plan(model, given, include, skip), embedding_name(model, given)
+    every = resolved if embedding is None else {**resolved, embedding: CONFIG}
     weights = Weights.of(source.folder)
     tensors = list(weights.tensors())
     targets = targets_of(model, [name for _, name in tensors])
-    if any(t is not None and _is_interwoven(t, resolved) for t in targets.values()):
+    if any(t is not None and _is_interwoven(t, every) for t in targets.values()):
         # transformers makes a layer's weight of several tensors, or several layers' experts of the same ones.
         return _convert_loaded(source, folder, plan, include, skip, shard_bytes, overwrite, progress, None, dtype)
-    given = Plan.of(plan)
-    every: dict[str, LayerConfig | None] = {**resolved, **{n: None for n in left_alone(model) if n not in resolved}}
-    record = Plan(given.defaults, every, {**given.produced_by, "source": source.name})
+    named: dict[str, LayerConfig | None] = {**every, **{n: None for n in left_alone(model) if n not in every}}
+    record = Plan(given.defaults, named, {**given.produced_by, "source": source.name}, given.embeddings)
     with new_folder(folder, overwrite, source.folder) as aside:
         writer = ShardWriter(aside, shard_bytes, record.fingerprint(), dtype)
-        work = _TensorByTensor(source, model, resolved, writer, tensors, targets)
+        work = _TensorByTensor(source, model, every, writer, tensors, targets)
         for file, name in progress(tensors) if progress else tensors:
             work.take(file, name)
         work.finish(tensors)
@@ -142,7 +146,7 @@ def convert(
         write_config(aside, model.config, record, dtype, work.dtype)
         copy_companions(source.folder, aside)
     sizes = writer.sizes_by_part(name_of(model, input_embeddings(model)), name_of(model, output_embeddings(model)))
-    return Conversion(record, coverage(model, resolved), sizes, work.left_out)
+    return Conversion(record, coverage(model, every), sizes, work.left_out)
 
 
 def _layer_of(target: Target) -> str:
@@ -150,7 +154,7 @@ def _layer_of(target: Target) -> str:
 
 
 def _is_layer(target: Target | None, resolved) -> bool:
-    """Whether it is the weight of a linear layer to be quantized."""
+    """Whether it is the weight of a linear layer, or of an embedding, to be quantized."""
     return target is not None and target.name.endswith(".weight") and _layer_of(target) in resolved
 
 
@@ -241,15 +245,16 @@ class _TensorByTensor:
         self.done |= {layer, *self.shared.get(layer, ())}
 
     def finish(self, tensors: list[tuple[Path, str]]) -> None:
-        """What has no tensor of its own: an LM head that is tied to the embeddings."""
+        """What has no tensor of its own: an LM head that is tied to the embeddings, whose bias may be tied too."""
         head = lm_head_name(self.model)
         if head in self.resolved:
-            if head not in self.done:
-                embeddings = f"{name_of(self.model, input_embeddings(self.model))}.weight"
-                for file, name in tensors:
-                    target = self.targets[name]
-                    if target is not None and target.name == embeddings:
-                        self._quantize(head, head, read_tensor(file, name))
+            files = {target.name: (file, name) for file, name in tensors if (target := self.targets[name]) is not None}
+            embeddings = f"{name_of(self.model, input_embeddings(self.model))}.weight"
+            if head not in self.done and embeddings in files:
+                self._quantize(head, head, read_tensor(*files[embeddings]))
+            bias = (getattr(self.model, "all_tied_weights_keys", None) or {}).get(f"{head}.bias")
+            if f"{head}.bias" not in files and bias in files:
+                self.writer.add(f"{head}.bias", read_tensor(*files[bias]))
             untie_lm_head(self.model)
         left = [layer for layer in self.resolved if layer not in self.done]
         if left:
@@ -257,9 +262,11 @@ class _TensorByTensor:
 
 
 def _shared_names(model, resolved) -> dict[str, list[str]]:
-    """Layers that stand at several names, which files hold once."""
+    """Layers that stand at several names, which files hold once. An LM head is not what its embedding is."""
     by_weight: dict[int, list[str]] = {}
     for name in resolved:
+        if isinstance(module_of(model, name), nn.Embedding):
+            continue
         by_weight.setdefault(id(weight_at(model, name)), []).append(name)
     return {name: names for names in by_weight.values() if len(names) > 1 for name in names}
 

@@ -4,30 +4,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from flexq.checkpoint.keys import is_own_class
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, one_line, quantization_of, read_json
+from flexq.embedding import CONFIG
 from flexq.linear import Linear
 from flexq.plan import LayerConfig, Plan
+from flexq.quantize.embeddings import empty_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, whole_of
 from flexq.quantize.layers import as_linear, is_linear, replace_module
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint."""
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "plan": plan.to_dict()}
+    return {"quant_method": QUANT_METHOD, "format_version": _version_of(plan), "plan": plan.to_dict()}
+
+
+def _version_of(plan: Plan) -> int:
+    """The first version of the format that has what the plan does."""
+    return 1 if plan.embeddings is None else 2
 
 
 def plan_of_settings(settings: Mapping[str, Any]) -> Plan:
     """The plan in a checkpoint's `quantization_config`. ValueError for another version, or a plan that is no object."""
     version = settings.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(f"this checkpoint has FlexQ format version {version!r}; this FlexQ reads {FORMAT_VERSION}")
+    if type(version) is not int or version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise ValueError(f"this checkpoint has FlexQ format version {version!r}; this FlexQ reads {known}")
     plan = settings.get("plan")
     if not isinstance(plan, Mapping):
         raise ValueError(f"a checkpoint's plan must be an object that names every layer, got {plan!r:.60}")
-    return Plan.from_dict(plan)
+    plan = Plan.from_dict(plan)
+    if _version_of(plan) > version:
+        raise ValueError(f"this checkpoint has FlexQ format version {version}, which has no quantized embeddings")
+    return plan
 
 
 def read_plan(folder: str | Path) -> Plan:
@@ -44,7 +57,7 @@ def read_plan(folder: str | Path) -> Plan:
 
 
 def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
-    """Replace the layers that a checkpoint's plan names by empty `flexq.Linear`, and `Experts`, on the meta device.
+    """Replace what a checkpoint's plan names by empty `flexq.Linear`, `Embedding` and `Experts`, on the meta device.
 
     A base model loads a checkpoint of a model with a head, and the other way round.
 
@@ -73,6 +86,13 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
         inserted[own_name] = config
         if kind_of(module) is not None:
             experts[own_name] = config
+            continue
+        if plan.embeddings is not None and isinstance(module, nn.Embedding):
+            if config != CONFIG:
+                raise ValueError(
+                    f"the checkpoint's plan has embedding {name!r} as {config}, and only {CONFIG} is known"
+                )
+            replace_module(model, own_name, empty_embedding(own_name, module))
             continue
         if not is_linear(module):
             raise ValueError(f"the checkpoint's plan names layer {name!r}, which is a {type(module).__name__}")

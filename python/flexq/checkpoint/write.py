@@ -29,7 +29,7 @@ class Sizes:
 
     Args:
         linear: quantized layers, scales included.
-        embeddings: of tokens; the LM head's too where the two are tied.
+        embeddings: of tokens, quantized or not; the LM head's too where the two are tied.
         head: the LM head.
         other: norms, biases, and layers that are not quantized.
     """
@@ -120,10 +120,10 @@ class ShardWriter:
         sizes = Sizes()
         for name, size in self.sizes.items():
             module = name.rpartition(".")[0]
-            if name.endswith((".qweight", ".scales")):
-                part = "linear"
-            elif embeddings and (embeddings.endswith(module) or module.endswith(embeddings)):
+            if embeddings and (embeddings.endswith(module) or module.endswith(embeddings)):
                 part = "embeddings"
+            elif name.endswith((".qweight", ".scales")):
+                part = "linear"
             elif head and (head.endswith(module) or module.endswith(head)):
                 part = "head"
             else:

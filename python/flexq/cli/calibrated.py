@@ -187,8 +187,10 @@ def _recipe(args: argparse.Namespace) -> str:
 def _with_head(args: argparse.Namespace, model, plan):
     from flexq.planning.mixed import HEAD_BITS, with_head
 
-    bits = args.head_bits or (str(HEAD_BITS) if args.best else "float")
-    return plan if bits == "float" else with_head(model, plan, int(bits))
+    bits = args.head_bits or (str(HEAD_BITS) if args.best else None)
+    if bits is None:
+        return plan
+    return with_head(model, plan, None if bits == "float" else int(bits))
 
 
 def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, probes, calibrate: Callable[..., Any]):
@@ -214,7 +216,7 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
         model, reached = mixed.for_target(args.target_kl, calibrate, divergence)
     else:
         if args.size is not None:
-            beside = bytes_beside(floats, mixed.resolved, _stored_dtype(args, source)) + mixed.fixed_bytes
+            beside = bytes_beside(floats, mixed.plan, mixed.resolved, _stored_dtype(args, source)) + mixed.fixed_bytes
             chosen = mixed.at_bytes(1e9 * args.size - beside)
             how = {"size": args.size}
         else:

@@ -113,17 +113,23 @@ def _checkpoint(args: argparse.Namespace, source) -> dict[str, Any]:
     from flexq.checkpoint.layers import insert_layers, read_plan
     from flexq.checkpoint.source import load_config, skeleton
     from flexq.checkpoint.verify import verify
+    from flexq.checkpoint.write import name_of
+    from flexq.quantize.layers import input_embeddings
     from flexq.quantize.report import coverage
 
     verified = verify(source.folder)
     plan = read_plan(source.folder)
     model = skeleton(source, load_config(source))
     insert_layers(model, plan)
+    embedding = name_of(model, input_embeddings(model))
     formats: dict[str, int] = {}
-    for c in plan.layers.values():
-        bits = (
-            "unquantized" if c is None else f"W{c.weight_bits}A{c.act_bits}, scheme {c.scheme}, rotation {c.rotation}"
-        )
+    for name, c in plan.layers.items():
+        if c is None:
+            bits = "unquantized"
+        elif plan.embeddings is not None and name == embedding:
+            bits = f"embedding, {c.weight_bits} bits"
+        else:
+            bits = f"W{c.weight_bits}A{c.act_bits}, scheme {c.scheme}, rotation {c.rotation}"
         formats[bits] = formats.get(bits, 0) + 1
     found = coverage(model)
     result = {

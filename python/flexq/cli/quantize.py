@@ -1,6 +1,7 @@
 """`flexq quantize`: a model into a folder that transformers and vLLM load."""
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--equalize", type=share, metavar="ALPHA", help="scale inputs channel by channel first (best: 0.25)")
     head_help = "weight bits of the LM head, or 'float' (best: 8)"
     p.add_argument("--head-bits", choices=("4", "5", "6", "8", "float"), help=head_help)
+    embeddings_help = "bits of the token embedding, and of an LM head that is tied to it (default: left as it is)"
+    p.add_argument("--embeddings", type=int, choices=(8,), help=embeddings_help)
     p.add_argument("--estimate", action="store_true", help="rank layers for these by an estimate, not by measuring")
     of_help = "what --budget, --bits and --weights --target-kl count (default: parameters); time is measured"
     p.add_argument("--budget-of", choices=("parameters", "time"), default="parameters", help=of_help)
@@ -65,7 +68,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace):
-    """--plan, or the plan that --act-bits, --weight-bits, --scheme and --rotation make."""
+    """--plan, or the plan that --act-bits, --weight-bits, --scheme and --rotation make; with --embeddings."""
+    plan = _plan_of_layers(args)
+    return plan if args.embeddings is None else dataclasses.replace(plan, embeddings=args.embeddings)
+
+
+def _plan_of_layers(args: argparse.Namespace):
     from flexq.plan import DEFAULT_RECIPE, Plan
 
     settings = {name: getattr(args, name) for name in ("act_bits", "weight_bits", "scheme", "rotation")}

@@ -15,12 +15,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
 from flexq.checkpoint.keys import compare, keep_experts_whole, read_experts_whole, shapes_of
-from flexq.checkpoint.layers import FORMAT_VERSION, insert_layers, plan_of_settings, settings_of
+from flexq.checkpoint.layers import insert_layers, plan_of_settings, settings_of
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
-from flexq.experts import Experts, ExpertWeights
+from flexq.experts import Experts
 from flexq.linear import Linear
+from flexq.packed import PackedModule
 from flexq.plan import DEFAULT_RECIPE, Plan
+from flexq.quantize.embeddings import embedding_name, quantize_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
 from flexq.quantize.layers import as_linear, lm_head_name, replace_module, weight_of
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
@@ -34,7 +36,6 @@ class FlexQConfig(QuantizationConfigMixin):
         plan: a `flexq.Plan`, a recipe's name ("w6a8", "w6a6", ...), a plan's JSON file or object.
         include: patterns as in `fnmatch`; if given, only layers that match one are quantized.
         skip: patterns of layers to leave in floating point.
-        format_version: of a checkpoint's tensors, 1.
     """
 
     def __init__(
@@ -42,15 +43,9 @@ class FlexQConfig(QuantizationConfigMixin):
         plan: Plan | str | Path | dict[str, Any] = DEFAULT_RECIPE,
         include: Sequence[str] | None = None,
         skip: Sequence[str] = (),
-        format_version: int = FORMAT_VERSION,
         **kwargs,
     ):
         self.quant_method = QUANT_METHOD
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"this checkpoint has FlexQ format version {format_version}; this FlexQ reads {FORMAT_VERSION}"
-            )
-        self.format_version = format_version
         self.plan = Plan.of(plan)
         self.include = None if include is None else list(include)
         self.skip = list(skip)
@@ -112,6 +107,7 @@ class FlexQHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             self.layers = resolve_plan(model, config.plan, config.include, config.skip)
+            self.embedding = embedding_name(model, config.plan)
             self.vanished = 0
             self.read: dict[str, dict[str, Any]] = {}  # of experts, what has been read so far
             return model
@@ -198,6 +194,11 @@ class FlexQHfQuantizer(HfQuantizer):
         missing = [name for name in self.layers if not isinstance(module_of(model, name), (Linear, Experts))]
         if missing:
             raise ValueError(f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more)")
+        if self.embedding is not None:  # the last: until here the LM head may be tied to it
+            module = model.get_submodule(self.embedding)
+            quantized, vanished = quantize_embedding(self.embedding, module)
+            replace_module(model, self.embedding, quantized)
+            self.vanished += vanished
         _prepack(model)
         return finish_quantized(
             model, self.quantization_config.plan, **({"vanished_scales": self.vanished} if self.vanished else {})
@@ -220,7 +221,7 @@ class FlexQHfQuantizer(HfQuantizer):
 
 def _prepack(model) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, (Linear, ExpertWeights)):
+        if isinstance(module, PackedModule):
             try:
                 module.prepack()
             except ValueError as error:

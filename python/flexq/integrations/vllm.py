@@ -14,6 +14,7 @@ Environment:
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from flexq import ops
 from flexq.checkpoint.layers import plan_of_settings
 from flexq.checkpoint.source import CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
+from flexq.embedding import CONFIG as EMBEDDING
+from flexq.integrations.vllm_embedding import EmbeddingMethod, have_vllm_dequantize
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 from flexq.run.parallel import check_input_split
@@ -67,6 +70,11 @@ class FlexQVllmConfig(QuantizationConfig):
         self._of_checkpoint: dict[str, str] = {}  # its names of the plan's layers, where vLLM's are others
         self._placed: set[str] = set()  # of the plan's layers, those that the model has
         self._are_all_placed = False
+        if self.plan.embeddings is not None and not self.is_checkpoint:
+            raise ValueError(
+                "embeddings are not quantized while vLLM loads a checkpoint in floating point: leave them out of the "
+                "plan, or serve what `flexq quantize --embeddings` writes"
+            )
 
     @classmethod
     def get_name(cls) -> str:
@@ -105,7 +113,7 @@ class FlexQVllmConfig(QuantizationConfig):
         """Names of the checkpoint's layers to vLLM's, where a model renames them."""
         renamed = {name: (hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in self.plan.layers}
         layers = {renamed[name]: config for name, config in self.plan.layers.items()}
-        self.plan = Plan(self.plan.defaults, layers, self.plan.produced_by)
+        self.plan = replace(self.plan, layers=layers)
         self._of_checkpoint = {new: self._of_checkpoint.get(name, name) for name, new in renamed.items()}
 
     def check_all_placed(self) -> None:
@@ -141,9 +149,14 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         add_fusion_pass()
+        if self.plan.embeddings is not None:
+            have_vllm_dequantize()
         if isinstance(layer, ParallelLMHead):
             config = self.plan.layers.get(prefix)
+            self._placed.add(prefix)
             return None if config is None else FlexQLinearMethod(self, prefix, [config])
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._method_of_experts(layer, prefix) if _holds_experts(layer) else None
         if not self.is_checkpoint and prefix.rpartition(".")[2] in _ROUTERS:
@@ -159,6 +172,30 @@ class FlexQVllmConfig(QuantizationConfig):
                 + ", ".join("none" if c is None else f"{c.scheme} {c.weight_bits} bits" for c in configs)
             )
         return FlexQLinearMethod(self, prefix, configs)
+
+    def _method_of_embedding(self, layer: VocabParallelEmbedding, prefix: str) -> EmbeddingMethod | None:
+        """Of the token embedding, which some of vLLM's classes give no name."""
+        names = self._embeddings()
+        if prefix:
+            names &= {prefix}
+        elif layer.org_vocab_size != _vocabulary():
+            return None
+        if len(names) != 1:
+            return None
+        self._placed |= names
+        return EmbeddingMethod(*names, _loads_sharded_state())
+
+    def _embeddings(self) -> set[str]:
+        """The plan's names that may be the embedding's and are no other layer's."""
+        if self.plan.embeddings is None:
+            return set()
+        settings = self.plan.layers.items()
+        found = {name for name, config in settings if config == EMBEDDING and _block_of(name) is None}
+        return found - self._placed
+
+    def embeddings_without_place(self) -> set[str]:
+        """Names in the checkpoint of embeddings that vLLM's class asks no method for; once all layers exist."""
+        return {self._of_checkpoint.get(name, name) for name in self._embeddings()}
 
     def _method_of_experts(self, layer: torch.nn.Module, prefix: str):
         """Of a floating point checkpoint they are quantized on the way, of a FlexQ checkpoint as it has them."""
@@ -186,6 +223,12 @@ class FlexQVllmConfig(QuantizationConfig):
             logger.info_once(f"FlexQ leaves experts in floating point: it has no activation {layer.activation}")
             return None
         return vllm_experts.QuantizingExpertsMethod(layer.moe_config, prefix, config)
+
+
+def _vocabulary() -> int | None:
+    """Of the model that is being loaded, if that is known."""
+    vllm_config = get_current_vllm_config_or_none()
+    return None if vllm_config is None else vllm_config.model_config.get_vocab_size()
 
 
 def _block_of(name: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq.embedding import Embedding
 from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import Plan
@@ -27,11 +28,12 @@ def plan_of(model: nn.Module, at_8: Sequence[str], how: Mapping[str, Any]) -> Pl
     """The model's plan with 8-bit activations in `at_8` and 6-bit ones elsewhere."""
     recorded = record_plan(model, getattr(model, "flexq_plan", Plan()))
     wanted = set(at_8)
-    layers = {
-        name: None if config is None else replace(config, act_bits=8 if name in wanted else 6)
-        for name, config in recorded.layers.items()
-    }
-    return Plan(replace(recorded.defaults, act_bits=6), layers, {**recorded.produced_by, **how})
+    layers = dict(recorded.layers)
+    for name, config in recorded.layers.items():
+        if config is not None and not isinstance(module_of(model, name), Embedding):
+            layers[name] = replace(config, act_bits=8 if name in wanted else 6)
+    defaults = replace(recorded.defaults, act_bits=6)
+    return replace(recorded, defaults=defaults, layers=layers, produced_by={**recorded.produced_by, **how})
 
 
 def within_budget(

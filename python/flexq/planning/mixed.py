@@ -15,6 +15,7 @@ from flexq.planning.costs import WidthCosts
 from flexq.planning.sensitivity import Divergence
 from flexq.planning.widths import Price, Widths, WidthSensitivity
 from flexq.progress import Progress
+from flexq.quantize.embeddings import embedding_name, empty_embedding
 from flexq.quantize.experts import PROJECTIONS
 from flexq.quantize.layers import input_embeddings, lm_head_name, weight_at
 from flexq.quantize.model import resolve_plan
@@ -28,12 +29,14 @@ _TRIES = 4
 _NEAR = 0.85
 
 
-def with_head(model: nn.Module, plan: Plan, bits: int = HEAD_BITS) -> Plan:
-    """The plan with the model's LM head at these weight bits, if it has one and the plan does not name it."""
+def with_head(model: nn.Module, plan: Plan, bits: int | None = HEAD_BITS) -> Plan:
+    """The plan with the model's LM head at these weight bits, or left alone (None), if it has one and the plan does not
+    name it."""
     head = lm_head_name(model)
     if head is None or head in plan.layers:
         return plan
-    return replace(plan, layers={**plan.layers, head: replace(plan.defaults, weight_bits=bits)})
+    config = None if bits is None else replace(plan.defaults, weight_bits=bits)
+    return replace(plan, layers={**plan.layers, head: config})
 
 
 def chosen_layers(
@@ -54,7 +57,7 @@ class Mixed:
         ranking: of `widths.estimate`; of the layers whose width is chosen. The plan's is that of the LM head, and of
             layers that the estimate does not see, as nothing that it looks at depends on them.
         groups: layers that get one width.
-        fixed_bytes: of the other layers as stored.
+        fixed_bytes: of the other layers as stored, and of a token embedding that the plan quantizes.
         costs: of the layers in `ranking` on a device, if what a plan may cost is time and not bits.
     """
 
@@ -91,6 +94,7 @@ class Mixed:
             costs: of `measure_width_costs` for `chosen_layers`: plans are then of a time, on its device.
         """
         resolved, head = resolve_plan(model, plan, include, skip), lm_head_name(model)
+        embedding = embedding_name(model, plan)
         left = dict.fromkeys(name for name, config in plan.layers.items() if config is None)
         chosen = chosen_layers(model, plan, include, skip)
         at_6 = {name: replace(config, weight_bits=6) for name, config in chosen.items()}
@@ -106,6 +110,8 @@ class Mixed:
         if head in resolved:
             n, k = weight_at(model, head).shape
             fixed_bytes += Linear(k, n, False, resolved[head], "meta").stored_bytes
+        if embedding is not None:
+            fixed_bytes += empty_embedding(embedding, model.get_submodule(embedding)).stored_bytes
         return cls(plan, resolved, ranking, widths.groups_of(model, ranking), fixed_bytes, costs)
 
     @property
@@ -188,17 +194,21 @@ def _width(layers: Mapping[str, LayerConfig | None], name: str) -> int:
     return config.weight_bits
 
 
-def bytes_beside(model: nn.Module, resolved: Mapping[str, LayerConfig], dtype: torch.dtype | None = None) -> int:
+def bytes_beside(
+    model: nn.Module, plan: Plan, resolved: Mapping[str, LayerConfig], dtype: torch.dtype | None = None
+) -> int:
     """Of what a checkpoint stores beside the layers that a plan quantizes: embeddings, norms, biases, other layers.
 
     Args:
         model: not quantized.
+        plan: whether it quantizes the token embedding.
         resolved: of `resolve_plan`.
         dtype: of floating point as stored; None for each tensor's own.
     """
     quantized = {id(weight_at(model, name)) for name in resolved}
-    kept = input_embeddings(model)  # stored though an LM head that is tied to it is quantized
-    quantized -= {id(getattr(kept, "weight", None))}
+    embedding = {id(getattr(input_embeddings(model), "weight", None))}
+    # Stored in floating point unless it is quantized itself, though an LM head that is tied to it be.
+    quantized = quantized - embedding if plan.embeddings is None else quantized | embedding
 
     def size(tensor: torch.Tensor) -> int:
         return (dtype or tensor.dtype).itemsize if tensor.is_floating_point() else tensor.element_size()

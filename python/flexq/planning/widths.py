@@ -351,4 +351,4 @@ def plan_of(plan: Plan, resolved: Mapping[str, LayerConfig], bits: Mapping[str, 
     for name, config in resolved.items():
         width = bits.get(name, bits.get(whole_of(name)))
         layers[name] = config if width is None else replace(config, weight_bits=width)
-    return Plan(plan.defaults, layers, dict(plan.produced_by))
+    return replace(plan, layers=layers, produced_by=dict(plan.produced_by))

@@ -17,6 +17,7 @@ from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
 from flexq.quantize import fisher
 from flexq.quantize.blocks import Call, Reached, Stack, bypassed, stacks_of
+from flexq.quantize.embeddings import add_embedding, embedding_name, quantize_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
 from flexq.quantize.finished import Finished, fingerprint
 from flexq.quantize.group import Group
@@ -329,6 +330,7 @@ def calibrate_model(
     embeddings). Where blocks run more than once (ALBERT), all layers are rounded on what the unquantized model gives.
     Each expert is rounded on the tokens that the router sends it. One with few of them leans on all tokens of its
     layer, one with none is rounded to nearest; `produced_by["experts"]` of the plan counts them, by projections.
+    A token embedding that the plan quantizes is rounded to nearest in the end.
     If anything goes wrong, the model is left as it was.
 
     Args:
@@ -351,13 +353,17 @@ def calibrate_model(
         ValueError: no windows, a model that reads no text, a plan that does not fit, or weights or inputs that are not
             finite (the message names the layer); a folder to resume from that belongs to another calibration.
     """
-    resolved = resolve_plan(model, plan, include, skip)
-    for name in resolved:
+    plan = Plan.of(plan)
+    resolved, embedding = resolve_plan(model, plan, include, skip), embedding_name(model, plan)
+    for name in (*resolved, *filter(None, [embedding])):
         require_in_memory(name, module_of(model, name))
+    quantized = None if embedding is None else quantize_embedding(embedding, model.get_submodule(embedding))
     record = calibrate_placed(
         Placement(device), model, windows, resolved, progress, damping, passes, resume, weigh_tokens
     )
-    return finish_quantized(model, Plan.of(plan), **record)
+    if quantized is not None:
+        add_embedding(model, embedding, *quantized, record)
+    return finish_quantized(model, plan, **record)
 
 
 def calibrate_placed(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq.embedding import Embedding
 from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import LayerConfig, Plan
@@ -101,8 +102,8 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 
 def weight_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """A checkpoint's `weight` of such a module as [N, K]."""
-    return tensor if isinstance(module, nn.Linear) else tensor.T
+    """A checkpoint's `weight` of such a module, or of an embedding, as [N, K]."""
+    return tensor if isinstance(module, (nn.Linear, nn.Embedding)) else tensor.T
 
 
 # ---- Finding and replacing -------------------------------------------------------------------------------------------
@@ -211,18 +212,19 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer: patching it leaves `model` as it is."""
     memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    memo |= {id(m): m for m in model.modules() if isinstance(m, (Linear, Experts))}
+    memo |= {id(m): m for m in model.modules() if isinstance(m, (Linear, Experts, Embedding))}
     return copy.deepcopy(model, memo)
 
 
 def record_plan(model: nn.Module, plan: Plan) -> Plan:
-    """The plan of a quantized model: its layers by name, as they are."""
+    """The plan of a quantized model: its layers by name, as they are, the token embedding among them."""
     layers: dict[str, LayerConfig | None] = dict.fromkeys(left_alone(model))
     for name, module in model.named_modules(remove_duplicate=False):
         config = getattr(module, "config", None)
         if isinstance(config, LayerConfig) and getattr(module, "is_flexq_layer", False):
             layers[name] = config
-    return Plan(plan.defaults, layers, dict(plan.produced_by))
+    embeddings = next((m.config.weight_bits for m in model.modules() if isinstance(m, Embedding)), None)
+    return Plan(plan.defaults, layers, dict(plan.produced_by), embeddings)
 
 
 def linear_bytes(model: nn.Module) -> tuple[int, int]:
@@ -230,7 +232,8 @@ def linear_bytes(model: nn.Module) -> tuple[int, int]:
     memory."""
     stored = resident = 0
     for module in model.modules():
-        if hasattr(module, "weight_bytes") and not isinstance(module, Experts):  # whose projections are counted
+        # Of experts, the projections are counted.
+        if hasattr(module, "weight_bytes") and not isinstance(module, (Experts, Embedding)):
             stored += module.stored_bytes
             resident += module.weight_bytes
     for weight in {id(w): w for w in (weight_at(model, name) for name in left_alone(model))}.values():

@@ -11,6 +11,7 @@ from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
+from flexq.quantize.embeddings import embedding_name, quantize_embedding, require_tied_head, without_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, replacement, round_experts, whole_of
 from flexq.quantize.layers import (
     as_linear,
@@ -36,12 +37,15 @@ def resolve_plan(
     include: Sequence[str] | None = None,
     skip: Sequence[str] = (),
 ) -> dict[str, LayerConfig]:
-    """What `quantize_model` would do: the settings of each layer that it would replace.
+    """What `quantize_model` would do: the settings of each linear layer and projection of experts that it replaces. The
+    token embedding is not among them (`embeddings.embedding_name`).
 
     Raises:
-        ValueError: no layer is left to quantize, a pattern matches nothing, or the plan names layers that do not exist.
+        ValueError: no layer is left to quantize, a pattern matches nothing, the plan names layers that do not exist, or
+            quantizes an embedding that cannot be.
     """
-    plan, lm_head = Plan.of(plan), lm_head_name(model)
+    given, lm_head = Plan.of(plan), lm_head_name(model)
+    plan = without_embedding(model, given)
     if lm_head not in plan.layers:
         lm_head = None  # quantized only where a plan names it, not where a pattern matches it
     named = {name for name, config in plan.layers.items() if config is not None}
@@ -63,6 +67,7 @@ def resolve_plan(
     settings = plan.resolve({**every, **chosen}, wholes)
     resolved = {name: config for name, config in settings.items() if name in chosen and config is not None}
     _require_both(resolved, wholes)
+    require_tied_head(model, given, resolved)
     if not resolved:
         quantized = sum(getattr(m, "is_flexq_layer", False) for m in model.modules())
         reason = f"{quantized} layers are quantized already" if quantized else f"its linear layers are {some(every)}"
@@ -105,7 +110,8 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the linear layers and experts of `model` in place, and return it.
 
-    The LM head and routers of experts stay as they are, unless the plan names them.
+    The LM head and routers of experts stay as they are, unless the plan names them, and so does the token embedding,
+    unless the plan has `embeddings`.
 
     A layer that appears at several names is quantized once and stays shared. If one cannot be quantized, or the work is
     interrupted, the model is left as it was; for that, the float weights are kept until all layers are done.
@@ -129,7 +135,9 @@ def quantize_model(
         ValueError: nothing to quantize, patterns or plan entries that match nothing, or a weight that cannot be
             quantized (NaN, Inf, not in memory); the message names the layer.
     """
+    plan = Plan.of(plan)
     resolved = resolve_plan(model, plan, include, skip)
+    embedding = embedding_name(model, plan)
     before: dict[str, nn.Module] = {}
     done: dict[tuple[int, LayerConfig | tuple[LayerConfig, ...]], nn.Module] = {}
     vanished = 0
@@ -148,12 +156,19 @@ def quantize_model(
                 vanished += lost
             before[place] = module
             replace_module(model, place, done[key])
+        if embedding is not None:
+            module = model.get_submodule(embedding)
+            require_in_memory(embedding, module)
+            quantized, lost = quantize_embedding(embedding, module)
+            vanished += lost
+            before[embedding] = module
+            replace_module(model, embedding, quantized)
     except BaseException:
         for name, module in before.items():
             replace_module(model, name, module)
         raise
     record = {"vanished_scales": vanished} if vanished else {}
-    return finish_quantized(model, Plan.of(plan), **record)
+    return finish_quantized(model, plan, **record)
 
 
 def _quantized(name: str, module: nn.Module, config: LayerConfig) -> tuple[Linear, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexq.embedding import Embedding
 from flexq.experts import ExpertWeights
 from flexq.linear import Linear
 from flexq.quantize.layers import input_embeddings, output_embeddings
@@ -21,27 +22,33 @@ class Coverage:
 
     Args:
         quantized: weights (elements) in quantized layers.
+        quantized_embeddings: in a quantized token embedding.
         embeddings: in token and position embeddings and the LM head, if they are not quantized.
         left: (name, elements) of every other tensor that is in floating point, the largest first.
     """
 
     quantized: int = 0
+    quantized_embeddings: int = 0
     embeddings: int = 0
     left: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        return self.quantized + self.embeddings + sum(size for _, size in self.left)
+        return self._all_quantized + self.embeddings + sum(size for _, size in self.left)
+
+    @property
+    def _all_quantized(self) -> int:
+        return self.quantized + self.quantized_embeddings
 
     @property
     def share(self) -> float:
         """Of all weights."""
-        return self.quantized / max(self.total, 1)
+        return self._all_quantized / max(self.total, 1)
 
     @property
     def share_inside(self) -> float:
-        """Of the weights that are neither embeddings nor LM head."""
-        return self.quantized / max(self.total - self.embeddings, 1)
+        """Of the weights that are neither embeddings nor an LM head in floating point."""
+        return self.quantized / max(self.total - self.embeddings - self.quantized_embeddings, 1)
 
     @property
     def warning(self) -> str | None:
@@ -60,7 +67,7 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "quantized_weights": self.quantized,
+            "quantized_weights": self._all_quantized,
             "all_weights": self.total,
             "share": self.share,
             "share_outside_embeddings": self.share_inside,
@@ -77,7 +84,7 @@ def coverage(model: nn.Module, to_quantize: Iterable[str] = ()) -> Coverage:
 
     Args:
         model: in memory or on the meta device.
-        to_quantize: names of layers that are not quantized yet.
+        to_quantize: names of layers that are not quantized yet, the token embedding's too.
     """
     result = Coverage()
     counted = set(to_quantize)
@@ -88,11 +95,15 @@ def coverage(model: nn.Module, to_quantize: Iterable[str] = ()) -> Coverage:
     for name, module in model.named_modules():
         if isinstance(module, (Linear, ExpertWeights)):
             result.quantized += module.num_weights
+        elif isinstance(module, Embedding):
+            result.quantized_embeddings += module.num_weights
         for key, tensor in module.named_parameters(recurse=False):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            if (name in counted and key == "weight") or f"{name}.{key}" in counted:
+            if name in counted and isinstance(module, nn.Embedding):
+                result.quantized_embeddings += tensor.numel()
+            elif (name in counted and key == "weight") or f"{name}.{key}" in counted:
                 result.quantized += tensor.numel()
             elif id(module) in embeddings:
                 result.embeddings += tensor.numel()

@@ -1,0 +1,144 @@
+"""A FlexQ checkpoint's quantized token embedding in vLLM: each device with its rows.
+
+Classes of models that ask no quantization method for their embedding get it dequantized, as it is loaded.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.utils import set_weight_attrs
+
+from flexq import ops
+from flexq.embedding import CONFIG, canonical_of, dequantized_rows, look_up, rows_of
+
+_TENSORS = ("qweight", "scales")
+logger = init_logger(f"vllm.plugins.{__name__}")
+
+
+class EmbeddingMethod(QuantizeMethodBase):
+    """Lookups in a quantized embedding.
+
+    Args:
+        name: of the embedding in the checkpoint.
+        is_sharded_state: vLLM copies tensors into the parameters itself, and itself sees that none is missing.
+    """
+
+    def __init__(self, name: str, is_sharded_state: bool = False):
+        self.name, self.is_sharded_state = name, is_sharded_state
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        layer.flexq_dtype, layer.flexq_loaded, layer.flexq_k = params_dtype, set(), k
+        shapes = {"qweight": (n, ops.num_groups(k), CONFIG.weight_bits, 16), "scales": (n, 1)}
+        dtypes = {"qweight": torch.uint8, "scales": torch.float16}
+        for tensor in _TENSORS:
+            zeros = torch.zeros(shapes[tensor], dtype=dtypes[tensor])
+            parameter = torch.nn.Parameter(zeros, requires_grad=False)
+            layer.register_parameter(tensor, parameter)
+            loader = self._checked(layer, tensor, extra_weight_attrs["weight_loader"])
+            set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": loader})
+
+    def _checked(self, layer: torch.nn.Module, tensor: str, loader: Callable) -> Callable:
+        """vLLM's loader, which would cast what does not fit."""
+
+        def load(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+            whole = [layer.org_vocab_size, *parameter.shape[1:]]
+            if loaded.dtype != parameter.dtype or list(loaded.shape) != whole:
+                raise ValueError(
+                    f"{self.name}.{tensor} must be {parameter.dtype} {whole}, got {loaded.dtype} "
+                    f"{list(loaded.shape)}: the checkpoint does not fit the model or its plan"
+                )
+            loader(parameter, loaded)
+            layer.flexq_loaded.add(tensor)
+
+        return load
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        missing = [tensor for tensor in _TENSORS if tensor not in layer.flexq_loaded]
+        if missing and not self.is_sharded_state:
+            raise ValueError(f"the checkpoint has no {self.name}.{missing[0]}")
+        planes, scales = layer.qweight.data, layer.scales.data
+        ops.check_scales(scales)
+        rows = rows_of(planes, scales, layer.flexq_k)
+        for tensor in _TENSORS:
+            delattr(layer, tensor)
+        layer.register_buffer("weight_packed", rows, persistent=False)
+        # LoRA asks its weight for the device.
+        nothing = torch.full((1,), float("nan"), dtype=layer.flexq_dtype, device=rows.device)
+        layer.register_buffer("weight", nothing, persistent=False)
+        layer.register_state_dict_post_hook(_add_canonical)
+
+    def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError(f"{self.name} is quantized for lookups; an LM head has a weight of its own")
+
+    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+        return look_up(layer.weight_packed, input_, layer.flexq_dtype)
+
+
+def _add_canonical(layer: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _) -> None:
+    """What the embedding was loaded from: what vLLM writes into a sharded state."""
+    for tensor, value in zip(_TENSORS, canonical_of(layer.weight_packed), strict=True):
+        state[prefix + tensor] = value.cpu()
+
+
+# ---- Where there is no place for it ----------------------------------------------------------------------------------
+
+
+def have_vllm_dequantize() -> None:
+    """vLLM's usual loader gives embeddings without a place in floating point. May be called more than once."""
+    if not hasattr(DefaultModelLoader.get_all_weights, "flexq_embeddings"):
+        DefaultModelLoader.get_all_weights = _dequantize_on_the_way(DefaultModelLoader.get_all_weights)
+
+
+def _dequantize_on_the_way(get_all_weights: Callable) -> Callable:
+    """vLLM's iterator over a checkpoint's tensors, with the weight of an embedding that has no place as it is."""
+
+    @wraps(get_all_weights)
+    def get_weights(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        homeless = _without_place(model)
+        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in homeless}
+        for name, tensor in get_all_weights(self, model_config, model):
+            stem, _, kind = name.rpartition(".")
+            if stem not in parts or kind not in _TENSORS:
+                yield name, tensor
+                continue
+            parts[stem][kind] = tensor
+            if len(parts[stem]) == len(_TENSORS):
+                logger.info_once(f"vLLM's class of this model takes no quantized embedding: {stem} is dequantized")
+                rows = rows_of(*(parts[stem][kind] for kind in _TENSORS), _length_of_rows(model, model_config))
+                yield f"{stem}.weight", dequantized_rows(rows, model_config.dtype)
+
+    get_weights.flexq_embeddings = True
+    return get_weights
+
+
+def _without_place(model: torch.nn.Module) -> set[str]:
+    """Names in the checkpoint of the quantized embeddings that the model has no method for."""
+    for module in model.modules():
+        config = getattr(getattr(module, "quant_method", None), "config", None)
+        if hasattr(config, "embeddings_without_place"):
+            return config.embeddings_without_place()
+    return set()
+
+
+def _length_of_rows(model: torch.nn.Module, model_config) -> int:
+    """Of the token embedding, where it is on this device."""
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and module.org_vocab_size == model_config.get_vocab_size():
+            return module.embedding_dim
+    return model_config.get_hidden_size()
