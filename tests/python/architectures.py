@@ -90,7 +90,7 @@ ARCHITECTURES = (
     *(
         Architecture(kind)
         for kind in (
-            "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
+            "bloom", "cohere", "diffllama", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
             "gpt_neox", "granite", "lfm2", "llama", "mistral", "mpt", "nemotron", "olmo2", "olmo3", "opt", "persimmon",
             "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
         )
@@ -120,6 +120,7 @@ ARCHITECTURES = (
     Architecture("roberta", "encoder", "AutoModel"),
     Architecture("albert", "encoder", "AutoModel"),
     Architecture("modernbert", "encoder", "AutoModel"),
+    Architecture("nomic_bert", "encoder", "AutoModel"),
     Architecture("llama", "decoder", "AutoModel"),
     Architecture("llama", "decoder", "AutoModelForSequenceClassification"),
     Architecture("bart", "encoder-decoder", "AutoModelForSeq2SeqLM"),

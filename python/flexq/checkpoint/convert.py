@@ -11,7 +11,7 @@ import torch
 
 from flexq import ops
 from flexq.checkpoint.folder import new_folder, require_free
-from flexq.checkpoint.keys import Target, merged, targets_of
+from flexq.checkpoint.keys import Target, made_of, targets_of
 from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import (
     ModelError,
@@ -155,8 +155,12 @@ def _is_layer(target: Target | None, resolved) -> bool:
 
 
 def _is_interwoven(target: Target, resolved) -> bool:
-    """Whether its layer cannot be quantized with this target's tensors alone in view."""
-    return target.is_part and (_is_layer(target, resolved) or (target.is_split and target.name.endswith(PROJECTIONS)))
+    """Whether a layer cannot be quantized with this target's tensors alone in view."""
+    if not target.is_part:
+        return False
+    layers = [name.removesuffix(".weight") for name in target.names if name.endswith(".weight")]
+    experts = [name for name in target.names if name.endswith(PROJECTIONS)] if target.others else []
+    return any(name in resolved for name in (*layers, *experts))
 
 
 class _TensorByTensor:
@@ -206,7 +210,7 @@ class _TensorByTensor:
         names, layer = self.parts[target.name], self._experts_of(target)
         if target.is_part:
             parts = [(name, functools.partial(read_tensor, self.files[name], name)) for name in names]
-            tensor = merged(self.model, target, parts)
+            tensor = made_of(self.model, target, parts)[target.name]
         else:
             tensor = read_tensor(self.files[names[0]], names[0])
         self._note_dtype(tensor)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flexq.checkpoint.folder import new_folder
-from flexq.checkpoint.keys import keep_experts_whole
+from flexq.checkpoint.keys import keep_quantized_whole
 from flexq.checkpoint.layers import settings_of
 from flexq.checkpoint.source import INDEX, SINGLE, is_own
 from flexq.checkpoint.verify import CHECKSUMS, PLAN_HASH, checksum
@@ -155,7 +155,7 @@ def as_on_disk(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
     if not isinstance(model, PreTrainedModel):
         return tensors
-    keep_experts_whole(model)
+    keep_quantized_whole(model)
     return revert_weight_conversion(model, tensors)
 
 

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
-from flexq.checkpoint.keys import compare, keep_experts_whole, read_experts_whole, shapes_of
+from flexq.checkpoint.keys import compare, keep_quantized_whole, read_quantized_whole, shapes_of, split_with
 from flexq.checkpoint.layers import FORMAT_VERSION, insert_layers, plan_of_settings, settings_of
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
@@ -78,19 +78,24 @@ def _quantize_op(quantizer: "FlexQHfQuantizer"):
 
     class Quantize(ConversionOps):
         """What the loader does with the weight of a layer to be quantized: a `flexq.Linear` takes the layer's place,
-        or `Experts` do once all of their tensors are there."""
+        or `Experts` do once all of their tensors are there. Of a weight that it splits, it takes what is left."""
 
         @torch.no_grad()
         def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
-            (tensor,) = input_dict.values()
-            tensor = tensor[0] if isinstance(tensor, list) else tensor
-            if quantizer.is_of_experts(full_layer_name):
-                quantizer.take_experts(model, full_layer_name, tensor)
-            else:
-                quantizer.quantize(model, full_layer_name.removesuffix(".weight"), tensor)
-            if missing_keys is not None:
-                missing_keys.discard(full_layer_name)
-            return {}
+            given = input_dict if len(input_dict) > 1 else {full_layer_name: next(iter(input_dict.values()))}
+            left = {}
+            for name, tensor in given.items():
+                tensor = tensor[0] if isinstance(tensor, list) else tensor
+                if quantizer.is_of_experts(name):
+                    quantizer.take_experts(model, name, tensor)
+                elif quantizer.is_of_layer(name):
+                    quantizer.quantize(model, name.removesuffix(".weight"), tensor)
+                else:
+                    left[name] = tensor
+                    continue
+                if missing_keys is not None:
+                    missing_keys.discard(name)
+            return left
 
     return Quantize()
 
@@ -102,10 +107,12 @@ class FlexQHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: FlexQConfig
+    conversions: Sequence[Any] = ()  # of transformers, by which the tensors of files become the model's
 
     def update_weight_conversions(self, weight_conversions, *model):  # with the model in later versions
         if self.pre_quantized:
-            weight_conversions = read_experts_whole(weight_conversions)
+            weight_conversions = read_quantized_whole(weight_conversions)
+        self.conversions = weight_conversions
         return super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
@@ -134,7 +141,13 @@ class FlexQHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         if self.pre_quantized:
             return False
-        return param_name.removesuffix(".weight") in self.layers or self.is_of_experts(param_name)
+        # Of a weight that is split, transformers asks for the first part alone.
+        names = (param_name, *split_with(self.conversions, param_name))
+        return any(self.is_of_layer(name) or self.is_of_experts(name) for name in names)
+
+    def is_of_layer(self, tensor: str) -> bool:
+        """Whether a tensor is the weight of a linear layer to be quantized."""
+        return tensor.endswith(".weight") and tensor.removesuffix(".weight") in self.layers
 
     def is_of_experts(self, tensor: str) -> bool:
         """Whether a tensor is the weight or bias of experts to be quantized."""
@@ -189,7 +202,7 @@ class FlexQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
             _prepack(model)
-            keep_experts_whole(model)
+            keep_quantized_whole(model)
             model.flexq_plan = self.quantization_config.plan
             return model
         head = lm_head_name(model)
@@ -235,7 +248,7 @@ def _attach(model, plan: Plan) -> None:
     config.quantization_config = FlexQConfig(plan)
     model.hf_quantizer = FlexQHfQuantizer(config.quantization_config)
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
-    keep_experts_whole(model)
+    keep_quantized_whole(model)
 
 
 on_quantized.append(_attach)

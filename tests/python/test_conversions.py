@@ -1,0 +1,62 @@
+"""Models whose files hold weights under other names, or several layers' in one tensor, which transformers splits."""
+
+import flexq
+import pytest
+import torch
+import transformers
+from architectures import Architecture, answer
+from flexq.checkpoint.verify import verify
+from safetensors.torch import load_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+pytestmark = pytest.mark.filterwarnings("ignore:only .* of the weights")
+NOMIC = Architecture("nomic_bert", "encoder", "AutoModel")
+HRM = Architecture("hrm_text", overrides={"num_hidden_layers": 2})
+INKLING = Architecture("inkling2_text", overrides={
+    "n_routed_experts": 4, "moe_intermediate_size": 64, "layer_types": ["hybrid_sliding", "hybrid"],
+})  # fmt: skip
+
+
+def names_in(folder) -> set[str]:
+    return set(load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("skip", [(), ("*.q_proj",), ("*.k_proj",), ("*.gate_proj",)])
+@pytest.mark.parametrize("architecture", [NOMIC, HRM], ids=lambda a: a.kind)
+def test_weights_that_are_split(architecture, skip, tmp_path):
+    """Some of the parts quantized, or all: the same from memory, from disk to disk and while loading."""
+    model = architecture.model()
+    if not any(skip[0].removeprefix("*") in name for name, _ in model.named_modules() if skip):
+        skip = ()
+    model.save_pretrained(tmp_path / "float")
+    assert any(name.endswith(("attn.Wqkv.weight", "attn.gqkv_proj.weight")) for name in names_in(tmp_path / "float"))
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk", skip=skip)
+    auto = getattr(transformers, architecture.auto)
+    config = flexq.FlexQConfig("w6a8", skip=list(skip))
+    loaded = auto.from_pretrained(tmp_path / "float", quantization_config=config).eval()
+    quantized = flexq.quantize_model(model, skip=skip)
+    expected = answer(architecture, quantized)
+    assert torch.equal(answer(architecture, loaded), expected)
+    loaded.save_pretrained(tmp_path / "loaded")
+    quantized.save_pretrained(tmp_path / "saved")
+    flexq.save_model(quantized, tmp_path / "model")
+    for folder in ("disk", "loaded", "saved", "model"):
+        assert names_in(tmp_path / folder) == names_in(tmp_path / "disk")
+        assert verify(tmp_path / folder).keys
+        assert torch.equal(answer(architecture, flexq.load_model(tmp_path / folder)), expected), folder
+        assert torch.equal(answer(architecture, auto.from_pretrained(tmp_path / folder).eval()), expected), folder
+
+
+@pytest.mark.skipif("inkling2_text" not in CONFIG_MAPPING_NAMES, reason="of later versions of transformers")
+def test_weights_under_the_name_of_their_module(tmp_path):
+    """`k_sconv.weight_proj` in files is `k_sconv.weight_proj.weight`, and `k_sconv.weight_proj.qweight` what it is."""
+    model = INKLING.model()
+    model.save_pretrained(tmp_path / "float")
+    name = next(n for n in names_in(tmp_path / "float") if n.endswith("k_sconv.weight_proj"))
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk")
+    assert {f"{name}.qweight", f"{name}.scales"} <= names_in(tmp_path / "disk")
+    quantized = flexq.quantize_model(model)
+    quantized.save_pretrained(tmp_path / "saved")
+    for folder in ("disk", "saved"):
+        again = flexq.load_model(tmp_path / folder)
+        torch.testing.assert_close(answer(INKLING, again), answer(INKLING, quantized))
