@@ -91,7 +91,8 @@ ARCHITECTURES = (
         Architecture(kind)
         for kind in (
             "bloom", "cohere", "diffllama", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
-            "gpt_neox", "granite", "lfm2", "llama", "mistral", "mpt", "nemotron", "olmo2", "olmo3", "opt", "persimmon",
+            "gpt_neox", "granite", "lfm2", "llama", "mistral", "mpt", "nemotron", "olmo2", "olmo3", "openai-gpt", "opt",
+            "persimmon",
             "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
         )
     ),

@@ -23,6 +23,7 @@ LOCAL = {
     "bert": {},
     "falcon": {},
     "gpt2": {},
+    "openai-gpt": {},  # whose blocks return lists
 }
 
 
@@ -51,6 +52,23 @@ def test_blocks_give_what_the_model_gives(kind):
                 state = traced.calls[index].hidden if index < len(stack.blocks) else traced.last
                 with starting_at(stack.blocks, index, state, traced.rests):
                     torch.testing.assert_close(run(model, WINDOW), expected)
+
+
+def test_blocks_with_two_streams_are_calibrated_as_a_whole():
+    """Reformer's, which name what they return."""
+    config = AutoConfig.for_model(
+        "reformer", vocab_size=256, hidden_size=64, num_attention_heads=4, attention_head_size=16,
+        feed_forward_size=128, attn_layers=["local", "local"], local_attn_chunk_length=8, axial_pos_shape=[8, 8],
+        axial_pos_embds_dim=[32, 32], max_position_embeddings=64, is_decoder=True, hidden_dropout_prob=0.0, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not stacks_of(model)
+    with torch.no_grad():
+        expected = run(model, WINDOW)
+        calibrated = run(calibrate_model(model, [WINDOW]), WINDOW)
+    assert model.flexq_plan.produced_by["rounding"] == "compensated"
+    assert (calibrated - expected).norm() < 0.05 * expected.norm()
 
 
 def shared_keys():
