@@ -97,7 +97,7 @@ class Linear(PackedModule):
     @property
     def weight(self) -> torch.Tensor:
         """Stands for the weight [N, K] where code looks at `linear.weight`: its shape, dtype and device cost nothing,
-        anything else dequantizes it. Cannot be written to."""
+        anything else dequantizes it. What would change it is refused."""
         return DequantizedWeight(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,10 +154,27 @@ class DequantizedWeight(torch.Tensor):
         if function is torch.ops.aten.detach.default:
             return args[0]
         if function._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError("the weight of a flexq.Linear cannot be written to; quantize another one")
+            return cls._unchanged_by(function, args, kwargs or {})
 
         def real(value):
             return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value
 
         args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+    @classmethod
+    def _unchanged_by(cls, function, args, kwargs) -> "DequantizedWeight":
+        """The weight after an operation in place that leaves it as it is, such as a clamp that meets nothing.
+
+        Raises:
+            RuntimeError: it would change.
+        """
+        weight = args[0]._layer.dequantize(args[0].dtype)
+        written = weight.clone()
+        function(written, *args[1:], **kwargs)
+        if not torch.equal(written, weight):
+            raise RuntimeError(
+                "the weight of a flexq.Linear cannot be written to; quantize another one, or leave the layer in "
+                "floating point by skip"
+            )
+        return args[0]
