@@ -59,7 +59,8 @@ def test_blocks_with_two_streams_are_calibrated_as_a_whole():
     config = AutoConfig.for_model(
         "reformer", vocab_size=256, hidden_size=64, num_attention_heads=4, attention_head_size=16,
         feed_forward_size=128, attn_layers=["local", "local"], local_attn_chunk_length=8, axial_pos_shape=[8, 8],
-        axial_pos_embds_dim=[32, 32], max_position_embeddings=64, is_decoder=True, hidden_dropout_prob=0.0, pad_token_id=0, eos_token_id=2,
+        axial_pos_embds_dim=[32, 32], max_position_embeddings=64, is_decoder=True, hidden_dropout_prob=0.0,
+        pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

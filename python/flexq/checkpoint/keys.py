@@ -252,7 +252,7 @@ def compare(model, shapes: Mapping[str, tuple[int, ...]]) -> Differences:
             result.mismatched[name] = (shapes[name], tuple(expected.shape))
     filled = {name for _, target in found for name in target.names}
     result.missing = [name for name in state if name not in filled]
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied = _tied_to(model, filled)
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     result.missing = [n for n in result.missing if n not in tied and not _matches(n, ignored)]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -260,6 +260,14 @@ def compare(model, shapes: Mapping[str, tuple[int, ...]]) -> Differences:
     if not is_own_class(model):
         _forgive_heads(model, result)
     return result
+
+
+def _tied_to(model, filled: set[str]) -> set[str]:
+    """Tensors that are tied to others which are given: transformers ties either way."""
+    groups: dict[str, set[str]] = {}
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups.setdefault(source, {source}).add(name)
+    return {name for group in groups.values() if not group.isdisjoint(filled) for name in group}
 
 
 def is_own_class(model) -> bool:

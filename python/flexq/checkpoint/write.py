@@ -220,8 +220,9 @@ def write_model(
 
 
 def _add_tensors(model, writer: ShardWriter, read: Callable[[str], torch.Tensor] | None) -> None:
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    held: dict[tuple[int, tuple[int, ...]], str] = {}
     others: dict[str, torch.Tensor] = {}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     # Module by module, so that only one layer's canonical form exists at a time.
     for prefix, module in model.named_modules():
         tensors: dict[str, torch.Tensor] = {}
@@ -230,9 +231,13 @@ def _add_tensors(model, writer: ShardWriter, read: Callable[[str], torch.Tensor]
             where = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tuple(tensor.shape))
             if getattr(module, "is_flexq_layer", False):
                 writer.add(name_on_disk(model, name), _in_memory(name, tensor, read))
-            elif not tensor.numel() or where not in seen:  # else tied, as transformers ties it again
-                seen.add(where)
-                others[name] = tensor
+                continue
+            if tensor.numel() and where in held:  # tied, as transformers ties it again: one name, the one that it saves
+                if held[where] not in tied or name in tied:
+                    continue
+                del others[held[where]]
+            held[where] = name
+            others[name] = tensor
     for group in [others] if read is None else _by_module(others):
         tensors = {name: _in_memory(name, tensor, read) for name, tensor in group.items()}
         for name, tensor in as_on_disk(model, tensors).items():
