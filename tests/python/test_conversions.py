@@ -7,14 +7,13 @@ import transformers
 from architectures import Architecture, answer
 from flexq.checkpoint.verify import verify
 from safetensors.torch import load_file
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* of the weights")
 NOMIC = Architecture("nomic_bert", "encoder", "AutoModel")
 HRM = Architecture("hrm_text", overrides={"num_hidden_layers": 2})
-INKLING = Architecture("inkling2_text", overrides={
-    "n_routed_experts": 4, "moe_intermediate_size": 64, "layer_types": ["hybrid_sliding", "hybrid"],
-})  # fmt: skip
+LLAMA = Architecture("llama")
 
 
 def names_in(folder) -> set[str]:
@@ -47,16 +46,22 @@ def test_weights_that_are_split(architecture, skip, tmp_path):
         assert torch.equal(answer(architecture, auto.from_pretrained(tmp_path / folder).eval()), expected), folder
 
 
-@pytest.mark.skipif("inkling2_text" not in CONFIG_MAPPING_NAMES, reason="of later versions of transformers")
-def test_weights_under_the_name_of_their_module(tmp_path):
-    """`k_sconv.weight_proj` in files is `k_sconv.weight_proj.weight`, and `k_sconv.weight_proj.qweight` what it is."""
-    model = INKLING.model()
+def test_weights_under_other_names_than_their_layers(tmp_path, monkeypatch):
+    """`mlp.to_up` is `mlp.up_proj.weight`, and `mlp.gates.weight` is `mlp.gate_proj.weight`, by rules for these tensors
+    alone."""
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    rules = [
+        WeightRenaming(r"mlp\.to_up", "mlp.up_proj.weight"),
+        WeightRenaming(r"mlp\.gates\.weight", "mlp.gate_proj.weight"),
+    ]
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", rules)
+    model = LLAMA.model()
     model.save_pretrained(tmp_path / "float")
-    name = next(n for n in names_in(tmp_path / "float") if n.endswith("k_sconv.weight_proj"))
+    assert {"model.layers.0.mlp.to_up", "model.layers.0.mlp.gates.weight"} <= names_in(tmp_path / "float")
     flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk")
-    assert {f"{name}.qweight", f"{name}.scales"} <= names_in(tmp_path / "disk")
     quantized = flexq.quantize_model(model)
     quantized.save_pretrained(tmp_path / "saved")
-    for folder in ("disk", "saved"):
-        again = flexq.load_model(tmp_path / folder)
-        torch.testing.assert_close(answer(INKLING, again), answer(INKLING, quantized))
+    flexq.save_model(quantized, tmp_path / "model")
+    for folder in ("disk", "saved", "model"):
+        assert names_in(tmp_path / folder) == names_in(tmp_path / "disk")
+        assert torch.equal(answer(LLAMA, flexq.load_model(tmp_path / folder)), answer(LLAMA, quantized)), folder

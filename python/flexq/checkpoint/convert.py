@@ -11,7 +11,7 @@ import torch
 
 from flexq import ops
 from flexq.checkpoint.folder import new_folder, require_free
-from flexq.checkpoint.keys import Target, made_of, targets_of
+from flexq.checkpoint.keys import Target, kept_names, made_of, targets_of
 from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import (
     ModelError,
@@ -173,6 +173,8 @@ class _TensorByTensor:
         self.left_out: list[str] = []
         self.vanished = 0
         self.shared = _shared_names(model, resolved)
+        layers = {n.removesuffix(".weight"): _layer_of(t) for n, t in targets.items() if _is_layer(t, resolved)}
+        self.kept_names = kept_names(model, layers)
         self.files: dict[str, Path] = {}
         self.parts: dict[str, list[str]] = {}  # the tensors on disk that an experts' tensor is made of
         for file, name in tensors:
@@ -190,7 +192,10 @@ class _TensorByTensor:
         tensor = read_tensor(file, name)
         self._note_dtype(tensor)
         if _is_layer(target, self.resolved):
-            self._quantize(_layer_of(target), name.removesuffix(".weight"), tensor)
+            layer, on_disk = _layer_of(target), name.removesuffix(".weight")
+            if on_disk not in self.kept_names:
+                on_disk = name_on_disk(self.model, f"{layer}.qweight").removesuffix(".qweight")
+            self._quantize(layer, on_disk, tensor)
         elif target is None and not _is_ignored(self.model, name):
             self.left_out.append(name)
         else:

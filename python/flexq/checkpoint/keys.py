@@ -136,12 +136,31 @@ _ENDS = r"(?![\w.])"
 _NOT_QUANTIZED = r"(?!\w|\.qweight|\.scales)"
 
 
+def kept_names(model, layers: Mapping[str, str]) -> set[str]:
+    """Of layers by their names on disk, those whose quantized tensors transformers finds under that name too: a rule
+    for `<name>.weight` alone does not do for `<name>.qweight`.
+
+    Args:
+        model: whose layers they are.
+        layers: by their names on disk, their names in the model.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _conversions_of(model)
+    prefix = f"{model.base_model_prefix}."
+
+    def goes_to(name: str) -> str:
+        return rename_source_key(f"{name}.qweight", renamings, converters)[0].removesuffix(".qweight")
+
+    return {name for name, layer in layers.items() if goes_to(name).removeprefix(prefix) == layer.removeprefix(prefix)}
+
+
 def keep_quantized_whole(model) -> None:
     """Have transformers leave the tensors of quantized layers as they are when it saves the model.
 
     What it knows of a layer's weight, that files have it in parts, merged with others, permuted or under another name,
-    it would apply to `qweight` and `scales` too. What it splits on loading it does not merge again: some of the parts
-    may be quantized.
+    it would apply to `qweight` and `scales` too. What it splits on loading it does not merge again where some of the
+    parts are quantized.
     """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -153,7 +172,8 @@ def keep_quantized_whole(model) -> None:
     if conversions is None:  # what transformers itself would take
         every = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in every if not isinstance(c, PrefixChange)]
-    model._weight_conversions = [_for_quantized(c) for c in conversions if not _splits(c)]
+    layers = [f"{name}.weight" for name, m in model.named_modules() if getattr(m, "is_flexq_layer", False)]
+    model._weight_conversions = [_for_quantized(c) for c in conversions if not (_splits(c) and _merges(c, layers))]
 
 
 def read_quantized_whole(conversions: list) -> list:
@@ -165,6 +185,12 @@ def read_quantized_whole(conversions: list) -> list:
 def _splits(conversion) -> bool:
     """Whether it makes several tensors of those that it reads."""
     return hasattr(conversion, "operations") and len(conversion._original_target_patterns) > 1
+
+
+def _merges(conversion, tensors: Iterable[str]) -> bool:
+    """Whether it makes one tensor of these and others when a model is saved."""
+    back = conversion.reverse_transform()
+    return any(back.rename_source_key(name)[1] is not None for name in tensors)
 
 
 def _for_quantized(conversion, on_load: bool = False):
