@@ -162,6 +162,12 @@ class PackedModule(nn.Module):
     # ---- state_dict, devices, pickle: always through the canonical form ----
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.qweight.is_meta and hasattr(destination, "__dict__"):
+            # One that stands at several names waits for tensors under the first.
+            seen = vars(destination).setdefault("_flexq_seen", set())
+            if id(self) in seen:
+                return
+            seen.add(id(self))
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._packed is not None:
             destination[prefix + "qweight"], destination[prefix + "scales"] = self.canonical()

@@ -99,6 +99,11 @@ ARCHITECTURES = (
     Architecture("falcon_h1", overrides={
         "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32,
     }),
+    Architecture("zamba2", overrides={
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "num_mem_blocks": 1,
+        "hybrid_layer_ids": [1, 3], "n_mamba_heads": 8, "mamba_headdim": 32, "mamba_d_state": 16, "adapter_rank": 8,
+        "chunk_size": 32, "use_mamba_kernels": False, "num_key_value_heads": 4,
+    }),
     Architecture("gptj", overrides={"rotary_dim": 16}),
     Architecture("recurrent_gemma", overrides={"num_hidden_layers": 3}),
     Architecture("mamba"),

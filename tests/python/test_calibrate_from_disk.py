@@ -221,6 +221,7 @@ def test_nothing_is_left_of_a_failure(tmp_path):
     (
         ("albert", ValueError, "AlbertModel has no stack of blocks"),
         ("t5", ValueError, "told by others more than the hidden state; it can be calibrated only in memory"),
+        ("zamba2", ValueError, r"layer \S+ is tied to one in another block; it can be calibrated only in memory"),
         ("marian", ModelError, "no file has tensor model.encoder.embed_positions.weight"),
     ),
 )

@@ -149,7 +149,7 @@ def test_truncated_and_foreign_files_are_refused(saved):
     with pytest.raises(flexq.CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
         flexq.load_model(folder)
     save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(flexq.CheckpointError, match="is missing from the checkpoint"):
+    with pytest.raises(flexq.CheckpointError, match=r"tensor \S+ is missing"):
         flexq.load_model(folder)
 
 

@@ -4,6 +4,7 @@
 `FlexQConfig`; without one, the layers are quantized while the model loads, one after the other.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
 from flexq.experts import Experts, ExpertWeights
 from flexq.linear import Linear
-from flexq.plan import DEFAULT_RECIPE, Plan
+from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
-from flexq.quantize.layers import as_linear, lm_head_name, replace_module, weight_of
+from flexq.quantize.layers import as_linear, forget_ties, identities, lm_head_name, replace_module, weight_of
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
 
 
@@ -94,7 +95,7 @@ def _quantize_op(quantizer: "FlexQHfQuantizer"):
                     left[name] = tensor
                     continue
                 if missing_keys is not None:
-                    missing_keys.discard(name)
+                    missing_keys.difference_update(quantizer.filled_by(name))
             return left
 
     return Quantize()
@@ -119,6 +120,7 @@ class FlexQHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             self.layers = resolve_plan(model, config.plan, config.include, config.skip)
+            self.alike = _alike(model, self.layers)
             self.vanished = 0
             self.read: dict[str, dict[str, Any]] = {}  # of experts, what has been read so far
             return model
@@ -154,6 +156,10 @@ class FlexQHfQuantizer(HfQuantizer):
         layer = tensor.removesuffix("_bias")
         return layer.endswith(PROJECTIONS) and layer in self.layers
 
+    def filled_by(self, tensor: str) -> list[str]:
+        """The tensors that the model needs no more once it has this one."""
+        return [f"{layer}.weight" for layer in self.alike.get(tensor.removesuffix(".weight"), ())] or [tensor]
+
     @property
     def quantized_element_size(self) -> float:
         """Bytes a weight, scales included; what the loader sets aside memory by."""
@@ -163,8 +169,10 @@ class FlexQHfQuantizer(HfQuantizer):
         return _quantize_op(self)
 
     def quantize(self, model, name: str, weight: torch.Tensor) -> None:
-        """Layer `name`, whose `weight` has been read, from there on a `flexq.Linear`."""
+        """Layer `name`, whose `weight` has been read, and those tied to it, from there on one `flexq.Linear`."""
         module, config = model.get_submodule(name), self.layers[name]
+        if isinstance(module, Linear):
+            return  # tied to one that was read before
         weight = weight_of(module, weight).contiguous()
         try:
             planes, scales = ops.quantize_weight(weight, config.scheme, config.rotation, config.weight_bits)
@@ -175,7 +183,10 @@ class FlexQHfQuantizer(HfQuantizer):
         layer = Linear.from_canonical(planes, scales, as_linear(module), config, prepack=False)
         if layer.bias is not None and getattr(module.bias, "_is_hf_initialized", False):
             layer.bias._is_hf_initialized = True  # read already: it must not be initialized again
-        replace_module(model, name, layer)
+        for other in self.alike[name]:
+            replace_module(model, other, layer)
+        if len(self.alike[name]) > 1:
+            forget_ties(model)
 
     def take_experts(self, model, name: str, tensor: torch.Tensor) -> None:
         """A weight or bias of experts, which take their place with the last of them."""
@@ -217,7 +228,17 @@ class FlexQHfQuantizer(HfQuantizer):
         )
 
     def get_state_dict_and_metadata(self, model):
-        return None, {PLAN_HASH: model.flexq_plan.fingerprint()}
+        metadata = {PLAN_HASH: model.flexq_plan.fingerprint()}
+        first: dict[int, str] = {}
+        again = [
+            f"{name}."
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, Linear) and first.setdefault(id(module), name) != name
+        ]
+        if not again:
+            return None, metadata
+        # Planes are made for each name anew, so that transformers would not see that they are the same.
+        return {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(tuple(again))}, metadata
 
     def is_serializable(self, **kwargs) -> bool:
         return True
@@ -229,6 +250,15 @@ class FlexQHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _alike(model, layers: dict[str, LayerConfig]) -> dict[str, list[str]]:
+    """Of each linear layer, all that have its weight and settings, itself among them."""
+    linear = [name for name in layers if kind_of(module_of(model, name)) is None]
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name, which in identities(model, linear).items():
+        groups[which, layers[name]].append(name)
+    return {name: names for names in groups.values() for name in names}
 
 
 def _prepack(model) -> None:
