@@ -113,11 +113,13 @@ class PackedModule(nn.Module):
         """The weight as the kernels of its device read it."""
         if self._packed is None:
             self.prepack()
-        if self._packed.device.type != self._packed_for:
+        if self._packed is None or self._packed.device.type != self._packed_for:
             self._require_own_device()
         return self._packed
 
     def _require_own_device(self) -> None:
+        if self._packed is None:
+            raise RuntimeError("the weight is not in memory, but on the meta device; load the checkpoint")
         if self._packed.device.type != self._packed_for:
             raise RuntimeError(
                 f"a weight that was prepacked for {self._packed_for} was moved to {self._packed.device} by other means "
