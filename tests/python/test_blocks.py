@@ -8,7 +8,7 @@ from flexq.quantize.blocks import stacks_of, starting_at, trace
 from flexq.quantize.calibrate import calibrate_model
 from flexq.quantize.inputs import run
 from flexq.quantize.model import quantize_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 WINDOW = torch.arange(3, 51).view(1, 48)
 # Masks and rotary embeddings that differ from block to block.
@@ -70,6 +70,19 @@ def test_blocks_with_two_streams_are_calibrated_as_a_whole():
         calibrated = run(calibrate_model(model, [WINDOW]), WINDOW)
     assert model.flexq_plan.produced_by["rounding"] == "compensated"
     assert (calibrated - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_model_that_takes_no_four_tokens_is_calibrated():
+    """Funnel, which halves the text from block to block."""
+    config = AutoConfig.for_model(
+        "funnel", vocab_size=256, block_sizes=[1, 1], num_decoder_layers=1, d_model=64, n_head=4, d_head=16, d_inner=128
+    )
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    with torch.no_grad():
+        expected = run(model, WINDOW)
+        calibrated = run(calibrate_model(model, [WINDOW]), WINDOW)
+    assert (calibrated - expected).norm() < 0.1 * expected.norm()
 
 
 def shared_keys():

@@ -94,7 +94,7 @@ def stacks_of(model: nn.Module) -> list[Stack]:
 
 
 def probe() -> torch.Tensor:
-    return torch.arange(1, 5).unsqueeze(0)
+    return torch.arange(1, 9).unsqueeze(0)
 
 
 def _is_chain(events: list[_Event], count: int) -> bool:
