@@ -7,6 +7,7 @@ import flexq
 import pytest
 import torch
 from flexq.checkpoint import source as checkpoint
+from flexq.checkpoint.write import ShardWriter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, MixtralConfig, MixtralForCausalLM
@@ -218,3 +219,10 @@ def test_heads_that_come_before_the_embeddings_they_are_tied_to(kind, tmp_path):
         tensors[head] = tensors.pop(embeddings)
         save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
         assert torch.equal(flexq.load_model(tmp_path / "other")(ids).logits, expected)
+
+
+def test_two_tensors_of_one_name_are_not_written(tmp_path):
+    writer = ShardWriter(tmp_path, 1 << 20, "hash")
+    writer.add("x", torch.zeros(1))
+    with pytest.raises(flexq.ModelError, match="several of the model's tensors would be x in its files"):
+        writer.add("x", torch.ones(1))
