@@ -190,7 +190,7 @@ while it loads, in place and from disk to disk, save, load, fuse, calibrate and 
 
 Others work as far as they are made of linear layers and of experts that are understood; `flexq quantize` and
 `flexq info` say which share is quantized. Of models that combine language with vision or audio the language model is
-quantized, and the rest stays as it is.
+quantized, and layers that project into it; encoders of images and sound stay as they are.
 
 """
 
