@@ -22,9 +22,11 @@ from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
 from flexq.experts import Experts, ExpertWeights
 from flexq.linear import Linear
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+from flexq.quantize.dequantize import dequantize_model
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
 from flexq.quantize.layers import as_linear, forget_ties, identities, lm_head_name, replace_module, weight_of
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
+from flexq.run.fuse import unfuse_model
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -239,6 +241,12 @@ class FlexQHfQuantizer(HfQuantizer):
             return None, metadata
         # Planes are made for each name anew, so that transformers would not see that they are the same.
         return {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(tuple(again))}, metadata
+
+    def _dequantize(self, model, dtype=None):
+        dequantize_model(unfuse_model(model), dtype)
+        for name in ("flexq_plan", "_weight_conversions"):
+            vars(model).pop(name, None)
+        return model
 
     def is_serializable(self, **kwargs) -> bool:
         return True
