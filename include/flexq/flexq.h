@@ -10,16 +10,23 @@
  *   planes  the canonical form of weight codes of b bits: bit planes, uint8 [N][G][b][16]. Bit (k % 8) of byte (k / 8)
  *           of plane p is bit p of the two's complement code k of that row and group.
  *   scales  of a weight: fp16 bit patterns, uint16 [N][G] (scheme group) or [N][1] (scheme channel).
- *   prepack what a backend's kernels read, made once at load from planes and scales. Its layout is private.
+ *   prepack what a backend's kernels read, made once at load from planes and scales. Its layout is private, and another
+ *           on other machines and in other versions: store planes and scales.
  *
  * Conventions
- *   Every function returns a flexq_status. On anything but FLEXQ_OK nothing was written to any output, and
- *   flexq_last_error() of the same thread says what was given and what is accepted.
- *   No function keeps a pointer after it returns (work queued on a CUDA stream aside), allocates in a hot call, or
- *   touches global mutable state; all functions may be called from several threads at once.
- *   Matrices are row-major; `ld*` is the distance between rows in elements, at least the row length.
- *   Structs begin with their size, so that later versions can append to them: start from FLEXQ_WEIGHT_DESC_INIT and the
- *   like. One of a newer header is taken while what this version does not know of it is zero, and refused as
+ *   Every function that can fail returns a flexq_status. On anything but FLEXQ_OK nothing was written to any output,
+ *   and flexq_last_error() of the same thread says what was given and what is accepted. After FLEXQ_DEVICE_ERROR
+ *   outputs in device memory are undefined.
+ *   On a CUDA stream a call queues its work and returns, and may be captured, unless it says that it waits. What it
+ *   was given must stay until that work is done; what goes wrong in it, the CUDA runtime reports later.
+ *   No function keeps a pointer after it returns (queued work aside), allocates in a hot call, or touches global
+ *   mutable state; all functions may be called from several threads at once.
+ *   Matrices are row-major; `ld*` is the distance between rows in elements, at least the row length. Types of inputs,
+ *   biases and outputs are chosen independently of each other. Outputs overlap nothing else, except where they may.
+ *   A tensor without elements (m or n is 0) and a buffer of 0 bytes may be NULL, and there is nothing to do. The type
+ *   of a bias that is NULL is not looked at.
+ *   Structs begin with their size, so that later versions can append to them: start from FLEXQ_WEIGHT_DESC_INIT and
+ *   the like. One of a newer header is taken while what this version does not know of it is zero, and refused as
  *   FLEXQ_UNSUPPORTED otherwise.
  *   Pointers are aligned to their element type; prepacked weights, quantized activations and workspaces to
  *   FLEXQ_ALIGNMENT bytes. Device memory for a CUDA stream, host memory for a CPU stream.
@@ -69,7 +76,7 @@ enum {
   FLEXQ_INTERNAL = 7          /* a bug in this library */
 };
 
-/* The name of a status, e.g. "invalid argument". Never NULL. */
+/* The name of a status, e.g. "invalid argument"; "unknown status" for any other number. Never NULL. A static string. */
 FLEXQ_API const char* flexq_status_name(flexq_status status);
 
 /* What went wrong in the last failed call of this thread; "" if none failed yet. Valid until its next failed call. */
@@ -125,7 +132,8 @@ typedef struct flexq_activation_desc {
   {sizeof(flexq_activation_desc), 0, 0, 8, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_HADAMARD128, 0}
 
 /* Runs task(arg, 0) ... task(arg, count - 1), each once, in any order, on up to num_threads threads, and returns when
- * all are done. Tasks never throw and never wait for one another. */
+ * all are done. Tasks never throw, never wait for one another, and never call parallel_for. It is called from every
+ * thread whose stream has the executor, perhaps from several at once. */
 typedef void (*flexq_task)(void* arg, int64_t index);
 typedef struct flexq_executor {
   size_t struct_size; /* sizeof(flexq_executor) */
@@ -137,7 +145,7 @@ typedef struct flexq_executor {
 
 #define FLEXQ_EXECUTOR_INIT {sizeof(flexq_executor), NULL, 1, 0, NULL}
 
-/* Where the work happens. */
+/* Where the work happens. Read during the call alone: it may be made anew for each. */
 typedef struct flexq_stream {
   size_t struct_size; /* sizeof(flexq_stream) */
   flexq_device device;
@@ -227,8 +235,8 @@ FLEXQ_API flexq_status flexq_quantize_activation(const flexq_stream* stream, con
 /* flexq_quantize_activation of what comes before a linear layer in a transformer, in one pass; each step is rounded to
  * `dtype` where separate operations would store it.
  *   rms_norm: h = x + residual (or x if `residual` is NULL), quantized is h / sqrt(mean(h^2) + eps) * weight. `sum`
- * gets h, or is NULL; it may be x or residual. weight: [k].  silu_mul: quantized is silu(gate) * up. x, residual, sum,
- * gate, up: [m][k] of `dtype`, rows ld* apart. */
+ * gets h, or is NULL; it may be x or residual. weight: [k] of `dtype`; eps >= 0.  silu_mul: quantized is
+ * silu(gate) * up. x, residual, sum, gate, up: [m][k] of `dtype`, rows ld* apart. */
 FLEXQ_API flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_activation_desc* desc,
                                                const void* x, int64_t ldx, const void* residual, int64_t ld_residual,
                                                const void* weight, float eps, flexq_dtype dtype, void* sum,
@@ -253,12 +261,13 @@ typedef struct flexq_kernel_info {
 #define FLEXQ_KERNEL_INFO_INIT {sizeof(flexq_kernel_info), {0}, 0.0}
 
 /* The kernels that could run a GEMM of this shape, the one that flexq_gemm chooses first: up to `capacity` of them into
- * `infos`, each with its struct_size set, and how many there are into `count`. */
+ * `infos`, and how many there are, which may be more, into `count`. infos[0].struct_size says how large each one is;
+ * `infos` may be NULL if `capacity` is 0. */
 FLEXQ_API flexq_status flexq_gemm_kernels(const flexq_stream* stream, const flexq_weight_desc* desc, int32_t act_bits,
                                           int64_t m, flexq_kernel_info* infos, int32_t capacity, int32_t* count);
 
-/* Bytes of workspace for flexq_gemm and for flexq_linear on m tokens; may be 0. It holds anything before and after, and
- * calls that may run at the same time (on other streams) need one each. */
+/* Bytes of workspace for flexq_gemm and for flexq_linear on m tokens; may be 0. Ask for each m: fewer tokens may take
+ * more. It holds anything before and after; calls that may run at the same time (on other streams) need one each. */
 FLEXQ_API flexq_status flexq_gemm_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc,
                                                  int32_t act_bits, int64_t m, size_t* bytes);
 FLEXQ_API flexq_status flexq_linear_workspace_size(const flexq_stream* stream, const flexq_weight_desc* desc,
@@ -294,7 +303,7 @@ FLEXQ_API flexq_status flexq_cost_table(const flexq_stream* stream, const char**
  * Each projection is a flexq_linear with the numerics of one: x is quantized once for all experts, h once for each
  * pair. The sum is fp32 and rounded once to y's type; docs/how-it-works/numerics.md has every step.
  *
- * Canonical weights are those of single experts one after another: planes [E][N][G][6][16] and scales [E][N][G] or
+ * Canonical weights are those of single experts one after another: planes [E][N][G][b][16] and scales [E][N][G] or
  * [E][N][1], with N = 2I, K = H for gate_up and N = H, K = I for down. All experts of a projection are one prepacked
  * object. */
 

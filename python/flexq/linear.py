@@ -112,7 +112,7 @@ class Linear(PackedModule):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` without checks of x and gradients."""
         c = self.config
-        if self._packed.device.type != self._packed_for:
+        if self._packed is None or self._packed.device.type != self._packed_for:
             self._require_own_device()
         return torch.ops.flexq.linear(
             x, self._packed, self.bias, self.out_features, c.act_bits, c.scheme, c.rotation, c.weight_bits

@@ -113,11 +113,13 @@ class PackedModule(nn.Module):
         """The weight as the kernels of its device read it."""
         if self._packed is None:
             self.prepack()
-        if self._packed.device.type != self._packed_for:
+        if self._packed is None or self._packed.device.type != self._packed_for:
             self._require_own_device()
         return self._packed
 
     def _require_own_device(self) -> None:
+        if self._packed is None:
+            raise RuntimeError("the weight is not in memory, but on the meta device; load the checkpoint")
         if self._packed.device.type != self._packed_for:
             raise RuntimeError(
                 f"a weight that was prepacked for {self._packed_for} was moved to {self._packed.device} by other means "
@@ -162,6 +164,12 @@ class PackedModule(nn.Module):
     # ---- state_dict, devices, pickle: always through the canonical form ----
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.qweight.is_meta and hasattr(destination, "__dict__"):
+            # One that stands at several names waits for tensors under the first.
+            seen = vars(destination).setdefault("_flexq_seen", set())
+            if id(self) in seen:
+                return
+            seen.add(id(self))
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._packed is not None:
             destination[prefix + "qweight"], destination[prefix + "scales"] = self.canonical()
@@ -207,7 +215,7 @@ class PackedModule(nn.Module):
 
 class DequantizedWeight(torch.Tensor):
     """A module's weight [N, K] as a tensor that is not there: shape, dtype and device cost nothing, any operation on it
-    dequantizes the module first. It cannot be written to.
+    dequantizes the module first. What would change it is refused.
 
     Args:
         layer: a `PackedModule` of two dimensions with `dequantize(dtype)`.
@@ -231,11 +239,28 @@ class DequantizedWeight(torch.Tensor):
         if function is torch.ops.aten.detach.default:
             return args[0]
         if function._schema.is_mutable and isinstance(args[0], cls):
-            kind = type(args[0]._layer).__name__
-            raise RuntimeError(f"the weight of a flexq.{kind} cannot be written to; quantize another one")
+            return cls._unchanged_by(function, args, kwargs or {})
 
         def real(value):
             return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value
 
         args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+    @classmethod
+    def _unchanged_by(cls, function, args, kwargs) -> "DequantizedWeight":
+        """The weight after an operation in place that leaves it as it is, such as a clamp that meets nothing.
+
+        Raises:
+            RuntimeError: it would change.
+        """
+        layer = args[0]._layer
+        weight = layer.dequantize(args[0].dtype)
+        written = weight.clone()
+        function(written, *args[1:], **kwargs)
+        if not torch.equal(written, weight):
+            raise RuntimeError(
+                f"the weight of a flexq.{type(layer).__name__} cannot be written to; quantize another one, or leave "
+                "the layer in floating point by skip"
+            )
+        return args[0]

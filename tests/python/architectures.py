@@ -90,13 +90,19 @@ ARCHITECTURES = (
     *(
         Architecture(kind)
         for kind in (
-            "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
-            "gpt_neox", "granite", "lfm2", "llama", "mistral", "mpt", "nemotron", "olmo2", "olmo3", "opt", "persimmon",
+            "bloom", "cohere", "diffllama", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_bigcode",
+            "gpt_neox", "granite", "lfm2", "llama", "mistral", "mpt", "nemotron", "olmo2", "olmo3", "openai-gpt", "opt",
+            "persimmon",
             "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
         )
     ),
     Architecture("falcon_h1", overrides={
         "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32,
+    }),
+    Architecture("zamba2", overrides={
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "num_mem_blocks": 1,
+        "hybrid_layer_ids": [1, 3], "n_mamba_heads": 8, "mamba_headdim": 32, "mamba_d_state": 16, "adapter_rank": 8,
+        "chunk_size": 32, "use_mamba_kernels": False, "num_key_value_heads": 4,
     }),
     Architecture("gptj", overrides={"rotary_dim": 16}),
     Architecture("recurrent_gemma", overrides={"num_hidden_layers": 3}),
@@ -120,6 +126,7 @@ ARCHITECTURES = (
     Architecture("roberta", "encoder", "AutoModel"),
     Architecture("albert", "encoder", "AutoModel"),
     Architecture("modernbert", "encoder", "AutoModel"),
+    Architecture("nomic_bert", "encoder", "AutoModel"),
     Architecture("llama", "decoder", "AutoModel"),
     Architecture("llama", "decoder", "AutoModelForSequenceClassification"),
     Architecture("bart", "encoder-decoder", "AutoModelForSeq2SeqLM"),
@@ -183,7 +190,7 @@ while it loads, in place and from disk to disk, save, load, fuse, calibrate and 
 
 Others work as far as they are made of linear layers and of experts that are understood; `flexq quantize` and
 `flexq info` say which share is quantized. Of models that combine language with vision or audio the language model is
-quantized, and the rest stays as it is.
+quantized, and layers that project into it; encoders of images and sound stay as they are.
 
 """
 

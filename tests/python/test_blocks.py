@@ -8,7 +8,7 @@ from flexq.quantize.blocks import stacks_of, starting_at, trace
 from flexq.quantize.calibrate import calibrate_model
 from flexq.quantize.inputs import run
 from flexq.quantize.model import quantize_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 WINDOW = torch.arange(3, 51).view(1, 48)
 # Masks and rotary embeddings that differ from block to block.
@@ -23,6 +23,7 @@ LOCAL = {
     "bert": {},
     "falcon": {},
     "gpt2": {},
+    "openai-gpt": {},  # whose blocks return lists
 }
 
 
@@ -51,6 +52,37 @@ def test_blocks_give_what_the_model_gives(kind):
                 state = traced.calls[index].hidden if index < len(stack.blocks) else traced.last
                 with starting_at(stack.blocks, index, state, traced.rests):
                     torch.testing.assert_close(run(model, WINDOW), expected)
+
+
+def test_blocks_with_two_streams_are_calibrated_as_a_whole():
+    """Reformer's, which name what they return."""
+    config = AutoConfig.for_model(
+        "reformer", vocab_size=256, hidden_size=64, num_attention_heads=4, attention_head_size=16,
+        feed_forward_size=128, attn_layers=["local", "local"], local_attn_chunk_length=8, axial_pos_shape=[8, 8],
+        axial_pos_embds_dim=[32, 32], max_position_embeddings=64, is_decoder=True, hidden_dropout_prob=0.0,
+        pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not stacks_of(model)
+    with torch.no_grad():
+        expected = run(model, WINDOW)
+        calibrated = run(calibrate_model(model, [WINDOW]), WINDOW)
+    assert model.flexq_plan.produced_by["rounding"] == "compensated"
+    assert (calibrated - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_model_that_takes_no_four_tokens_is_calibrated():
+    """Funnel, which halves the text from block to block."""
+    config = AutoConfig.for_model(
+        "funnel", vocab_size=256, block_sizes=[1, 1], num_decoder_layers=1, d_model=64, n_head=4, d_head=16, d_inner=128
+    )
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    with torch.no_grad():
+        expected = run(model, WINDOW)
+        calibrated = run(calibrate_model(model, [WINDOW]), WINDOW)
+    assert (calibrated - expected).norm() < 0.1 * expected.norm()
 
 
 def shared_keys():

@@ -89,6 +89,33 @@ def test_a_second_pass_only_helps():
     assert errors[1] <= errors[0] and errors[2] <= errors[1]
 
 
+def test_correlations_of_few_samples_are_shrunk(monkeypatch):
+    """Other inputs of the same kind are better off for it."""
+    weight, x = torch.randn(64, 256), correlated(4256, 256)
+    few, others = x[:256], x[256:]
+    hessian = Hessian(256, weight.device)
+    hessian.add(few)
+    config = LayerConfig(scheme="channel", rotation="none")
+    shrunk = output_error(*compensated_round(weight, hessian, config), weight, others, config)
+    monkeypatch.setattr(Hessian, "shrinkage", lambda self: 0.0)
+    assert shrunk < 0.95 * output_error(*compensated_round(weight, hessian, config), weight, others, config)
+
+
+def test_shrinkage_counts_the_inputs_in_effect():
+    hessian = Hessian(8, torch.device("cpu"))
+    assert hessian.shrinkage() == 0
+    hessian.add(torch.ones(12, 8))
+    assert hessian.shrinkage() == pytest.approx(8 / (8 + 2 * 12))
+    hessian.add(torch.ones(1, 8), torch.tensor([1e6]))  # outweighs all others
+    assert hessian.shrinkage() == pytest.approx(8 / (8 + 2 * 1), rel=1e-3)
+    own = Hessian(8, torch.device("cpu"))
+    own.add(torch.ones(4, 8))
+    other = Hessian(8, torch.device("cpu"))
+    other.add(100 * torch.ones(6, 8))
+    assert own.leaning_on(other, 1.0).shrinkage() == pytest.approx(own.shrinkage())
+    assert own.leaning_on(other, 0.0).shrinkage() == pytest.approx(other.shrinkage())
+
+
 @pytest.mark.parametrize(
     "x",
     (

@@ -7,9 +7,11 @@ import flexq
 import pytest
 import torch
 from flexq.checkpoint import source as checkpoint
+from flexq.checkpoint.verify import verify_files
+from flexq.checkpoint.write import ShardWriter
 from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, MixtralConfig, MixtralForCausalLM
 
 IDS = torch.arange(20).view(1, -1)
 
@@ -194,3 +196,44 @@ def test_experts_in_floating_point_are_stored_as_transformers_stores_them(tmp_pa
     with pytest.warns(UserWarning, match="left in floating point"):
         flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk", skip=skip)
     assert torch.equal(logits(flexq.load_model(tmp_path / "disk")), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "camembert"])
+def test_heads_that_come_before_the_embeddings_they_are_tied_to(kind, tmp_path):
+    """Files have the embeddings, as those of transformers do; with the head's tensor in their place they load too."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = flexq.quantize_model(AutoModelForMaskedLM.from_config(config).eval())
+    flexq.save_model(model, tmp_path / "saved")
+    embeddings, head = "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    assert embeddings in tensors and head not in tensors
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        assert torch.equal(flexq.load_model(tmp_path / "saved")(ids).logits, expected)
+        model.save_pretrained(tmp_path / "other")
+        tensors = load_file(tmp_path / "other" / "model.safetensors")
+        tensors[head] = tensors.pop(embeddings)
+        save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+        assert torch.equal(flexq.load_model(tmp_path / "other")(ids).logits, expected)
+
+
+def test_two_tensors_of_one_name_are_not_written(tmp_path):
+    writer = ShardWriter(tmp_path, 1 << 20, "hash")
+    writer.add("x", torch.zeros(1))
+    with pytest.raises(flexq.ModelError, match="several of the model's tensors would be x in its files"):
+        writer.add("x", torch.ones(1))
+
+
+def test_a_missing_layer_is_found_without_the_model(saved):
+    """As vLLM asks, which has classes of its own."""
+    folder = saved[1]
+    tensors = tensors_of(folder)
+    del tensors["model.layers.1.mlp.up_proj.qweight"], tensors["model.layers.1.mlp.up_proj.scales"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(flexq.CheckpointError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.qweight is missing"):
+        verify_files(folder)

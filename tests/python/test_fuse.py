@@ -80,6 +80,18 @@ def test_architectures(kind, dtype):
     assert [name for name, m in model.named_modules() if isinstance(m, flexq.Linear)] == names
 
 
+@pytest.mark.parametrize("kind", ["mamba", "bamba"])
+def test_norms_whose_layers_read_a_masked_tensor_are_left(kind):
+    """Mamba's layers take what the norm returned, times the mask where a batch is padded."""
+    overrides = {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32} if kind == "bamba" else {}
+    model = flexq.quantize_model(random_model(kind, **overrides), "w6a8")
+    before, tokens = logits(model), greedy(model)
+    fusion = flexq.fuse_model(model, kernels=True)
+    assert len(fusion.norms) == (3 if kind == "bamba" else 0)  # all but those before Mamba
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    assert torch.equal(greedy(model), tokens)
+
+
 @pytest.mark.parametrize("kind", ("llama", "phi3", "gemma2"))
 def test_merging_alone_gives_the_same_bits(kind):
     model = flexq.quantize_model(random_model(kind, torch.bfloat16), "w6a6")

@@ -69,8 +69,10 @@ def test_code_that_looks_at_the_weight():
     assert weight.shape == (30, 100) and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
     assert torch.equal(weight + 0, layer.dequantize(torch.bfloat16))
     assert torch.equal(torch.ones(1, 30, dtype=torch.bfloat16) @ weight, torch.ones(1, 30).bfloat16() @ (weight + 0))
+    assert weight.clamp_(-100, 100) is weight  # as Gemma 3n does in training
     with pytest.raises(RuntimeError, match="cannot be written to"):
         weight.zero_()
+    assert torch.equal(weight + 0, layer.dequantize(torch.bfloat16))
     assert layer.to(torch.float32).weight.dtype == torch.float32
 
 

@@ -4,6 +4,7 @@ import flexq
 import pytest
 import torch
 from flexq import _core, ops
+from flexq.experts import Experts
 from test_ops import values
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -238,3 +239,17 @@ def test_nothing_leaks(packed, experts):
     before = resident_kilobytes()
     calls()
     assert resident_kilobytes() - before < 2000  # a leaked tensor of each call would be 20 MB
+
+
+def test_tensors_that_are_not_in_memory_are_refused():
+    """PyTorch calls what stands for an operator in tracing where some tensors are on the meta device."""
+    layer = flexq.Linear.from_float(torch.nn.Linear(96, 40))
+    layer.bias = torch.nn.Parameter(torch.empty(40, device="meta"), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"flexq::linear needs all of its tensors on one device, got cpu, cpu, meta"):
+        layer(torch.randn(3, 96))
+    experts = Experts.from_float(*(torch.randn(shape) for shape in ((4, 64, 32), (4, 32, 32), (4, 64), (4, 32))))
+    experts.down_proj.bias = torch.nn.Parameter(torch.empty(4, 32, device="meta"), requires_grad=False)
+    with pytest.raises(RuntimeError, match="flexq::experts_forward needs all of its tensors on one device"):
+        experts(torch.randn(5, 32), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2))
+    with pytest.raises(RuntimeError, match="the weight is not in memory, but on the meta device"):
+        flexq.Linear(96, 40, device="meta")(torch.empty(3, 96, device="meta"))

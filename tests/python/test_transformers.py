@@ -3,6 +3,7 @@
 import flexq
 import pytest
 import torch
+from architectures import ARCHITECTURES, answer, distance
 from conftest import tiny_config
 from transformers import (
     AutoConfig,
@@ -129,3 +130,40 @@ def test_models_without_an_lm_head(tiny_folder):
     assert len(quantized_layers(base)) == len(quantized_layers(classifier)) == 14
     with torch.inference_mode():
         assert torch.isfinite(base(IDS).last_hidden_state).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_oss", "qwen3_moe", "llama4_text", "zamba2"])
+def test_back_in_floating_point(kind, tmp_path):
+    """`model.dequantize()`: the weights that the codes stand for, in the model's own classes and files."""
+    architecture = next(a for a in ARCHITECTURES if a.kind == kind)
+    model = architecture.model()
+    names, classes = set(model.state_dict()), [type(m) for m in model.modules()]
+    quantized = flexq.quantize_model(model)
+    flexq.fuse_model(quantized)
+    expected = answer(architecture, quantized)
+    weight = next(m for m in quantized.modules() if type(m) is flexq.Linear).dequantize()
+    assert quantized.dequantize() is model and not hasattr(model, "flexq_plan")
+    assert set(model.state_dict()) == names and [type(m) for m in model.modules()] == classes
+    assert any(p.shape == weight.shape and torch.equal(p, weight) for p in model.parameters()) or kind == "gpt2"
+    assert distance(answer(architecture, model), expected) < (0.1 if kind in ("llama", "gpt2", "zamba2") else 0.3)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(answer(architecture, again), answer(architecture, model))
+    assert flexq.quantize_model(again, "w6a6").flexq_plan.defaults.act_bits == 6
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_embeddings_back_in_floating_point(kind, tmp_path):
+    """Scaled ones too."""
+    architecture = next(a for a in ARCHITECTURES if a.kind == kind)
+    model = architecture.model()
+    before = model.get_input_embeddings()
+    flexq.quantize_model(model, flexq.Plan(embeddings=8))
+    weight = model.get_input_embeddings().dequantize()
+    expected = model.get_input_embeddings()(IDS)
+    back = model.dequantize().get_input_embeddings()
+    assert type(back) is type(before) and torch.equal(back.weight, weight) and torch.equal(back(IDS), expected)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(answer(architecture, again), answer(architecture, model))

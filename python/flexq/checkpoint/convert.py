@@ -12,7 +12,7 @@ from torch import nn
 
 from flexq import ops
 from flexq.checkpoint.folder import new_folder, require_free
-from flexq.checkpoint.keys import Target, merged, targets_of
+from flexq.checkpoint.keys import Target, kept_names, made_of, targets_of
 from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import (
     ModelError,
@@ -159,8 +159,12 @@ def _is_layer(target: Target | None, resolved) -> bool:
 
 
 def _is_interwoven(target: Target, resolved) -> bool:
-    """Whether its layer cannot be quantized with this target's tensors alone in view."""
-    return target.is_part and (_is_layer(target, resolved) or (target.is_split and target.name.endswith(PROJECTIONS)))
+    """Whether a layer cannot be quantized with this target's tensors alone in view."""
+    if not target.is_part:
+        return False
+    layers = [name.removesuffix(".weight") for name in target.names if name.endswith(".weight")]
+    experts = [name for name in target.names if name.endswith(PROJECTIONS)] if target.others else []
+    return any(name in resolved for name in (*layers, *experts))
 
 
 class _TensorByTensor:
@@ -173,6 +177,8 @@ class _TensorByTensor:
         self.left_out: list[str] = []
         self.vanished = 0
         self.shared = _shared_names(model, resolved)
+        layers = {n.removesuffix(".weight"): _layer_of(t) for n, t in targets.items() if _is_layer(t, resolved)}
+        self.kept_names = kept_names(model, layers)
         self.files: dict[str, Path] = {}
         self.parts: dict[str, list[str]] = {}  # the tensors on disk that an experts' tensor is made of
         for file, name in tensors:
@@ -190,7 +196,10 @@ class _TensorByTensor:
         tensor = read_tensor(file, name)
         self._note_dtype(tensor)
         if _is_layer(target, self.resolved):
-            self._quantize(_layer_of(target), name.removesuffix(".weight"), tensor)
+            layer, on_disk = _layer_of(target), name.removesuffix(".weight")
+            if on_disk not in self.kept_names:
+                on_disk = name_on_disk(self.model, f"{layer}.qweight").removesuffix(".qweight")
+            self._quantize(layer, on_disk, tensor)
         elif target is None and not _is_ignored(self.model, name):
             self.left_out.append(name)
         else:
@@ -210,7 +219,7 @@ class _TensorByTensor:
         names, layer = self.parts[target.name], self._experts_of(target)
         if target.is_part:
             parts = [(name, functools.partial(read_tensor, self.files[name], name)) for name in names]
-            tensor = merged(self.model, target, parts)
+            tensor = made_of(self.model, target, parts)[target.name]
         else:
             tensor = read_tensor(self.files[names[0]], names[0])
         self._note_dtype(tensor)

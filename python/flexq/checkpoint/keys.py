@@ -5,7 +5,7 @@ Names on disk are not always those of modules: transformers renames, merges and 
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,18 @@ class Target:
         name: in the model's state_dict.
         is_part: transformers merges or splits it on the way.
         pattern: of transformers' converter that does so, which the name on disk matches.
-        is_split: the converter makes several of the model's tensors, of which `name` is the first.
+        others: the model's tensors that the converter makes besides.
     """
 
     name: str
     is_part: bool
     pattern: str | None = None
-    is_split: bool = False
+    others: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of the model's tensors that it goes to."""
+        return (self.name, *self.others)
 
 
 def targets_of(model, names: Iterable[str]) -> dict[str, Target | None]:
@@ -44,23 +49,37 @@ def targets_of(model, names: Iterable[str]) -> dict[str, Target | None]:
 
     renamings, converters = _conversions_of(model)
     state, prefix = model.state_dict(), model.base_model_prefix
-    splitting = {p for c in converters if len(c.target_patterns) > 1 for p in c.source_patterns}
+    made = {p: c.target_patterns for c in converters for p in c.source_patterns}
     result: dict[str, Target | None] = {}
     for name in names:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
-        found = renamed in state or pattern is not None
-        result[name] = Target(renamed, pattern is not None, pattern, pattern in splitting) if found else None
+        if renamed not in state and pattern is None:
+            result[name] = None
+            continue
+        others = () if pattern is None else _besides(made[pattern], renamed)
+        result[name] = Target(renamed, pattern is not None, pattern, others)
     return result
 
 
+def _besides(patterns: Sequence[str], name: str) -> tuple[str, ...]:
+    """Names after the first of what a converter makes, by its patterns and the first name."""
+    return tuple(name.replace(patterns[0], other, 1) for other in patterns[1:])
+
+
+def split_with(conversions: Iterable[Any], name: str) -> list[str]:
+    """The model's tensors that transformers makes besides one of this name, which is the first of them."""
+    splitting = [c.target_patterns for c in conversions if _splits(c) and c.target_patterns[0] in name]
+    return [other for patterns in splitting for other in _besides(patterns, name)]
+
+
 def _conversions_of(model) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings and converters of the tensors of a model's files."""
+    """transformers' renamings and converters of the tensors of a model's files, quantized or not."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    conversions = get_model_conversion_mapping(model)
+    conversions = read_quantized_whole(get_model_conversion_mapping(model))
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
 
@@ -84,11 +103,11 @@ def dtype_of(model, name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept) else dtype
 
 
-def merged(model, target: Target, parts: Iterable[tuple[str, Callable[[], torch.Tensor]]]) -> torch.Tensor:
-    """The tensor that transformers makes of several.
+def made_of(model, target: Target, parts: Iterable[tuple[str, Callable[[], torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """The tensors that transformers makes of one or several, by their names in the model's state_dict.
 
     Args:
-        model: whose tensor it is.
+        model: whose tensors they are.
         target: of one of the parts.
         parts: the name of each on disk, and what reads it.
 
@@ -104,21 +123,44 @@ def merged(model, target: Target, parts: Iterable[tuple[str, Callable[[], torch.
         _, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         converter.add_tensor(target.name, name, pattern, read)
     try:
-        made = converter.convert(target.name, model=model, config=model.config)[target.name]
+        made = converter.convert(target.name, model=model, config=model.config)
+        return {name: made[name][0] if isinstance(made[name], list) else made[name] for name in target.names}
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"tensor {target.name} cannot be made of its parts: {one_line(error)}") from None
-    return made[0] if isinstance(made, list) else made
 
 
-# After a name: it ends here.
+# ---- Quantized layers in files ---------------------------------------------------------------------------------------
+
+# After a name: it ends here; and: no tensor of a quantized layer begins here.
 _ENDS = r"(?![\w.])"
+_NOT_QUANTIZED = r"(?!\w|\.qweight|\.scales)"
 
 
-def keep_experts_whole(model) -> None:
-    """Have transformers leave the tensors of quantized experts as they are when it saves the model.
+def kept_names(model, layers: Mapping[str, str]) -> set[str]:
+    """Of layers by their names on disk, those whose quantized tensors transformers finds under that name too: a rule
+    for `<name>.weight` alone does not do for `<name>.qweight`.
 
-    What it knows of `experts.gate_up_proj`, that it is stored expert by expert or under another name, it would apply to
-    `experts.gate_up_proj.qweight` too.
+    Args:
+        model: whose layers they are.
+        layers: by their names on disk, their names in the model.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _conversions_of(model)
+    prefix = f"{model.base_model_prefix}."
+
+    def goes_to(name: str) -> str:
+        return rename_source_key(f"{name}.qweight", renamings, converters)[0].removesuffix(".qweight")
+
+    return {name for name, layer in layers.items() if goes_to(name).removeprefix(prefix) == layer.removeprefix(prefix)}
+
+
+def keep_quantized_whole(model) -> None:
+    """Have transformers leave the tensors of quantized layers as they are when it saves the model.
+
+    What it knows of a layer's weight, that files have it in parts, merged with others, permuted or under another name,
+    it would apply to `qweight` and `scales` too. What it splits on loading it does not merge again where some of the
+    parts are quantized.
     """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -130,28 +172,54 @@ def keep_experts_whole(model) -> None:
     if conversions is None:  # what transformers itself would take
         every = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in every if not isinstance(c, PrefixChange)]
-    model._weight_conversions = [_whole_names_only(c) for c in conversions]
+    layers = [f"{name}.weight" for name, m in model.named_modules() if getattr(m, "is_flexq_layer", False)]
+    model._weight_conversions = [_for_quantized(c) for c in conversions if not (_splits(c) and _merges(c, layers))]
 
 
-def read_experts_whole(conversions: list) -> list:
-    """The same when a checkpoint is loaded whose experts are quantized: what transformers does to
+def read_quantized_whole(conversions: list) -> list:
+    """The same when a checkpoint is loaded whose layers are quantized: what transformers does to
     `experts.gate_up_proj` (Qwen3-VL-MoE's is transposed) is not for the tensors below that name."""
-    return [_whole_names_only(c, on_load=True) for c in conversions]
+    return [_for_quantized(c, on_load=True) for c in conversions]
 
 
-def _whole_names_only(conversion, on_load: bool = False):
-    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+def _splits(conversion) -> bool:
+    """Whether it makes several tensors of those that it reads."""
+    return hasattr(conversion, "operations") and len(conversion._original_target_patterns) > 1
+
+
+def _merges(conversion, tensors: Iterable[str]) -> bool:
+    """Whether it makes one tensor of these and others when a model is saved."""
+    back = conversion.reverse_transform()
+    return any(back.rename_source_key(name)[1] is not None for name in tensors)
+
+
+def _for_quantized(conversion, on_load: bool = False):
+    """A conversion of transformers that passes by the tensors of quantized layers, but for their renamed modules."""
+    sources, targets = list(conversion._original_source_patterns), list(conversion._original_target_patterns)
     read = sources if on_load else targets  # what names are compared with
-    if not any("experts" in p and p.endswith(PROJECTIONS) for p in read):
+    if hasattr(conversion, "operations"):
+        ended = [_ended(p, _ENDS if p.endswith(PROJECTIONS) else _NOT_QUANTIZED) for p in read]
+    elif len(sources) == len(targets) == 1:
+        # Of experts, or a weight that files have under the name of its module.
+        whole_name = (on_load and targets[0].endswith(".weight")) or (
+            "experts" in read[0] and read[0].endswith(PROJECTIONS)
+        )
+        ended = [_ended(read[0], _ENDS)] if whole_name else read
+    else:
         return conversion
-    ended = [p + _ENDS if p.endswith(PROJECTIONS) else p for p in read]
-    settings = {n: getattr(conversion, n) for n in ("operations", "force_cpu") if hasattr(conversion, n)}
-    patterns = (ended, list(targets)) if on_load else (list(sources), ended)
-    whole = type(conversion)(*patterns, **settings)
+    if ended == read:
+        return conversion
+    settings = {n: getattr(conversion, n) for n in ("operations", "force_cpu", "offset") if hasattr(conversion, n)}
+    whole = type(conversion)(*((ended, targets) if on_load else (sources, ended)), **settings)
     for name in ("scope_prefix", "base_model_prefix"):  # of later versions
         if hasattr(conversion, name):
             setattr(whole, name, getattr(conversion, name))
     return whole
+
+
+def _ended(pattern: str, end: str) -> str:
+    """A pattern that matches only where `end` follows; as it is where it ends by an assertion of its own."""
+    return pattern + end if re.search(r"\w$", pattern) else pattern
 
 
 @dataclass
@@ -208,10 +276,9 @@ def compare(model, shapes: Mapping[str, tuple[int, ...]]) -> Differences:
         expected = state.get(target.name)
         if not target.is_part and expected is not None and tuple(expected.shape) != shapes[name]:
             result.mismatched[name] = (shapes[name], tuple(expected.shape))
-    filled = {target.name for _, target in found}
-    parts = {_module_of(target.name) for _, target in found if target.is_part}  # with more targets than are named
-    result.missing = [name for name in state if name not in filled and _module_of(name) not in parts]
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    filled = {name for _, target in found for name in target.names}
+    result.missing = [name for name in state if name not in filled]
+    tied = _tied_to(model, filled)
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     result.missing = [n for n in result.missing if n not in tied and not _matches(n, ignored)]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -221,13 +288,17 @@ def compare(model, shapes: Mapping[str, tuple[int, ...]]) -> Differences:
     return result
 
 
+def _tied_to(model, filled: set[str]) -> set[str]:
+    """Tensors that are tied to others which are given: transformers ties either way."""
+    groups: dict[str, set[str]] = {}
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups.setdefault(source, {source}).add(name)
+    return {name for group in groups.values() if not group.isdisjoint(filled) for name in group}
+
+
 def is_own_class(model) -> bool:
     """Whether a model is of the class that its checkpoint was written from."""
     return type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__])
-
-
-def _module_of(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -13,7 +13,7 @@ from flexq.linear import Linear
 from flexq.plan import LayerConfig, Plan
 from flexq.quantize.embeddings import empty_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, whole_of
-from flexq.quantize.layers import as_linear, is_linear, replace_module
+from flexq.quantize.layers import as_linear, forget_ties, identities, is_linear, replace_module
 
 FORMAT_VERSIONS = (1, 2)
 
@@ -65,7 +65,7 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
         ValueError: the plan names a layer that the model does not have.
     """
     inserted: dict[str, LayerConfig] = {}
-    done: dict[int, Linear] = {}
+    layers: dict[str, LayerConfig] = {}
     experts: dict[str, LayerConfig] = {}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     whole = is_own_class(model)
@@ -86,19 +86,27 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
         inserted[own_name] = config
         if kind_of(module) is not None:
             experts[own_name] = config
-            continue
-        if plan.embeddings is not None and isinstance(module, nn.Embedding):
+        elif plan.embeddings is not None and isinstance(module, nn.Embedding):
             if config != CONFIG:
                 raise ValueError(
                     f"the checkpoint's plan has embedding {name!r} as {config}, and only {CONFIG} is known"
                 )
             replace_module(model, own_name, empty_embedding(own_name, module))
-            continue
-        if not is_linear(module):
+        elif is_linear(module):
+            layers[own_name] = config
+        else:
             raise ValueError(f"the checkpoint's plan names layer {name!r}, which is a {type(module).__name__}")
-        if id(module) not in done:
-            linear = as_linear(module)
-            done[id(module)] = Linear(
+    _insert_linear(model, layers)
+    _insert_experts(model, experts)
+    return inserted
+
+
+def _insert_linear(model, layers: dict[str, LayerConfig]) -> None:
+    done: dict[Any, Linear] = {}  # one for all that are tied to each other
+    for name, which in identities(model, layers).items():
+        config, linear = layers[name], as_linear(model.get_submodule(name))
+        if (which, config) not in done:
+            done[which, config] = Linear(
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
@@ -106,9 +114,8 @@ def insert_layers(model, plan: Plan) -> dict[str, LayerConfig]:
                 device="meta",
                 dtype=linear.weight.dtype,
             )
-        replace_module(model, own_name, done[id(module)])
-    _insert_experts(model, experts)
-    return inserted
+        replace_module(model, name, done[which, config])
+    forget_ties(model)
 
 
 def _insert_experts(model, projections: dict[str, LayerConfig]) -> None:

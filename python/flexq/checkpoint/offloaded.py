@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flexq.checkpoint.keys import Target, compare, dtype_of, merged, remember_conversions, shapes_of, targets_of
+from flexq.checkpoint.keys import Target, compare, dtype_of, made_of, remember_conversions, shapes_of, targets_of
 from flexq.checkpoint.source import (
     ModelError,
     ModelSource,
@@ -101,12 +101,8 @@ class _Tensors:
         for name, target in targets_of(model, self._files).items():
             if target is None:
                 continue
-            if target.is_split:
-                raise ModelError(
-                    f"{source.name}: transformers splits tensor {name} as it loads it, so that weights cannot be read "
-                    "a block at a time; load the model whole"
-                )
-            self._parts.setdefault(target.name, (target, []))[1].append(name)
+            for made in target.names:
+                self._parts.setdefault(made, (target, []))[1].append(name)
         remember_conversions(model, self._files)
         self._untie()
 
@@ -114,9 +110,10 @@ class _Tensors:
         return {key: self._one(key) for key in keys}
 
     def _one(self, key: str) -> torch.Tensor:
-        target, names = self._parts[self._known_as(key)]
+        key = self._known_as(key)
+        target, names = self._parts[key]
         reading = [(name, functools.partial(read_tensor, self._files[name], name)) for name in names]
-        tensor = merged(self._model, target, reading) if target.is_part else reading[0][1]()
+        tensor = made_of(self._model, target, reading)[key] if target.is_part else reading[0][1]()
         return tensor.to(dtype_of(self._model, key, self._dtype)) if tensor.is_floating_point() else tensor
 
     def _known_as(self, key: str) -> str:

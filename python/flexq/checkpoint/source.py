@@ -363,6 +363,23 @@ def skeleton(source: ModelSource, config):
     kind = model_class(source, config)
     try:
         with torch.device("meta"):
-            return kind(config)
+            model = kind(config)
     except Exception as error:  # whatever a hand-made config provokes in a model's class
         raise ModelError(f"cannot build {kind.__name__} of {source.name}: {one_line(error)}") from None
+    _empty(model)
+    return model
+
+
+def _empty(model) -> None:
+    """Take the memory of tensors that files have: some ways of making one (torch.normal, torch.FloatTensor) do not ask
+    for the device."""
+    made: dict[int, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            continue
+        parent, _, own = name.rpartition(".")
+        if id(tensor) not in made:
+            meta = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            made[id(tensor)] = torch.nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
+        setattr(model.get_submodule(parent), own, made[id(tensor)])

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flexq.checkpoint.source import (
     skeleton,
 )
 from flexq.plan import Plan
+from flexq.quantize.layers import identities
 
 # In a safetensors file's metadata: CRC-32 of each tensor's bytes, and the plan's fingerprint.
 CHECKSUMS = "flexq.crc32"
@@ -126,7 +127,7 @@ def _check_files(folder: Path) -> tuple[Verified, dict[str, tuple[int, ...]]]:
     weights.check_index(names)
     verified.tensors = len(shapes)
     verified.plan_is_bound = check_plan_hash(plan, hashes, folder)
-    _check_layers(plan, shapes)
+    _check_layers(folder, plan, shapes)
     return verified, shapes
 
 
@@ -157,6 +158,17 @@ def check_plan_hash(plan: Plan, hashes: set[str | None], where: str | Path) -> b
     return None not in hashes
 
 
+def _tied_to(folder: Path, layers: Iterable[str], given: Iterable[str]) -> set[str]:
+    """The layers that transformers ties to those which are given."""
+    source = ModelSource(str(folder), str(folder))
+    try:
+        which = identities(skeleton(source, load_config(source)), layers)
+    except (ModelError, AttributeError):  # of a class, or with layers, that transformers does not have; or experts
+        return set()
+    there = {which[name] for name in given}
+    return {name for name, weight in which.items() if weight in there}
+
+
 def _check_scales(name: str, scales: torch.Tensor) -> None:
     if scales.dtype != torch.float16 or scales.dim() not in (2, 3):
         raise CheckpointError(
@@ -168,13 +180,15 @@ def _check_scales(name: str, scales: torch.Tensor) -> None:
         raise CheckpointError(f"tensor {name}: {error}") from None
 
 
-def _check_layers(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Every quantized layer of the plan has its tensors, and the reverse. Files may name it with another prefix."""
+def _check_layers(folder: Path, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every quantized layer of the plan has its tensors, and the reverse. Files may name it with another prefix, and
+    hold one for all that are tied to each other."""
     layers = {name: config for name, config in plan.layers.items() if config is not None}
     on_disk = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
     if len(on_disk) != len(layers) and set(on_disk) <= set(layers):
-        missing = next(name for name in layers if name not in set(on_disk))
-        raise CheckpointError(f"tensor {missing}.qweight is missing from the checkpoint")
+        there = {*on_disk, *_tied_to(folder, layers, on_disk)}
+        if missing := next((name for name in layers if name not in there), None):
+            raise CheckpointError(f"tensor {missing}.qweight is missing from the checkpoint")
     if len(on_disk) > len(layers):
         extra = next((name for name in on_disk if name not in layers), on_disk[0])
         raise CheckpointError(f"tensor {extra}.qweight is of no layer that the plan quantizes")

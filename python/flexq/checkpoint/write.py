@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,9 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flexq.checkpoint.folder import new_folder
-from flexq.checkpoint.keys import keep_experts_whole
+from flexq.checkpoint.keys import keep_quantized_whole
 from flexq.checkpoint.layers import settings_of
-from flexq.checkpoint.source import INDEX, SINGLE, is_own
+from flexq.checkpoint.source import INDEX, SINGLE, ModelError, is_own
 from flexq.checkpoint.verify import CHECKSUMS, PLAN_HASH, checksum
 from flexq.plan import Plan
 from flexq.quantize.layers import input_embeddings, output_embeddings, record_plan
@@ -84,6 +85,9 @@ class ShardWriter:
     _shards: list[list[str]] = field(default_factory=list)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """ModelError for a name that is taken: one of the two would be lost."""
+        if name in self.sizes:
+            raise ModelError(f"several of the model's tensors would be {name} in its files, and cannot be written")
         if self.dtype is not None and tensor.is_floating_point() and not name.endswith(".scales"):
             tensor = tensor.to(self.dtype)
         size = tensor.numel() * tensor.element_size()
@@ -155,7 +159,7 @@ def as_on_disk(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
     if not isinstance(model, PreTrainedModel):
         return tensors
-    keep_experts_whole(model)
+    keep_quantized_whole(model)
     return revert_weight_conversion(model, tensors)
 
 
@@ -220,8 +224,9 @@ def write_model(
 
 
 def _add_tensors(model, writer: ShardWriter, read: Callable[[str], torch.Tensor] | None) -> None:
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    held: dict[tuple[int, tuple[int, ...]], str] = {}
     others: dict[str, torch.Tensor] = {}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     # Module by module, so that only one layer's canonical form exists at a time.
     for prefix, module in model.named_modules():
         tensors: dict[str, torch.Tensor] = {}
@@ -230,10 +235,14 @@ def _add_tensors(model, writer: ShardWriter, read: Callable[[str], torch.Tensor]
             where = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tuple(tensor.shape))
             if getattr(module, "is_flexq_layer", False):
                 writer.add(name_on_disk(model, name), _in_memory(name, tensor, read))
-            elif not tensor.numel() or where not in seen:  # else tied, as transformers ties it again
-                seen.add(where)
-                others[name] = tensor
-    for group in [others] if read is None else _by_module(others):
+                continue
+            if tensor.numel() and where in held:  # tied, as transformers ties it again: one name, the one that it saves
+                if held[where] not in tied or name in tied:
+                    continue
+                del others[held[where]]
+            held[where] = name
+            others[name] = tensor
+    for group in [others] if read is None else _by_block(others):
         tensors = {name: _in_memory(name, tensor, read) for name, tensor in group.items()}
         for name, tensor in as_on_disk(model, tensors).items():
             writer.add(name, tensor)
@@ -247,10 +256,12 @@ def _in_memory(name: str, tensor: torch.Tensor, read: Callable[[str], torch.Tens
     return read(name)
 
 
-def _by_module(tensors: dict[str, torch.Tensor]) -> Iterable[dict[str, torch.Tensor]]:
+def _by_block(tensors: dict[str, torch.Tensor]) -> Iterable[dict[str, torch.Tensor]]:
+    """Those of a block together, as files may have several of them in one tensor; others module by module."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        groups.setdefault(name.rpartition(".")[0], {})[name] = tensor
+        block = re.match(r".*?\.\d+\.", name)
+        groups.setdefault(block.group() if block else name.rpartition(".")[0], {})[name] = tensor
     return groups.values()
 
 

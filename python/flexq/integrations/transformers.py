@@ -4,6 +4,7 @@
 `FlexQConfig`; without one, the layers are quantized while the model loads, one after the other.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
-from flexq.checkpoint.keys import compare, keep_experts_whole, read_experts_whole, shapes_of
+from flexq.checkpoint.keys import compare, keep_quantized_whole, read_quantized_whole, shapes_of, split_with
 from flexq.checkpoint.layers import insert_layers, plan_of_settings, settings_of
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
 from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.packed import PackedModule
-from flexq.plan import DEFAULT_RECIPE, Plan
+from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
+from flexq.quantize.dequantize import dequantize_model
 from flexq.quantize.embeddings import embedding_name, quantize_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
-from flexq.quantize.layers import as_linear, lm_head_name, replace_module, weight_of
+from flexq.quantize.layers import as_linear, forget_ties, identities, lm_head_name, replace_module, weight_of
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
+from flexq.run.fuse import unfuse_model
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -73,19 +76,24 @@ def _quantize_op(quantizer: "FlexQHfQuantizer"):
 
     class Quantize(ConversionOps):
         """What the loader does with the weight of a layer to be quantized: a `flexq.Linear` takes the layer's place,
-        or `Experts` do once all of their tensors are there."""
+        or `Experts` do once all of their tensors are there. Of a weight that it splits, it takes what is left."""
 
         @torch.no_grad()
         def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
-            (tensor,) = input_dict.values()
-            tensor = tensor[0] if isinstance(tensor, list) else tensor
-            if quantizer.is_of_experts(full_layer_name):
-                quantizer.take_experts(model, full_layer_name, tensor)
-            else:
-                quantizer.quantize(model, full_layer_name.removesuffix(".weight"), tensor)
-            if missing_keys is not None:
-                missing_keys.discard(full_layer_name)
-            return {}
+            given = input_dict if len(input_dict) > 1 else {full_layer_name: next(iter(input_dict.values()))}
+            left = {}
+            for name, tensor in given.items():
+                tensor = tensor[0] if isinstance(tensor, list) else tensor
+                if quantizer.is_of_experts(name):
+                    quantizer.take_experts(model, name, tensor)
+                elif quantizer.is_of_layer(name):
+                    quantizer.quantize(model, name.removesuffix(".weight"), tensor)
+                else:
+                    left[name] = tensor
+                    continue
+                if missing_keys is not None:
+                    missing_keys.difference_update(quantizer.filled_by(name))
+            return left
 
     return Quantize()
 
@@ -97,16 +105,19 @@ class FlexQHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: FlexQConfig
+    conversions: Sequence[Any] = ()  # of transformers, by which the tensors of files become the model's
 
     def update_weight_conversions(self, weight_conversions, *model):  # with the model in later versions
         if self.pre_quantized:
-            weight_conversions = read_experts_whole(weight_conversions)
+            weight_conversions = read_quantized_whole(weight_conversions)
+        self.conversions = weight_conversions
         return super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
         if not self.pre_quantized:
             self.layers = resolve_plan(model, config.plan, config.include, config.skip)
+            self.alike = _alike(model, self.layers)
             self.embedding = embedding_name(model, config.plan)
             self.vanished = 0
             self.read: dict[str, dict[str, Any]] = {}  # of experts, what has been read so far
@@ -130,12 +141,22 @@ class FlexQHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         if self.pre_quantized:
             return False
-        return param_name.removesuffix(".weight") in self.layers or self.is_of_experts(param_name)
+        # Of a weight that is split, transformers asks for the first part alone.
+        names = (param_name, *split_with(self.conversions, param_name))
+        return any(self.is_of_layer(name) or self.is_of_experts(name) for name in names)
+
+    def is_of_layer(self, tensor: str) -> bool:
+        """Whether a tensor is the weight of a linear layer to be quantized."""
+        return tensor.endswith(".weight") and tensor.removesuffix(".weight") in self.layers
 
     def is_of_experts(self, tensor: str) -> bool:
         """Whether a tensor is the weight or bias of experts to be quantized."""
         layer = tensor.removesuffix("_bias")
         return layer.endswith(PROJECTIONS) and layer in self.layers
+
+    def filled_by(self, tensor: str) -> list[str]:
+        """The tensors that the model needs no more once it has this one."""
+        return [f"{layer}.weight" for layer in self.alike.get(tensor.removesuffix(".weight"), ())] or [tensor]
 
     @property
     def quantized_element_size(self) -> float:
@@ -146,8 +167,10 @@ class FlexQHfQuantizer(HfQuantizer):
         return _quantize_op(self)
 
     def quantize(self, model, name: str, weight: torch.Tensor) -> None:
-        """Layer `name`, whose `weight` has been read, from there on a `flexq.Linear`."""
+        """Layer `name`, whose `weight` has been read, and those tied to it, from there on one `flexq.Linear`."""
         module, config = model.get_submodule(name), self.layers[name]
+        if isinstance(module, Linear):
+            return  # tied to one that was read before
         weight = weight_of(module, weight).contiguous()
         try:
             planes, scales = ops.quantize_weight(weight, config.scheme, config.rotation, config.weight_bits)
@@ -158,7 +181,10 @@ class FlexQHfQuantizer(HfQuantizer):
         layer = Linear.from_canonical(planes, scales, as_linear(module), config, prepack=False)
         if layer.bias is not None and getattr(module.bias, "_is_hf_initialized", False):
             layer.bias._is_hf_initialized = True  # read already: it must not be initialized again
-        replace_module(model, name, layer)
+        for other in self.alike[name]:
+            replace_module(model, other, layer)
+        if len(self.alike[name]) > 1:
+            forget_ties(model)
 
     def take_experts(self, model, name: str, tensor: torch.Tensor) -> None:
         """A weight or bias of experts, which take their place with the last of them."""
@@ -185,7 +211,7 @@ class FlexQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
             _prepack(model)
-            keep_experts_whole(model)
+            keep_quantized_whole(model)
             model.flexq_plan = self.quantization_config.plan
             return model
         head = lm_head_name(model)
@@ -205,7 +231,23 @@ class FlexQHfQuantizer(HfQuantizer):
         )
 
     def get_state_dict_and_metadata(self, model):
-        return None, {PLAN_HASH: model.flexq_plan.fingerprint()}
+        metadata = {PLAN_HASH: model.flexq_plan.fingerprint()}
+        first: dict[int, str] = {}
+        again = [
+            f"{name}."
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, Linear) and first.setdefault(id(module), name) != name
+        ]
+        if not again:
+            return None, metadata
+        # Planes are made for each name anew, so that transformers would not see that they are the same.
+        return {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(tuple(again))}, metadata
+
+    def _dequantize(self, model, dtype=None):
+        dequantize_model(unfuse_model(model), dtype)
+        for name in ("flexq_plan", "_weight_conversions"):
+            vars(model).pop(name, None)
+        return model
 
     def is_serializable(self, **kwargs) -> bool:
         return True
@@ -217,6 +259,15 @@ class FlexQHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _alike(model, layers: dict[str, LayerConfig]) -> dict[str, list[str]]:
+    """Of each linear layer, all that have its weight and settings, itself among them."""
+    linear = [name for name in layers if kind_of(module_of(model, name)) is None]
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for name, which in identities(model, linear).items():
+        groups[which, layers[name]].append(name)
+    return {name: names for names in groups.values() for name in names}
 
 
 def _prepack(model) -> None:
@@ -236,7 +287,7 @@ def _attach(model, plan: Plan) -> None:
     config.quantization_config = FlexQConfig(plan)
     model.hf_quantizer = FlexQHfQuantizer(config.quantization_config)
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
-    keep_experts_whole(model)
+    keep_quantized_whole(model)
 
 
 on_quantized.append(_attach)

@@ -94,12 +94,14 @@ def stacks_of(model: nn.Module) -> list[Stack]:
 
 
 def probe() -> torch.Tensor:
-    return torch.arange(1, 5).unsqueeze(0)
+    return torch.arange(1, 9).unsqueeze(0)
 
 
 def _is_chain(events: list[_Event], count: int) -> bool:
     if [event.index for event in events] != list(range(count)):
         return False
+    if not all(isinstance(event.output, torch.Tensor) for event in events):
+        return False  # one that names what it returns (Reformer's two streams)
     pairs = itertools.pairwise(events)
     return all(a.output is b.call.hidden or torch.equal(a.output, b.call.hidden) for a, b in pairs)
 
@@ -162,7 +164,9 @@ _HIDDEN = "hidden_states"
 
 def _parts(output: Any) -> tuple[torch.Tensor, tuple | None]:
     """The hidden state that a block returns, and what it returns beside it, None where that is all."""
-    return (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+    if isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
+        return output[0], tuple(output[1:])
+    return output, None
 
 
 def _returned(hidden: torch.Tensor, rest: tuple | None) -> Any:

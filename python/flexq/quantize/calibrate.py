@@ -22,7 +22,7 @@ from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, 
 from flexq.quantize.finished import Finished, fingerprint
 from flexq.quantize.group import Group
 from flexq.quantize.inputs import predicts_tokens
-from flexq.quantize.layers import as_linear, replace_module
+from flexq.quantize.layers import as_linear, identity, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
 from flexq.quantize.passes import Calls, Ends, calls_of
 from flexq.quantize.placement import Placement
@@ -177,7 +177,7 @@ class _Work:
                 self._replace(other, module, experts)
 
     def _replace(self, place: str, module: nn.Module, by: nn.Module) -> None:
-        if place not in self.before and self.model.get_submodule(place) is module:
+        if place not in self.before and identity(self.model.get_submodule(place)) == identity(module):
             self.before[place] = module
             replace_module(self.model, place, by)
             for _ in PROJECTIONS if isinstance(by, Experts) else (place,):
@@ -402,7 +402,7 @@ def calibrate_placed(
             weigh_tokens=weigh_tokens,
             damping=damping,
             passes=passes,
-            version=2,
+            version=3,
         )
     if group.rank > 0:
         group.wait()

@@ -9,6 +9,7 @@ What can take a factor is found by trying: a module is run again with factors fo
 has to give what it gave. No class or attribute name is asked for.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from flexq.progress import Progress
 from flexq.quantize.blocks import Stack, stacks_of
 from flexq.quantize.group import Group
 from flexq.quantize.inputs import result_of
-from flexq.quantize.layers import linear_layers
+from flexq.quantize.layers import identity, linear_layers
 from flexq.quantize.passes import run_windows
 from flexq.quantize.placement import Placement
 from flexq.quantize.tracing import Call, once, result, watch
@@ -168,11 +169,13 @@ def _block_call(stacks: Sequence[Stack], calls: dict[str, Call], fold: _Fold) ->
 def _find(placement: Placement, model: nn.Module, calls: dict[str, Call]) -> list[_Fold]:
     """Places for factors, those in other layers' rows first: norms then see what became of the rows."""
     linear = linear_layers(model)
-    counts: dict[int, int] = {}
-    for module in linear.values():
-        counts[id(module)] = counts.get(id(module), 0) + 1
+    counts = Counter(map(identity, linear.values()))
     own = {name: calls[name] for name in linear if name in calls and calls[name].x is not None}
-    own = {name: call for name, call in own.items() if counts[id(call.module)] == 1 and type(call.module) is nn.Linear}
+    own = {
+        name: call
+        for name, call in own.items()
+        if counts[identity(call.module)] == 1 and type(call.module) is nn.Linear
+    }
     readers: dict[int, list[Call]] = {}
     for call in calls.values():
         if call.x is not None and (call.name in own or next(call.module.children(), None) is None):

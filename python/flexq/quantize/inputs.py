@@ -70,7 +70,7 @@ def predicts_tokens(model: nn.Module) -> bool:
     """Whether the model gives next-token logits for a text."""
     try:
         with torch.no_grad():
-            logits(model, torch.zeros(1, 4, dtype=torch.long))
+            logits(model, torch.zeros(1, 8, dtype=torch.long))
     except ValueError:
         return False
     return True

@@ -204,6 +204,32 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
+def identity(module: nn.Module) -> tuple[int, ...]:
+    """Equal for modules that hold the same parameters: one that stands at several names, or several that transformers
+    ties (the blocks that Zamba shares)."""
+    return tuple(map(id, module.parameters(recurse=False)))
+
+
+def identities(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Of linear layers by name, what `identity` is once transformers has tied what it ties; a model that it loads
+    weights into is not yet."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+
+    def of(name: str) -> tuple[int, ...]:
+        own = (f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters(recurse=False))
+        return tuple(id(model.get_parameter(tied.get(parameter, parameter))) for parameter in own)
+
+    return {name: of(name) for name in names}
+
+
+def forget_ties(model: nn.Module) -> None:
+    """Once layers are quantized: transformers ties nothing of them any more. Those that it tied are one `Linear`."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for pair in [p for p in tied.items() if all(name.endswith(".weight") for name in p)]:
+        if any(isinstance(model.get_submodule(name.removesuffix(".weight")), Linear) for name in pair):
+            del tied[pair[0]]
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

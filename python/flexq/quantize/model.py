@@ -16,6 +16,8 @@ from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, replacement,
 from flexq.quantize.layers import (
     as_linear,
     expert_layers,
+    forget_ties,
+    identity,
     linear_layers,
     lm_head_name,
     matches,
@@ -89,6 +91,7 @@ def finish_quantized(model: nn.Module, plan: Plan, **produced_by: Any) -> nn.Mod
     """What every way of quantizing a model in memory ends with: it knows its plan, and warns of what was left alone."""
     if isinstance(output_embeddings(model), Linear):
         untie_lm_head(model)
+    forget_ties(model)
     model.flexq_plan = record_plan(model, plan)
     model.flexq_plan.produced_by.update(produced_by)
     if hasattr(model, "config"):
@@ -139,7 +142,7 @@ def quantize_model(
     resolved = resolve_plan(model, plan, include, skip)
     embedding = embedding_name(model, plan)
     before: dict[str, nn.Module] = {}
-    done: dict[tuple[int, LayerConfig | tuple[LayerConfig, ...]], nn.Module] = {}
+    done: dict[tuple[tuple[int, ...], LayerConfig | tuple[LayerConfig, ...]], nn.Module] = {}
     vanished = 0
     try:
         for name in progress(list(resolved)) if progress else resolved:
@@ -150,7 +153,7 @@ def quantize_model(
             place = name if kind_of(module) is None else whole_of(name)
             config = resolved[name] if place == name else tuple(resolved[f"{place}.{p}"] for p in PROJECTIONS)
             quantized = _quantized if place == name else _quantized_experts
-            key = (id(module), config)
+            key = (identity(module), config)
             if key not in done:
                 done[key], lost = quantized(place, module, config)
                 vanished += lost

@@ -1,7 +1,7 @@
 """A model whose weights are in files: a block's are in memory while it is worked on, and no other's."""
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from torch import nn
 from flexq.packed import PackedModule
 from flexq.quantize.blocks import Stack, block_lists, is_replaced, on_device
 from flexq.quantize.experts import module_of
-from flexq.quantize.layers import input_embeddings
+from flexq.quantize.layers import identity, input_embeddings
 from flexq.quantize.placement import Placement
 from flexq.quantize.states import InFiles, OnHost
 
@@ -206,7 +206,11 @@ class Offloaded(Placement):
             raise ValueError(f"{name} has no stack of blocks that run one after the other; {_IN_MEMORY}")
         if any(stack.rests is None for stack in stacks):
             raise ValueError(f"blocks of {name} are told by others more than the hidden state; {_IN_MEMORY}")
+        layers = list(layers)
+        tied = Counter(map(identity, {module_of(model, layer) for layer in layers}))
         for layer in layers:
+            if tied[identity(module_of(model, layer))] > 1:
+                raise ValueError(f"layer {layer} is tied to one in another block; {_IN_MEMORY}")
             part = self._part_of.get(module_of(model, layer))
             if part is not None and part.is_block and all(stack.index_of(layer) is None for stack in stacks):
                 raise ValueError(f"layer {layer} is in a block that no text comes through; {_IN_MEMORY}")

@@ -19,50 +19,74 @@ _RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
 _LOWER_RATIOS = {4: (0.725, 0.7, 0.675, 0.65, 0.625, 0.6, 0.575, 0.55, 0.525, 0.5), 5: (0.725, 0.7, 0.675, 0.65)}
 _BLOCK = 128  # columns after which the columns to come are brought up to date at once
 _KEPT_GRAPHS = 16
+# Samples of an input's features that make its correlations as believable as their absence, in shares of their number.
+_DOUBT = 0.5
 _SLICE = 1 << 26  # values that are rounded at a time, whole rows: an LM head takes several slices
 
 
 class Hessian:
-    """Sum of w x x^T over a layer's inputs x [..., K] with weights w [...], float32 [K, K]."""
+    """Sum of w x x^T over a layer's inputs x [..., K] with weights w [...], float32 [K, K].
+
+    A few inputs may make up most of it. The sums of w |x|^2 and of its square say how many there are in effect, and so
+    how much of the correlations is chance.
+    """
 
     def __init__(self, k: int, device: torch.device):
         self.sum = torch.zeros(k, k, device=device)
         self.count = 0.0
+        self.mass = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Inputs, each with a weight of 1 or the one given; ValueError if x holds a NaN or Inf."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not torch.isfinite(rows).all():
             raise ValueError("the calibration text gives inputs that are not finite")
+        mass = rows.square().sum(1, dtype=torch.float64)
         if weights is None:
             self.sum.addmm_(rows.T, rows)
             self.count += len(rows)
         else:
             self.sum.addmm_((rows * weights.reshape(-1, 1)).T, rows)
             self.count += weights.sum().item()
+            mass *= weights.flatten()
+        self.mass += torch.stack([mass.sum(), mass.square().sum()])
 
     def add_up(self, group: Group) -> None:
         """Those of all processes."""
         group.add_up(self.sum)
+        group.add_up(self.mass)
         self.count = group.total(self.count, self.sum.device)
 
     def leaning_on(self, other: "Hessian", share: float) -> "Hessian":
         """A share of this one's mean and the rest of another's."""
         blend = Hessian(len(self.sum), self.sum.device)
         own = share if self.count > 0 else 0.0
-        if other.count > 0:
-            blend.sum = other.sum * ((1 - own) / other.count)
-            blend.count = 1.0
-        if own > 0:
-            blend.sum += self.sum * (own / self.count)
+        for one, part in ((other, 1 - own), (self, own)):
+            if part > 0 and one.count > 0:
+                factor = part / one.count
+                blend.sum += one.sum * factor
+                blend.mass += one.mass * torch.tensor([factor, factor**2], device=one.mass.device)
+                blend.count = 1.0
         return blend
 
+    def shrinkage(self) -> float:
+        """The share of the correlations that is not believed, K / (K + 2 n) of n inputs in effect."""
+        total, squares = self.mass.tolist()
+        doubt = _DOUBT * len(self.sum)
+        return doubt / (doubt + total**2 / squares) if squares > 0 else 0.0
+
     def mean(self, rotation: str) -> torch.Tensor:
-        """[Kp, Kp], Kp = K padded to whole groups, in the basis of the rotation; the identity if nothing was seen."""
+        """[Kp, Kp], Kp = K padded to whole groups, in the basis of the rotation; the identity if nothing was seen.
+
+        Correlations are shrunk towards none: those of few samples are larger than those of all inputs would be (Ledoit
+        and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004).
+        """
         if self.count == 0:
             return torch.eye(_padded(len(self.sum)), device=self.sum.device)
-        mean = _pad(_pad(self.sum / self.count).T)
-        return rotate(rotate(mean, rotation).T, rotation)
+        mean, shrinkage = self.sum / self.count, self.shrinkage()
+        diagonal = mean.diagonal().clone()
+        mean.mul_(1 - shrinkage).diagonal().copy_(diagonal)
+        return rotate(rotate(_pad(_pad(mean).T), rotation).T, rotation)
 
 
 def _padded(k: int) -> int:

@@ -1,14 +1,14 @@
 """Watching a forward pass: which modules are called with what, and what comes out."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from flexq.quantize.inputs import run
+from flexq.quantize.inputs import arguments, result_of, run
 from flexq.quantize.layers import input_embeddings
 
 _TOKENS = 7
@@ -52,8 +52,18 @@ def result(model: nn.Module) -> torch.Tensor:
         return run(model, probe_ids(model)).float()
 
 
-def watch(model: nn.Module) -> list[Call]:
-    """Every module's call in a forward pass, in the order in which they began."""
+def padded_result(model: nn.Module) -> torch.Tensor:
+    """The same for a batch of two, the first of them padded on the left."""
+    ids = probe_ids(model).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[0, : _TOKENS // 2] = 0
+    with torch.inference_mode():
+        given = arguments(model, ids)
+        return result_of(model(**given, attention_mask=mask.to(given["input_ids"].device))).float()
+
+
+def watch(model: nn.Module, run_once: Callable[[nn.Module], torch.Tensor] = result) -> list[Call]:
+    """Every module's call in a forward pass, `result` or `padded_result`, in the order in which they began."""
     calls: list[Call] = []
     open_calls: dict[int, list[Call]] = defaultdict(list)
     handles = []
@@ -73,7 +83,7 @@ def watch(model: nn.Module) -> list[Call]:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
-        result(model)
+        run_once(model)
     finally:
         for handle in handles:
             handle.remove()

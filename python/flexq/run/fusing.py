@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flexq.linear import Linear
-from flexq.quantize.tracing import Call, result
+from flexq.quantize.tracing import Call, once, padded_result, result, watch
 from flexq.run.merging import MergedLinear, MergedPart, gemm, merged_at, without_gradient
 
 # ---- What takes the place of modules' forward ------------------------------------------------------------------------
@@ -109,14 +109,26 @@ def rms_eps(call: Call) -> float | None:
     return None
 
 
+def _fed_by(calls: dict[str, Call], norm: Call) -> list[MergedLinear]:
+    """The merged layers of the modules that are called with what a norm returned."""
+    return [m for c in calls.values() if c.x is norm.y and (m := merged_at(c.module)) is not None]
+
+
 def fuse_norms(model: nn.Module, calls: dict[str, Call], fused: list[str]) -> None:
-    """RMS norms whose output only merged layers read; their names go into `fused`."""
+    """RMS norms whose output only merged layers read, also where a batch is padded (Mamba's layers read a masked one
+    then); their names go into `fused`."""
+    try:
+        padded = once(watch(model, padded_result))
+    except (RuntimeError, ValueError, TypeError):  # it takes no attention mask
+        padded = {}
     for name, call in calls.items():
         eps = rms_eps(call)
         if eps is None:
             continue
-        fed = [m for c in calls.values() if c.x is call.y and (m := merged_at(c.module)) is not None]
+        fed = _fed_by(calls, call)
         if not fed or any(m is not fed[0] for m in fed):
+            continue
+        if name in padded and len(_fed_by(padded, padded[name])) != len(fed):
             continue
         norm = call.module
         norm.__dict__.update(flexq_fed=fed[0], flexq_eps=eps, flexq_poisoned=False)

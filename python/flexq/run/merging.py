@@ -5,7 +5,7 @@ Nothing is kept on a module, so that threads can run one model at the same time.
 """
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,8 +216,9 @@ def merge(
         merged_names: the names of the layers in each merged one go there as they are done.
     """
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    places = Counter(child for module in model.modules() for child in module.children())
     for name, call in calls.items():
-        if type(call.module) is Linear and call.x is not None:
+        if type(call.module) is Linear and call.x is not None and places[call.module] == 1:
             groups[id(call.x), call.module.config, call.module.in_features].append(name)
     for (x, _, _), names in groups.items():
         if len(names) > 1 or x in inputs or names[0] in alone:
