@@ -8,10 +8,11 @@ from flexq.linear import Linear
 from flexq.plan import LayerConfig, Plan
 from flexq.quantize import fisher
 from flexq.quantize.fisher import token_weights
+from flexq.quantize.hessian import Hessian, rotate
 from flexq.quantize.layers import shared_copy
 from flexq.quantize.model import quantize_model
 from flexq.quantize.outcome import outcome
-from flexq.quantize.rounding import Hessian, compensated_round, rotate
+from flexq.quantize.rounding import compensated_round
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -89,31 +90,39 @@ def test_a_second_pass_only_helps():
     assert errors[1] <= errors[0] and errors[2] <= errors[1]
 
 
+def in_halves(x: torch.Tensor) -> Hessian:
+    hessian = Hessian(x.shape[1], x.device)
+    for half in range(2):
+        hessian.add(x[half::2], half=half)
+    return hessian
+
+
 def test_correlations_of_few_samples_are_shrunk(monkeypatch):
     """Other inputs of the same kind are better off for it."""
+    torch.manual_seed(0)
     weight, x = torch.randn(64, 256), torch.randn(4096, 256) @ (torch.randn(256, 256) * torch.linspace(0, 2, 256)).T
-    few, others = x[:96], x[96:]
-    hessian = Hessian(256, weight.device)
-    hessian.add(few)
     config = LayerConfig(scheme="channel", rotation="none")
-    shrunk = output_error(*compensated_round(weight, hessian, config), weight, others, config)
-    monkeypatch.setattr(Hessian, "shrinkage", lambda self: 0.0)
-    assert shrunk < 0.8 * output_error(*compensated_round(weight, hessian, config), weight, others, config)
+    hessian, others = in_halves(x[:96]), x[96:]
+    assert hessian.shrinkage("none", 0.01) >= 0.35
+    better = output_error(*compensated_round(weight, hessian, config), weight, others, config)
+    monkeypatch.setattr(Hessian, "shrinkage", lambda self, rotation, damping: 0.0)
+    assert better < 0.8 * output_error(*compensated_round(weight, hessian, config), weight, others, config)
 
 
-def test_shrinkage_counts_the_inputs_in_effect():
+@pytest.mark.parametrize("rotation", ("none", "hadamard128"))
+def test_correlations_of_many_samples_are_believed(rotation):
+    assert in_halves(correlated(4000, 200)).shrinkage(rotation, 0.01) <= 0.05
+    assert in_halves(correlated(60, 200)).shrinkage(rotation, 0.01) <= 0.1  # of few factors
+    independent = torch.randn(4000, 200)
+    assert in_halves(independent).shrinkage("none", 0.01) >= 0.35
+
+
+def test_halves_without_inputs():
     hessian = Hessian(8, torch.device("cpu"))
-    assert hessian.shrinkage() == 0
-    hessian.add(torch.ones(12, 8))
-    assert hessian.shrinkage() == pytest.approx(8 / (8 + 2 * 12))
-    hessian.add(torch.ones(1, 8), torch.tensor([1e6]))  # outweighs all others
-    assert hessian.shrinkage() == pytest.approx(8 / (8 + 2 * 1), rel=1e-3)
-    own = Hessian(8, torch.device("cpu"))
-    own.add(torch.ones(4, 8))
-    other = Hessian(8, torch.device("cpu"))
-    other.add(100 * torch.ones(6, 8))
-    assert own.leaning_on(other, 1.0).shrinkage() == pytest.approx(own.shrinkage())
-    assert own.leaning_on(other, 0.0).shrinkage() == pytest.approx(other.shrinkage())
+    assert torch.equal(hessian.mean("none", 0.01), torch.eye(128))
+    hessian.add(torch.ones(4, 8), half=1)
+    mean = hessian.mean("none", 0.01)[:8, :8]
+    assert torch.equal(mean.diagonal(), torch.ones(8)) and (mean - torch.eye(8)).max() == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +282,7 @@ def test_weights_count_inputs_so_many_times():
     weighed.add(x, weights)
     repeated.add(x.repeat_interleave(weights.long(), 0))
     assert weighed.count == repeated.count == 7
-    torch.testing.assert_close(weighed.sum, repeated.sum)
+    torch.testing.assert_close(weighed.sums, repeated.sums)
 
 
 def test_tokens_weigh_what_the_output_minds():

@@ -21,12 +21,13 @@ from flexq.quantize.embeddings import add_embedding, embedding_name, quantize_em
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
 from flexq.quantize.finished import Finished, fingerprint
 from flexq.quantize.group import Group
+from flexq.quantize.hessian import Hessian
 from flexq.quantize.inputs import predicts_tokens
 from flexq.quantize.layers import as_linear, identity, replace_module
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
 from flexq.quantize.passes import Calls, Ends, calls_of
 from flexq.quantize.placement import Placement
-from flexq.quantize.rounding import Hessian, compensated_round, empty_codes
+from flexq.quantize.rounding import compensated_round, empty_codes
 from flexq.quantize.routed import Routed, round_routed
 
 DEFAULT_WINDOWS = 16
@@ -94,7 +95,8 @@ def _hessians(
                 for name, hessian in hessians.items():
                     of_tokens = None if weights is None else weights[name][index].to(device)
                     every = of_tokens is not None and len(of_tokens) == x.numel() // x.shape[-1]
-                    hessian.add(x, of_tokens if every else None)  # an expert sees some of the tokens only
+                    # An expert sees some of the tokens only.
+                    hessian.add(x, of_tokens if every else None, group.half(index))
     except ValueError as error:
         raise ValueError(f"layer {first}: {error}") from None
     finally:
@@ -108,6 +110,11 @@ def _hessians_outside(
     placement: Placement, layers: dict[str, nn.Module], runs: Callable[[], Iterable[Callable[[], Any]]], group: Group
 ) -> Iterator[tuple[str, Hessian]]:
     """Of layers anywhere in the model, from runs of all that is outside blocks, a few layers at a time."""
+    half = 0
+
+    def add(hessian: Hessian):
+        return lambda module, args: hessian.add(args[0], half=half)
+
     waiting = list(layers)
     while waiting:
         hessians: dict[str, Hessian] = {}
@@ -116,15 +123,12 @@ def _hessians_outside(
             name = waiting.pop(0)
             with placement.present(layers[name]):
                 hessians[name] = _hessian(layers[name])
-            size += hessians[name].sum.nbytes
-
-        def add(hessian: Hessian):
-            return lambda module, args: hessian.add(args[0])
-
+            size += hessians[name].sums.nbytes
         with contextlib.ExitStack() as hooks:
             for name, hessian in hessians.items():
                 hooks.callback(layers[name].register_forward_pre_hook(add(hessian)).remove)
-            for run_once in runs():
+            for at, run_once in enumerate(runs()):
+                half = group.half(at)
                 run_once()
         for hessian in hessians.values():
             hessian.add_up(group)
@@ -214,7 +218,7 @@ class _Work:
             return
         module = self.model.get_submodule(whole)
         of_tokens = None if weights is None else weights[f"{whole}.down_proj"]
-        tokens = Routed.gather(module, runs, of_tokens)
+        tokens = Routed.gather(module, runs, of_tokens, self.group)
         canonical = []
         for projection, config in zip(PROJECTIONS, self.configs(whole), strict=True):
             try:

@@ -28,6 +28,10 @@ class Group:
         """This process's share of some items, with their numbers."""
         return list(enumerate(items))[self.rank :: self.size]
 
+    def half(self, at: int) -> int:
+        """0 or 1: the half of all items, every second one, that this process's item at a place is in."""
+        return (self.rank + at * self.size) % 2
+
     def owns(self, number: int) -> bool:
         """Whether a piece of work that one process does for all is this one's."""
         return number % self.size == self.rank

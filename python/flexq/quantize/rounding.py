@@ -12,105 +12,14 @@ import torch
 
 from flexq import ops
 from flexq.plan import LayerConfig
-from flexq.quantize.group import Group
+from flexq.quantize.hessian import Hessian, inverse_factor, order_of, pad, padded, rotate
 
 # Shares of absmax / the largest code that are tried as a scale; the fewer the codes, the lower they go.
 _RATIOS = (1.0, 31 / 32, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 0.775, 0.75)
 _LOWER_RATIOS = {4: (0.725, 0.7, 0.675, 0.65, 0.625, 0.6, 0.575, 0.55, 0.525, 0.5), 5: (0.725, 0.7, 0.675, 0.65)}
 _BLOCK = 128  # columns after which the columns to come are brought up to date at once
 _KEPT_GRAPHS = 16
-# Samples of an input's features that make its correlations as believable as their absence, in shares of their number.
-_DOUBT = 0.5
 _SLICE = 1 << 26  # values that are rounded at a time, whole rows: an LM head takes several slices
-
-
-class Hessian:
-    """Sum of w x x^T over a layer's inputs x [..., K] with weights w [...], float32 [K, K].
-
-    A few inputs may make up most of it. The sums of w |x|^2 and of its square say how many there are in effect, and so
-    how much of the correlations is chance.
-    """
-
-    def __init__(self, k: int, device: torch.device):
-        self.sum = torch.zeros(k, k, device=device)
-        self.count = 0.0
-        self.mass = torch.zeros(2, dtype=torch.float64, device=device)
-
-    def add(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Inputs, each with a weight of 1 or the one given; ValueError if x holds a NaN or Inf."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        if not torch.isfinite(rows).all():
-            raise ValueError("the calibration text gives inputs that are not finite")
-        mass = rows.square().sum(1, dtype=torch.float64)
-        if weights is None:
-            self.sum.addmm_(rows.T, rows)
-            self.count += len(rows)
-        else:
-            self.sum.addmm_((rows * weights.reshape(-1, 1)).T, rows)
-            self.count += weights.sum().item()
-            mass *= weights.flatten()
-        self.mass += torch.stack([mass.sum(), mass.square().sum()])
-
-    def add_up(self, group: Group) -> None:
-        """Those of all processes."""
-        group.add_up(self.sum)
-        group.add_up(self.mass)
-        self.count = group.total(self.count, self.sum.device)
-
-    def leaning_on(self, other: "Hessian", share: float) -> "Hessian":
-        """A share of this one's mean and the rest of another's."""
-        blend = Hessian(len(self.sum), self.sum.device)
-        own = share if self.count > 0 else 0.0
-        for one, part in ((other, 1 - own), (self, own)):
-            if part > 0 and one.count > 0:
-                factor = part / one.count
-                blend.sum += one.sum * factor
-                blend.mass += one.mass * torch.tensor([factor, factor**2], device=one.mass.device)
-                blend.count = 1.0
-        return blend
-
-    def shrinkage(self) -> float:
-        """The share of the correlations that is not believed, K / (K + 2 n) of n inputs in effect."""
-        total, squares = self.mass.tolist()
-        doubt = _DOUBT * len(self.sum)
-        return doubt / (doubt + total**2 / squares) if squares > 0 else 0.0
-
-    def mean(self, rotation: str) -> torch.Tensor:
-        """[Kp, Kp], Kp = K padded to whole groups, in the basis of the rotation; the identity if nothing was seen.
-
-        Correlations are shrunk towards none: those of few samples are larger than those of all inputs would be (Ledoit
-        and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004).
-        """
-        if self.count == 0:
-            return torch.eye(_padded(len(self.sum)), device=self.sum.device)
-        mean, shrinkage = self.sum / self.count, self.shrinkage()
-        diagonal = mean.diagonal().clone()
-        mean.mul_(1 - shrinkage).diagonal().copy_(diagonal)
-        return rotate(rotate(_pad(_pad(mean).T), rotation).T, rotation)
-
-
-def _padded(k: int) -> int:
-    return ops.num_groups(k) * ops.GROUP_SIZE
-
-
-def _pad(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (0, _padded(x.shape[1]) - x.shape[1]))
-
-
-@functools.lru_cache(maxsize=4)
-def _hadamard(device: torch.device) -> torch.Tensor:
-    """The rotation of docs/how-it-works/numerics.md as a matrix."""
-    h = torch.ones(1, 1, device=device)
-    while len(h) < ops.GROUP_SIZE:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / ops.GROUP_SIZE**0.5
-
-
-def rotate(x: torch.Tensor, rotation: str) -> torch.Tensor:
-    """Rows [R, Kp] of whole groups in the basis of the rotation."""
-    if rotation == "none":
-        return x
-    return (x.view(len(x), x.shape[1] // ops.GROUP_SIZE, ops.GROUP_SIZE) @ _hadamard(x.device)).reshape(x.shape)
 
 
 def _max_code(bits: int) -> int:
@@ -147,24 +56,6 @@ def _choose_scales(weight: torch.Tensor, importance: torch.Tensor, config: Layer
     return best.half()
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse; damped more, if need be, until there is one."""
-    diagonal = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny).double()
-    for _ in range(6):
-        damped = hessian.double()
-        damped.diagonal().add_(damping * diagonal)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # each of these is as large as a block's weights
-        if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper.float()
-        damping *= 10
-    raise ValueError("the inputs' correlations cannot be inverted, however damped")
-
-
 def compensated_round(
     weight: torch.Tensor, hessian: Hessian, config: LayerConfig, damping: float = 0.01, passes: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,15 +71,13 @@ def compensated_round(
     Raises:
         ValueError: weights that are not finite or that float16 scales cannot hold.
     """
-    slices = weight.detach().split(max(1, _SLICE // _padded(weight.shape[1])))
+    slices = weight.detach().split(max(1, _SLICE // padded(weight.shape[1])))
     if not all(torch.isfinite(rows).all() for rows in slices):
         raise ValueError("weights must be finite")
-    h = hessian.mean(config.rotation)
-    importance = h.diagonal().clamp(min=0)
-    # Columns in the order of their rounding.
-    order = torch.argsort(importance, descending=True, stable=True)
+    h = hessian.mean(config.rotation, damping)
+    importance, order = h.diagonal().clamp(min=0), order_of(h)
     h = h[order][:, order].contiguous()
-    factor = _inverse_factor(h, damping)
+    factor = inverse_factor(h, damping)
     importance = importance + damping * importance.mean()
     rounded = [_round_rows(rows, h, factor, order, importance, config, passes) for rows in slices]
     planes, scales = (torch.cat(each) for each in zip(*rounded, strict=True))
@@ -205,7 +94,7 @@ def _round_rows(
     passes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`compensated_round` of some rows; `h` and its `factor` have columns in their `order`, `importance` has not."""
-    w = rotate(_pad(rows.float()), config.rotation)
+    w = rotate(pad(rows.float()), config.rotation)
     scales = _choose_scales(w, importance, config)
     width = ops.GROUP_SIZE if config.scheme == "group" else w.shape[1]
     # Each column with its scale; transposed, so that a column is a stretch of memory.

@@ -15,7 +15,8 @@ from flexq.plan import LayerConfig
 from flexq.quantize.blocks import Reached
 from flexq.quantize.experts import kind_of, positional, routed
 from flexq.quantize.group import Group
-from flexq.quantize.rounding import Hessian, compensated_round, empty_codes
+from flexq.quantize.hessian import Hessian
+from flexq.quantize.rounding import compensated_round, empty_codes
 
 # An expert with fewer tokens than this share of a projection's input features leans on those of all experts: its own
 # second moment says little about most directions.
@@ -32,28 +33,35 @@ class Routed:
         ids: the experts [R, k] that each is for; an index of E or more is none.
         scales: the router's weights [R, k].
         weights: how much an error in each row counts, [R].
+        halves: of the text that each row is from, 0 or 1, [R].
     """
 
     x: torch.Tensor
     ids: torch.Tensor
     scales: torch.Tensor
     weights: torch.Tensor
+    halves: torch.Tensor
 
     @classmethod
     def gather(
-        cls, module: nn.Module, runs: Iterable[Callable[[], Any]], weights: Sequence[torch.Tensor] | None
+        cls, module: nn.Module, runs: Iterable[Callable[[], Any]], weights: Sequence[torch.Tensor] | None, group: Group
     ) -> "Routed":
-        """From some runs of what calls the experts, each up to there, and weights of each one's tokens, or None."""
+        """From a process's runs of what calls the experts, each up to there, and weights of each one's tokens, or
+        None."""
         calls: list[tuple[torch.Tensor, ...]] = []
+        halves: list[int] = []
+        half = 0
 
         def keep(_, args, kwargs):
             calls.append(routed(module, positional(module, args, kwargs)))
+            halves.append(half)
             raise Reached
 
         device = module.down_proj.device
         handle = module.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            for run in runs:
+            for at, run in enumerate(runs):
+                half = group.half(at)
                 with contextlib.suppress(Reached):
                     run()
         finally:
@@ -61,20 +69,23 @@ class Routed:
         if not calls:
             kind = kind_of(module)
             none = torch.zeros(0, 1, device=device)
-            return cls(none.new_zeros(0, kind.desc.hidden), none.long(), none, none.flatten())
+            return cls(none.new_zeros(0, kind.desc.hidden), none.long(), none, none.flatten(), none.flatten())
         of_rows = []
         for index, (x, _, _) in enumerate(calls):
             tokens = torch.ones(1) if weights is None or len(weights) != len(calls) else weights[index]
             repeats = len(x) // len(tokens) if len(x) % len(tokens) == 0 else 0
             of_rows.append(tokens.to(device).repeat(repeats) if repeats else torch.ones(len(x), device=device))
         x, ids, scales = (torch.cat(each) for each in zip(*calls, strict=True))
-        return cls(x, ids, scales, torch.cat(of_rows))
+        in_halves = [
+            torch.full((len(rows),), half, device=device) for (rows, _, _), half in zip(calls, halves, strict=True)
+        ]
+        return cls(x, ids, scales, torch.cat(of_rows), torch.cat(in_halves))
 
-    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """An expert's rows [r, H], the router's weights [r, 1] and the rows' own [r]."""
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """An expert's rows [r, H], the router's weights [r, 1], the rows' own [r] and their halves [r]."""
         here = self.ids == expert
         rows = here.any(1)
-        return self.x[rows], (self.scales * here).sum(1)[rows].unsqueeze(1), self.weights[rows]
+        return self.x[rows], (self.scales * here).sum(1)[rows].unsqueeze(1), self.weights[rows], self.halves[rows]
 
 
 def round_routed(
@@ -107,15 +118,15 @@ def round_routed(
     every = None
     if any(0 < count < enough for count in counts):
         every = Hessian(k, weight.device)
-        for x, weights in _inputs_of_all(module, projection, tokens):
-            every.add(x, weights)
+        for inputs in _inputs_of_all(module, projection, tokens):
+            _add(every, *inputs)
         every.add_up(group)
     canonical, how = [], Counter()
     for expert, count in enumerate(counts):
         hessian = None
         if count > 0:
             hessian = Hessian(k, weight.device)
-            hessian.add(*_inputs(module, projection, tokens, expert))
+            _add(hessian, *_inputs(module, projection, tokens, expert))
             hessian.add_up(group)
         how[NEAREST if count == 0 else OWN if count >= enough else LEANING] += 1
         if not group.owns(expert):
@@ -132,22 +143,32 @@ def round_routed(
     return (torch.stack(planes), torch.stack(scales)), how
 
 
-def _inputs(module: nn.Module, projection: str, tokens: Routed, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An expert's inputs of a projection [r, K], in floating point, and how much each counts."""
-    x, scale, weights = tokens.of(expert)
+# Inputs of a projection [r, K], in floating point, how much each counts, and the half of the text that it is from.
+_Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _add(hessian: Hessian, x: torch.Tensor, weights: torch.Tensor, halves: torch.Tensor) -> None:
+    for half in range(2):
+        rows = halves == half
+        hessian.add(x[rows], weights[rows], half)
+
+
+def _inputs(module: nn.Module, projection: str, tokens: Routed, expert: int) -> _Inputs:
+    x, scale, weights, halves = tokens.of(expert)
     if projection == "gate_up_proj":
-        return x, weights
+        return x, weights, halves
     kind = kind_of(module)
     gate_up = kind.oriented(module.gate_up_proj)[expert].float()
     u = x.float() @ gate_up.T
     u = u * scale if kind.weights_on_input else u
-    return gate(kind.desc, u + module.gate_up_proj_bias[expert].float() if kind.bias else u), weights
+    u = u + module.gate_up_proj_bias[expert].float() if kind.bias else u
+    return gate(kind.desc, u), weights, halves
 
 
-def _inputs_of_all(module: nn.Module, projection: str, tokens: Routed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _inputs_of_all(module: nn.Module, projection: str, tokens: Routed) -> Iterator[_Inputs]:
     if projection == "gate_up_proj":
         rows = (tokens.ids < kind_of(module).desc.experts).any(1)
-        yield tokens.x[rows], tokens.weights[rows]
+        yield tokens.x[rows], tokens.weights[rows], tokens.halves[rows]
         return
     for expert in tokens.ids.unique().tolist():
         if expert < kind_of(module).desc.experts:
