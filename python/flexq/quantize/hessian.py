@@ -154,5 +154,6 @@ def _error_of(moment: torch.Tensor, other: torch.Tensor, probes: torch.Tensor, d
     upper = _upper_factor(moment[order][:, order], damping)
     if upper is None:
         return float("inf")
-    errors = torch.linalg.solve_triangular(upper.mT, upper.diagonal().unsqueeze(1) * probes, upper=False)
-    return (errors * (other[order][:, order] @ errors)).sum().item()
+    errors = torch.empty_like(probes)
+    errors[order] = torch.linalg.solve_triangular(upper.mT, upper.diagonal().unsqueeze(1) * probes, upper=False)
+    return (errors * (other @ errors)).sum().item()
