@@ -57,6 +57,34 @@ Linears::Part part_of(const Json& plan, const std::string& name, int64_t rows, i
   return part;
 }
 
+struct Canonical {
+  std::vector<std::byte> planes, scales;
+
+  void append(const Checkpoint& checkpoint, const std::string& name, const flexq_weight_desc& desc) {
+    const int64_t groups = (desc.k + FLEXQ_GROUP_SIZE - 1) / FLEXQ_GROUP_SIZE;
+    const int64_t row_scales = desc.scheme == FLEXQ_SCHEME_GROUP ? groups : 1;
+    const Tensor& of_planes = checkpoint.at(name + ".qweight", {desc.n, groups, desc.weight_bits, 16});
+    const Tensor& of_scales = checkpoint.at(name + ".scales", {desc.n, row_scales});
+    planes.insert(planes.end(), of_planes.data, of_planes.data + of_planes.bytes);
+    scales.insert(scales.end(), of_scales.data, of_scales.data + of_scales.bytes);
+  }
+};
+
+// The token embedding, which may be quantized: this program then looks its rows up in floating point all the same.
+Matrix embedding(Device& device, const Checkpoint& checkpoint, const Json& plan, const std::string& name, int64_t rows,
+                 int64_t cols) {
+  if (checkpoint.find(name + ".qweight") == nullptr) return matrix(device, checkpoint, name + ".weight", rows, cols);
+  const flexq_weight_desc desc = part_of(plan, name, rows, cols).desc;
+  Canonical canonical;
+  canonical.append(checkpoint, name, desc);
+  const flexq_stream cpu = FLEXQ_STREAM_INIT;
+  std::vector<float> values(static_cast<size_t>(rows * cols));
+  flexq::check(flexq_dequantize_weight(&cpu, &desc, reinterpret_cast<const uint8_t*>(canonical.planes.data()),
+                                       reinterpret_cast<const uint16_t*>(canonical.scales.data()), values.data(),
+                                       FLEXQ_F32, cols));
+  return {device.allocate(values.size() * sizeof(float), values.data()), "F32", rows, cols};
+}
+
 bool alike(const Linears::Part& a, const Linears::Part& b) {
   return a.desc.weight_bits == b.desc.weight_bits && a.desc.scheme == b.desc.scheme &&
          a.desc.rotation == b.desc.rotation && a.act_bits == b.act_bits;
@@ -118,15 +146,9 @@ Linears::Linears(Device& device, const Checkpoint& checkpoint, const Json& plan,
     Part part = part_of(plan, names[i], rows[i], cols);
     part.column = rows_;
     part.desc.n = 0;
-    std::vector<std::byte> planes, scales;
-    const auto append = [](std::vector<std::byte>& to, const Tensor& t) {
-      to.insert(to.end(), t.data, t.data + t.bytes);
-    };
+    Canonical canonical;
     for (; i < names.size() && alike(part, part_of(plan, names[i], rows[i], cols)); ++i) {
-      const int64_t groups = (cols + FLEXQ_GROUP_SIZE - 1) / FLEXQ_GROUP_SIZE;
-      const int64_t row_scales = part.desc.scheme == FLEXQ_SCHEME_GROUP ? groups : 1;
-      append(planes, checkpoint.at(names[i] + ".qweight", {rows[i], groups, part.desc.weight_bits, 16}));
-      append(scales, checkpoint.at(names[i] + ".scales", {rows[i], row_scales}));
+      canonical.append(checkpoint, names[i], part_of(plan, names[i], rows[i], cols).desc);
       const Tensor* bias = checkpoint.find(names[i] + ".bias");
       any_bias |= bias != nullptr;
       const auto values = bias == nullptr ? std::vector<float>(static_cast<size_t>(rows[i]))
@@ -136,6 +158,7 @@ Linears::Linears(Device& device, const Checkpoint& checkpoint, const Json& plan,
     }
     flexq::check(flexq_prepack_size(device.stream(), &part.desc, &part.bytes));
     part.packed = device.allocate(part.bytes);
+    const auto& [planes, scales] = canonical;
     const auto* on_planes = static_cast<const uint8_t*>(device.allocate(planes.size(), planes.data()));
     const auto* on_scales = static_cast<const uint16_t*>(device.allocate(scales.size(), scales.data()));
     flexq::check(flexq_prepack(device.stream(), &part.desc, on_planes, on_scales, part.packed, part.bytes));
@@ -154,13 +177,14 @@ Model::Model(Device& device, const Checkpoint& checkpoint, int64_t positions, in
   if (quantization == nullptr || text(*quantization, "quant_method", "none") != "flexq") {
     fail("this is no FlexQ checkpoint; `flexq quantize MODEL -o DIR` makes one");
   }
-  if (quantization->at("format_version").integer() != 1) fail("format_version must be 1");
+  const int64_t version = quantization->at("format_version").integer();
+  if (version != 1 && version != 2) fail("format_version must be 1 or 2, got " + std::to_string(version));
   if (positions > c.positions) fail("the model has " + std::to_string(c.positions) + " positions, too few");
   const Json& plan = quantization->at("plan");
   device.prepare(c, positions);
 
   const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
-  embeddings_ = matrix(device, checkpoint, "model.embed_tokens.weight", c.vocabulary, c.hidden);
+  embeddings_ = embedding(device, checkpoint, plan, "model.embed_tokens", c.vocabulary, c.hidden);
   final_norm_ = upload(device, checkpoint.at("model.norm.weight", {c.hidden}));
   if (checkpoint.find("lm_head.qweight") != nullptr) {
     packed_head_ = std::make_unique<Linears>(device, checkpoint, plan, std::vector<std::string>{"lm_head"},

@@ -42,7 +42,10 @@ def generate(folder, prompt, count, *arguments):
     return [int(token) for token in result.stdout.split(",")]
 
 
-@pytest.fixture(scope="module", params=["llama, one file", "llama, mixed plan", "qwen2 with biases, many files"])
+@pytest.fixture(
+    scope="module",
+    params=["llama, one file", "llama, mixed plan", "qwen2 with biases, many files", "llama, embeddings"],
+)
 def checkpoint(request, tmp_path_factory):
     """A random model, quantized and saved."""
     torch.manual_seed(0)
@@ -51,7 +54,8 @@ def checkpoint(request, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4).add_(torch.randn_like(parameter), alpha=0.02)
-    flexq.quantize_model(model, MIXED if "mixed" in request.param else "w6a8")
+    plan = {"mixed plan": MIXED, "embeddings": flexq.Plan(embeddings=8)}.get(request.param.rpartition(", ")[2], "w6a8")
+    flexq.quantize_model(model, plan)
     folder = tmp_path_factory.mktemp("llama") / "model"
     flexq.save_model(model, folder, shard_bytes=100_000 if "many" in request.param else 2**30)
     return folder
