@@ -1,6 +1,7 @@
 """Engines of vLLM on the GPU, or on the CPU where there is none, and the reference for what they generate."""
 
 import gc
+import shutil
 from pathlib import Path
 
 import flexq
@@ -37,6 +38,14 @@ def result_of(output) -> tuple[list[int], list[float]]:
     completion = output.outputs[0]
     steps = zip(completion.token_ids, completion.logprobs, strict=True)
     return list(completion.token_ids), [step[token].logprob for token, step in steps]
+
+
+def save_sharded_state(llm: LLM, folder: Path, state: Path) -> None:
+    """What each device holds of the checkpoint in `folder`, and the files beside its tensors."""
+    llm.llm_engine.engine_core.save_sharded_state(str(state))
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, state)
 
 
 def shut(llm: LLM) -> None:

@@ -1,10 +1,8 @@
 """Checkpoints whose token embedding is quantized, in vLLM."""
 
-import shutil
-
 import flexq
 import pytest
-from engines import assert_same, engine, greedy, random_model, shut
+from engines import assert_same, engine, greedy, random_model, save_sharded_state, shut
 from test_offline import PROMPTS, use_cores
 from transformers import AutoTokenizer
 
@@ -44,12 +42,9 @@ def test_sharded_state(random_float, tmp_path):
     llm = engine(folder)
     try:
         expected = greedy(llm, PROMPTS[:2])
-        llm.llm_engine.engine_core.save_sharded_state(str(state))
+        save_sharded_state(llm, folder, state)
     finally:
         shut(llm)
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, state)
     llm = engine(state, load_format="sharded_state")
     try:
         assert greedy(llm, PROMPTS[:2]) == expected

@@ -10,7 +10,18 @@ from pathlib import Path
 import flexq
 import pytest
 import torch
-from engines import DEVICE, GPUS, assert_alike, assert_same, assert_same_as, engine, greedy, random_model, shut
+from engines import (
+    DEVICE,
+    GPUS,
+    assert_alike,
+    assert_same,
+    assert_same_as,
+    engine,
+    greedy,
+    random_model,
+    save_sharded_state,
+    shut,
+)
 from flexq.cli.main import main
 from plans import MIXED
 from safetensors.torch import save_file
@@ -247,12 +258,9 @@ def test_sharded_state(mixed, tmp_path):
     llm = start(mixed)
     try:
         expected = greedy(llm, PROMPTS)
-        llm.llm_engine.engine_core.save_sharded_state(str(tmp_path))
+        save_sharded_state(llm, mixed, tmp_path)
     finally:
         shut(llm)
-    for file in mixed.iterdir():
-        if file.suffix != ".safetensors":
-            shutil.copy(file, tmp_path)
     results = generate(tmp_path, load_format="sharded_state")
     assert_same(mixed, PROMPTS, results)
     assert_alike(results, expected)

@@ -19,6 +19,7 @@ from torch import nn
 from flexq.bench.models import CONTENDERS, CPU_CONTENDERS, DEFAULT_CONTENDERS, SHAPES, fits_shape, make_model
 from flexq.bench.timing import read_bandwidth
 from flexq.progress import Progress
+from flexq.quantize.layers import name_of
 
 DEFAULT_BATCHES = (1, 4, 8, 16, 64)
 DEFAULT_CONTEXTS = (128, 4096)
@@ -95,7 +96,6 @@ def model_bytes(model: nn.Module) -> ModelBytes:
         return sum(own.values()) + sum(m.weight_bytes for m in outermost)
 
     embedding = model.get_input_embeddings()
-    own = next(name for name, m in model.named_modules() if m is embedding)
     is_read = any(
         p is embedding.weight
         for name, p in model.named_parameters(remove_duplicate=False)
@@ -105,7 +105,7 @@ def model_bytes(model: nn.Module) -> ModelBytes:
     config = model.config
     return ModelBytes(
         total=size_of(""),
-        embeddings=0 if is_read else size_of(f"{own}."),
+        embeddings=0 if is_read else size_of(f"{name_of(model, embedding)}."),
         experts=sum(size_of(name) for name in experts),
         chosen=config.num_experts_per_tok / config.num_experts if experts else 1.0,
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 from flexq.checkpoint.folder import new_folder
 from flexq.checkpoint.keys import keep_quantized_whole
@@ -19,7 +18,7 @@ from flexq.checkpoint.layers import settings_of
 from flexq.checkpoint.source import INDEX, SINGLE, ModelError, is_own
 from flexq.checkpoint.verify import CHECKSUMS, PLAN_HASH, checksum
 from flexq.plan import Plan
-from flexq.quantize.layers import input_embeddings, output_embeddings, record_plan
+from flexq.quantize.layers import input_embeddings, name_of, output_embeddings, record_plan
 
 DEFAULT_SHARD_BYTES = 2 << 30
 
@@ -134,10 +133,6 @@ class ShardWriter:
                 part = "other"
             setattr(sizes, part, getattr(sizes, part) + size)
         return sizes
-
-
-def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
-    return next((name for name, m in model.named_modules() if m is module), None) if module is not None else None
 
 
 def write_config(

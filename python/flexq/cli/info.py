@@ -113,8 +113,7 @@ def _checkpoint(args: argparse.Namespace, source) -> dict[str, Any]:
     from flexq.checkpoint.layers import insert_layers, read_plan
     from flexq.checkpoint.source import load_config, skeleton
     from flexq.checkpoint.verify import verify
-    from flexq.checkpoint.write import name_of
-    from flexq.quantize.layers import input_embeddings
+    from flexq.quantize.layers import input_embeddings, name_of
     from flexq.quantize.report import coverage
 
     verified = verify(source.folder)

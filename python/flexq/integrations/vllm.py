@@ -37,7 +37,7 @@ from flexq.checkpoint.layers import plan_of_settings
 from flexq.checkpoint.source import CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
 from flexq.embedding import CONFIG as EMBEDDING
-from flexq.integrations.vllm_embedding import EmbeddingMethod, have_vllm_dequantize
+from flexq.integrations.vllm_embedding import EmbeddingMethod, add_stand_in, have_vllm_dequantize
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 from flexq.run.parallel import check_input_split
@@ -345,9 +345,7 @@ class FlexQLinearMethod(LinearMethodBase):
         for index, weight in enumerate(packed):
             layer.register_buffer(_packed_name(index), weight, persistent=False)
         if isinstance(layer, ParallelLMHead):
-            # LoRA asks its weight for dtype and device, speculation whether it is equal.
-            nothing = torch.full((1,), float("nan"), dtype=layer.flexq_dtype, device=packed[0].device)
-            layer.register_buffer("weight", nothing, persistent=False)
+            add_stand_in(layer, packed[0].device)
         if self.config.is_checkpoint:
             layer.register_state_dict_post_hook(_add_canonical)
 

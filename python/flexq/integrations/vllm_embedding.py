@@ -78,9 +78,7 @@ class EmbeddingMethod(QuantizeMethodBase):
         for tensor in _TENSORS:
             delattr(layer, tensor)
         layer.register_buffer("weight_packed", rows, persistent=False)
-        # LoRA asks its weight for the device.
-        nothing = torch.full((1,), float("nan"), dtype=layer.flexq_dtype, device=rows.device)
-        layer.register_buffer("weight", nothing, persistent=False)
+        add_stand_in(layer, rows.device)
         layer.register_state_dict_post_hook(_add_canonical)
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -88,6 +86,12 @@ class EmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         return look_up(layer.weight_packed, input_, layer.flexq_dtype)
+
+
+def add_stand_in(layer: torch.nn.Module, device: torch.device) -> None:
+    """A `weight` for an embedding or an LM head: LoRA asks it for dtype and device, speculation whether it is equal."""
+    nothing = torch.full((1,), float("nan"), dtype=layer.flexq_dtype, device=device)
+    layer.register_buffer("weight", nothing, persistent=False)
 
 
 def _add_canonical(layer: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _) -> None:

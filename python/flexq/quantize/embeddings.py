@@ -15,7 +15,7 @@ from torch import nn
 from flexq import ops
 from flexq.embedding import CONFIG, Embedding
 from flexq.plan import LayerConfig, Plan
-from flexq.quantize.layers import input_embeddings, lm_head_name, output_embeddings, replace_module
+from flexq.quantize.layers import input_embeddings, lm_head_name, name_of, output_embeddings, replace_module
 
 # Of an LM head that is tied to the embedding, where a plan does not name it.
 _TIED_HEAD = {"weight_bits": 8, "act_bits": 8, "scheme": "channel"}
@@ -28,7 +28,7 @@ def embedding_name(model: nn.Module, plan: Plan) -> str | None:
         ValueError: it cannot be quantized, or the plan says something else of it in `layers`.
     """
     module = input_embeddings(model)
-    name = next((name for name, m in model.named_modules() if m is module), None) if module is not None else None
+    name = name_of(model, module)
     if plan.embeddings is None:
         if name in plan.layers and isinstance(module, (nn.Embedding, Embedding)):
             raise ValueError(f'plan names {name!r}, the token embedding; "embeddings": 8 quantizes it, not its name')

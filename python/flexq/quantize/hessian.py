@@ -60,11 +60,11 @@ class Hessian:
             return _UNCHECKED
         probes = _probes(padded(self.sums.shape[-1])).to(self.sums.device)
         moments = [_in_basis(half, rotation) for half in halves]
+        uncorrelated = [_in_basis(half.diagonal().diag(), rotation) for half in halves]
 
         def error(share: float) -> float:
             return sum(
-                _error_of(_in_basis(shrunk(halves[i], share), rotation), moments[1 - i], probes, damping)
-                for i in range(2)
+                _error_of(moments[i].lerp(uncorrelated[i], share), moments[1 - i], probes, damping) for i in range(2)
             )
 
         return min(SHRINKAGES, key=error)
@@ -74,14 +74,8 @@ class Hessian:
         seen. `damping` is that of its factors."""
         if self.count == 0:
             return torch.eye(padded(self.sums.shape[-1]), device=self.sums.device)
-        return _in_basis(shrunk(self.sums.sum(0) / self.count, self.shrinkage(rotation, damping)), rotation)
-
-
-def shrunk(moment: torch.Tensor, share: float) -> torch.Tensor:
-    """With a share of its correlations taken away."""
-    result = moment * (1 - share)
-    result.diagonal().copy_(moment.diagonal())
-    return result
+        mean = self.sums.sum(0) / self.count
+        return _in_basis(mean.lerp(mean.diagonal().diag(), self.shrinkage(rotation, damping)), rotation)
 
 
 def padded(k: int) -> int:

@@ -32,6 +32,11 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    """The first name of a module that is somewhere in the model; None of none."""
+    return next((name for name, m in model.named_modules() if m is module), None) if module is not None else None
+
+
 def lm_head_name(model: nn.Module) -> str | None:
     """The layer that turns the last hidden states into logits, if it is an `nn.Linear`."""
     head = output_embeddings(model)
