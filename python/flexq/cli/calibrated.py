@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import os
 import sys
 import warnings
@@ -59,6 +60,8 @@ def _group(args: argparse.Namespace) -> Iterator[Any]:
     if _processes() == 1:
         yield Group()
         return
+    # Default arguments there are the group that exists when it is imported; from then on that group outlives us.
+    importlib.import_module("torch.distributed.nn.functional")
     on_gpu = args.device != "cpu"
     if on_gpu:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
