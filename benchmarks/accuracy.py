@@ -1,9 +1,11 @@
 """The tables of docs/results/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
-python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--no-rotation] [--resume DIR]
+python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--windows WINDOWS] [--equalize ALPHA] [--no-rotation]
+                              [--resume DIR]
                               [--fast | --widths | --width-plans [--calibrated] | --plans | --estimated-plans]
 
 TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
+Recipes are of scheme and activations alone, of inputs equalized if asked for, the LM head in floating point.
 Instead, --fast evaluates recipes that calibrate nothing on every fourth window of all; --widths equalizes and compares
 weight bits, on fewer and shorter windows; --width-plans compares plans of weight bits with random ones and with a rule
 of thumb, of weights rounded to nearest or --calibrated; --plans measures the layers' sensitivity to activation bits and
@@ -45,15 +47,19 @@ def report(name, model, held_out, reference, share=None) -> None:
     print(f"{name:28} {100 * result.perplexity_change:+.2f}%  KL {result.kl:.4f}{extra}", flush=True)
 
 
-def recipes(reference, calibration, held_out) -> None:
-    for scheme in ("group", "channel"):
+def recipes(reference, calibration, held_out, alpha) -> None:
+    floats = reference
+    if alpha > 0:
+        floats = shared_copy(reference)
+        equalize_model(floats, spread(calibration, 4), alpha, torch.bfloat16)
+    for scheme in ("channel", "group"):
         begin = time.perf_counter()
-        model = calibrate_model(shared_copy(reference), calibration, Plan.uniform(scheme=scheme))
+        model = calibrate_model(shared_copy(floats), calibration, Plan.uniform(scheme=scheme))
         print(f"calibrated, scheme {scheme}: {time.perf_counter() - begin:.0f} s", flush=True)
-        report(f"best W6A8 {scheme}", model, held_out, reference)
+        report(f"W6A8 {scheme}", model, held_out, reference)
         if scheme == "group":
             with sensitivity.act_bits(list(sensitivity.quantized_layers(model).values()), 6):
-                report("best W6A6 group", model, held_out, reference)
+                report("W6A6 group", model, held_out, reference)
 
 
 def uncalibrated(reference, windows) -> None:
@@ -201,6 +207,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", type=Path)
     parser.add_argument("--held-out", type=int, default=16, metavar="WINDOWS")
+    parser.add_argument("--windows", type=int, default=DEFAULT_WINDOWS)
+    parser.add_argument("--equalize", type=float, default=0.0, metavar="ALPHA")
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--widths", action="store_true")
     parser.add_argument("--width-plans", action="store_true")
@@ -215,7 +223,7 @@ def main() -> None:
     text = args.text.read_text(encoding="utf-8")
     windows = windows_of(tokenizer, text)
     held_out, others = windows[-args.held_out :], windows[: -args.held_out]
-    calibration = spread(others, DEFAULT_WINDOWS)
+    calibration = spread(others, args.windows)
     probes = windows_of(tokenizer, text[: len(text) // 2], 512)
     if args.plans or args.estimated_plans:
         if args.no_rotation:
@@ -233,7 +241,7 @@ def main() -> None:
     elif args.fast:
         uncalibrated(reference, windows[::4])
     else:
-        recipes(reference, calibration, held_out)
+        recipes(reference, calibration, held_out, args.equalize)
 
 
 if __name__ == "__main__":
