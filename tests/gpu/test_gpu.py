@@ -9,6 +9,7 @@ import pytest
 import torch
 from flexq import _core, ops
 from flexq.experts import quantize_experts
+from flexq.ops import linear_layers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -267,12 +268,12 @@ def test_kernels_in_cpp_equal_those_in_python():
         arguments = (view, gpu._packed, bias, 200, 8, *shared)
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
-            assert torch.equal(torch.ops.flexq.linear(*arguments), ops._linear(*arguments))
+            assert torch.equal(torch.ops.flexq.linear(*arguments), linear_layers._linear(*arguments))
             norm = (view, view.flip(0), torch.ones(576, device="cuda", dtype=x.dtype), 1e-5, *arguments[1:])
-            results = torch.ops.flexq.rms_norm_linear(*norm), ops._rms_norm_linear(*norm)
+            results = torch.ops.flexq.rms_norm_linear(*norm), linear_layers._rms_norm_linear(*norm)
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
             product = (torch.cat([view, view.flip(0)], -1), *arguments[1:])
-            assert torch.equal(torch.ops.flexq.silu_mul_linear(*product), ops._silu_mul_linear(*product))
+            assert torch.equal(torch.ops.flexq.silu_mul_linear(*product), linear_layers._silu_mul_linear(*product))
     with pytest.raises(ValueError, match="the activation is on cpu, the weight on cuda:0"):
         flexq.gemm(flexq.quantize_activation(torch.randn(2, 576)), gpu._packed, None, 2, 200, 576, 8, *shared)
 

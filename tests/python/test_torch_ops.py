@@ -5,6 +5,8 @@ import pytest
 import torch
 from flexq import _core, ops
 from flexq.experts import Experts
+from flexq.ops import experts as experts_ops
+from flexq.ops import linear_layers
 from test_ops import values
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,29 +57,31 @@ def test_every_view(packed, dtype):
     bias = values(N, seed=3)
     for x in views(dtype):
         for b in (None, bias, bias.to(dtype)):
-            same(torch.ops.flexq.linear(x, packed, b, N, 8, *FORMAT), ops._linear(x, packed, b, N, 8, *FORMAT))
+            same(
+                torch.ops.flexq.linear(x, packed, b, N, 8, *FORMAT), linear_layers._linear(x, packed, b, N, 8, *FORMAT)
+            )
         m = x.numel() // K
 
         def codes(quantized, format, bits, m=m):
             return flexq.activation_codes(quantized, m, K, bits, *format)
 
         quantized = torch.ops.flexq.quantize_activation(x, 6, *FORMAT)
-        same(codes(quantized, FORMAT, 6), codes(ops._quantize_activation(x, 6, *FORMAT), FORMAT, 6))
+        same(codes(quantized, FORMAT, 6), codes(linear_layers._quantize_activation(x, 6, *FORMAT), FORMAT, 6))
         arguments = (quantized, packed, bias, m, N, K, 6, *FORMAT, dtype)
-        same(torch.ops.flexq.gemm(*arguments), ops._gemm(*arguments))
+        same(torch.ops.flexq.gemm(*arguments), linear_layers._gemm(*arguments))
         for residual in (None, x.flip(0), x):
             arguments = (x, residual, weight, 1e-5, 8, *FORMAT)
-            results = torch.ops.flexq.rms_norm_quantize(*arguments), ops._rms_norm_quantize(*arguments)
+            results = torch.ops.flexq.rms_norm_quantize(*arguments), linear_layers._rms_norm_quantize(*arguments)
             same(*(codes(quantized, FORMAT, 8) for quantized, _ in results))
             same(*(total for _, total in results))
             arguments = (x, residual, weight, 1e-5, packed, bias, N, 8, *FORMAT)
-            same(torch.ops.flexq.rms_norm_linear(*arguments), ops._rms_norm_linear(*arguments))
+            same(torch.ops.flexq.rms_norm_linear(*arguments), linear_layers._rms_norm_linear(*arguments))
         channel = ("channel", "none")
         arguments = (x, x.flip(-1), 8, *channel)
-        results = torch.ops.flexq.silu_mul_quantize(*arguments), ops._silu_mul_quantize(*arguments)
+        results = torch.ops.flexq.silu_mul_quantize(*arguments), linear_layers._silu_mul_quantize(*arguments)
         same(*(codes(quantized, channel, 8) for quantized in results))
         arguments = (torch.cat([x, x.flip(-1)], -1), packed, bias, N, 6, *FORMAT)
-        same(torch.ops.flexq.silu_mul_linear(*arguments), ops._silu_mul_linear(*arguments))
+        same(torch.ops.flexq.silu_mul_linear(*arguments), linear_layers._silu_mul_linear(*arguments))
 
 
 def test_fused_linears_are_the_quantizer_and_the_gemm(packed):
@@ -111,7 +115,7 @@ def both_refuse(name, *arguments) -> None:
     with pytest.raises(ValueError) as native:
         getattr(torch.ops.flexq, name)(*arguments)
     with pytest.raises(ValueError) as python:
-        getattr(ops, f"_{name}")(*arguments)
+        getattr(experts_ops if name.startswith("experts") else linear_layers, f"_{name}")(*arguments)
     assert str(native.value) == str(python.value)
 
 
@@ -181,7 +185,7 @@ def test_experts_of_every_view(experts, dtype):
             (up_bias, down_bias, expert_map, False),
         ):
             arguments = (x, ids, weights, *packed, *rest, *desc)
-            same(torch.ops.flexq.experts_forward(*arguments), ops._experts_forward(*arguments))
+            same(torch.ops.flexq.experts_forward(*arguments), experts_ops._experts_forward(*arguments))
 
 
 def test_experts_refuse_alike(experts):
