@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parents[2] / "python" / "flexq"
 MAY_IMPORT = {
     "_core": (),
     "_imports": (),
+    "checksum": (),
     "progress": (),
     "plan": (),
     "execution": ("_core",),
@@ -16,12 +17,12 @@ MAY_IMPORT = {
     "linear": ("packed", "ops", "plan"),
     "embedding": ("packed", "ops", "plan"),
     "experts": ("packed", "ops", "plan"),
-    "quantize": ("embedding", "experts", "linear", "packed", "ops", "plan", "progress"),
+    "quantize": ("embedding", "experts", "linear", "packed", "ops", "plan", "checksum", "progress"),
     "run": ("quantize", "linear", "ops", "plan"),
     "bench": ("experts", "run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
     "evaluate": ("quantize", "plan", "progress"),
     "planning": ("bench", "quantize", "embedding", "experts", "linear", "ops", "plan", "progress"),
-    "checkpoint": ("quantize", "embedding", "experts", "linear", "execution", "ops", "plan", "progress"),
+    "checkpoint": ("quantize", "embedding", "experts", "linear", "execution", "ops", "plan", "checksum", "progress"),
     "integrations": ("checkpoint", "run", "quantize", "embedding", "experts", "linear", "packed", "ops", "plan"),
     "cli": ("checkpoint", "planning", "evaluate", "bench", "run", "quantize", "execution", "plan", "_core"),
 }

@@ -1,7 +1,6 @@
 """Checking that a checkpoint is what was written."""
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +21,11 @@ from flexq.checkpoint.source import (
     opened,
     skeleton,
 )
+from flexq.checksum import CHECKSUMS, checksum
 from flexq.plan import Plan
 from flexq.quantize.layers import identities
 
-# In a safetensors file's metadata: CRC-32 of each tensor's bytes, and the plan's fingerprint.
-CHECKSUMS = "flexq.crc32"
+# In a safetensors file's metadata: the plan's fingerprint.
 PLAN_HASH = "flexq.plan"
 
 
@@ -58,10 +57,6 @@ class Verified:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def verify(folder: str | Path) -> Verified:

@@ -16,7 +16,8 @@ from flexq.checkpoint.folder import new_folder
 from flexq.checkpoint.keys import keep_quantized_whole
 from flexq.checkpoint.layers import settings_of
 from flexq.checkpoint.source import INDEX, SINGLE, ModelError, is_own
-from flexq.checkpoint.verify import CHECKSUMS, PLAN_HASH, checksum
+from flexq.checkpoint.verify import PLAN_HASH
+from flexq.checksum import CHECKSUMS, checksum
 from flexq.plan import Plan
 from flexq.quantize.layers import input_embeddings, name_of, output_embeddings, record_plan
 

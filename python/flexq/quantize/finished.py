@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from flexq.checksum import CHECKSUMS, checksum
 from flexq.experts import ExpertWeights
 from flexq.linear import Linear
 from flexq.plan import LayerConfig
@@ -27,7 +28,7 @@ class Finished:
     absent, so that its block is calibrated again.
     """
 
-    _CHECKSUMS, _CALIBRATION, _EXPERTS = "flexq.crc32", "flexq.calibration", "flexq.experts"
+    _CALIBRATION, _EXPERTS = "flexq.calibration", "flexq.experts"
 
     def __init__(self, folder: str | Path | None, about: dict[str, Any]):
         self.folder, self.about = None if folder is None else Path(folder), json.dumps(about, sort_keys=True)
@@ -57,12 +58,12 @@ class Finished:
             with safe_open(self._file(block), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksums = json.loads(metadata.get(self._CHECKSUMS, "{}"))
+            checksums = json.loads(metadata.get(CHECKSUMS, "{}"))
             experts = Counter(json.loads(metadata.get(self._EXPERTS, "{}")))
         except (OSError, SafetensorError, ValueError, RecursionError):
             return None
         sound = metadata.get(self._CALIBRATION) == self.about and set(tensors) == wanted
-        return (tensors, experts) if sound and checksums == {n: _crc32(t) for n, t in tensors.items()} else None
+        return (tensors, experts) if sound and checksums == {n: checksum(t) for n, t in tensors.items()} else None
 
     def save(self, block: int, layers: dict[str, Linear | ExpertWeights], experts: Counter) -> None:
         if self.folder is None:
@@ -71,8 +72,8 @@ class Finished:
         for name, layer in layers.items():
             planes, scales = layer.canonical()
             tensors |= {f"{name}.qweight": planes.cpu().contiguous(), f"{name}.scales": scales.cpu().contiguous()}
-        checksums = json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()})
-        metadata = {self._CHECKSUMS: checksums, self._CALIBRATION: self.about}
+        checksums = json.dumps({name: checksum(tensor) for name, tensor in tensors.items()})
+        metadata = {CHECKSUMS: checksums, self._CALIBRATION: self.about}
         if experts:
             metadata[self._EXPERTS] = json.dumps(experts)
         _write_whole(self._file(block), lambda file: save_file(tensors, file, metadata=metadata))
@@ -86,10 +87,6 @@ def _write_whole(file: Path, write) -> None:
         os.replace(aside, file)
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error}") from None
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def fingerprint(
