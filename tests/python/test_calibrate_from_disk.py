@@ -402,4 +402,4 @@ def test_more_processes_than_windows(tmp_path):
     assert [i for i, _ in group.mine(WINDOWS)] == [0]
     model, offloaded = open_offloaded(find_model(saved(tmp_path / "float")), "cpu")
     with pytest.raises(ValueError, match="4 processes share 3 windows of text"):
-        calibrate_placed(offloaded, model, WINDOWS, resolve_plan(model, CHANNEL), group=group)
+        calibrate_placed(offloaded, model, WINDOWS, resolve_plan(model, CHANNEL).layers, group=group)

@@ -18,7 +18,7 @@ from flexq.experts import ExpertWeights
 from flexq.plan import DEFAULT_RECIPE, Plan
 from flexq.progress import Progress
 from flexq.quantize.calibrate import calibrate_placed
-from flexq.quantize.embeddings import add_embedding, embedding_name, quantize_embedding
+from flexq.quantize.embeddings import add_embedding, quantize_embedding
 from flexq.quantize.equalize import equalize_placed
 from flexq.quantize.finished import finished_tensors
 from flexq.quantize.group import Group
@@ -120,7 +120,7 @@ def calibrate_offloaded(
     """`calibrate_checkpoint` of what `open_offloaded` has opened, with all that can be said of it; `made` goes into the
     plan's `produced_by`."""
     plan = Plan.of(plan)
-    resolved, embedding = resolve_plan(model, plan, include, skip), embedding_name(model, plan)
+    resolved, embedding = resolve_plan(model, plan, include, skip)
     with _finished_blocks(Path(folder), resume, group) as finished, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller says it
         with weights_where_they_are_read(model):

@@ -37,7 +37,6 @@ from flexq.checkpoint.write import (
 from flexq.embedding import CONFIG
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
-from flexq.quantize.embeddings import embedding_name
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
 from flexq.quantize.layers import (
     input_embeddings,
@@ -124,7 +123,7 @@ def convert(
     config = load_config(source)
     model = skeleton(source, config)
     given = Plan.of(plan)
-    resolved, embedding = resolve_plan(model, given, include, skip), embedding_name(model, given)
+    resolved, embedding = resolve_plan(model, given, include, skip)
     every = resolved if embedding is None else {**resolved, embedding: CONFIG}
     weights = Weights.of(source.folder)
     tensors = list(weights.tensors())

@@ -24,7 +24,7 @@ from flexq.linear import Linear
 from flexq.packed import PackedModule
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.dequantize import dequantize_model
-from flexq.quantize.embeddings import embedding_name, quantize_embedding
+from flexq.quantize.embeddings import quantize_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
 from flexq.quantize.layers import as_linear, forget_ties, identities, lm_head_name, replace_module, weight_of
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
@@ -116,9 +116,8 @@ class FlexQHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
         if not self.pre_quantized:
-            self.layers = resolve_plan(model, config.plan, config.include, config.skip)
+            self.layers, self.embedding = resolve_plan(model, config.plan, config.include, config.skip)
             self.alike = _alike(model, self.layers)
-            self.embedding = embedding_name(model, config.plan)
             self.vanished = 0
             self.read: dict[str, dict[str, Any]] = {}  # of experts, what has been read so far
             return model

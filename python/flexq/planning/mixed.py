@@ -15,7 +15,7 @@ from flexq.planning.costs import WidthCosts
 from flexq.planning.sensitivity import Divergence
 from flexq.planning.widths import Price, Widths, WidthSensitivity
 from flexq.progress import Progress
-from flexq.quantize.embeddings import embedding_name, empty_embedding
+from flexq.quantize.embeddings import empty_embedding
 from flexq.quantize.experts import PROJECTIONS
 from flexq.quantize.layers import input_embeddings, lm_head_name, weight_at
 from flexq.quantize.model import resolve_plan
@@ -44,7 +44,7 @@ def chosen_layers(
 ) -> dict[str, LayerConfig]:
     """The layers whose weight bits are to be chosen: all that a plan quantizes but the LM head."""
     head = lm_head_name(model)
-    return {name: config for name, config in resolve_plan(model, plan, include, skip).items() if name != head}
+    return {name: config for name, config in resolve_plan(model, plan, include, skip).layers.items() if name != head}
 
 
 @dataclass
@@ -93,11 +93,9 @@ class Mixed:
                 estimate is that of weights rounded to nearest, whose errors are spread over layers otherwise.
             costs: of `measure_width_costs` for `chosen_layers`: plans are then of a time, on its device.
         """
-        resolved, head = resolve_plan(model, plan, include, skip), lm_head_name(model)
-        embedding = embedding_name(model, plan)
+        (resolved, embedding), head = resolve_plan(model, plan, include, skip), lm_head_name(model)
         left = dict.fromkeys(name for name, config in plan.layers.items() if config is None)
-        chosen = chosen_layers(model, plan, include, skip)
-        at_6 = {name: replace(config, weight_bits=6) for name, config in chosen.items()}
+        at_6 = {name: replace(config, weight_bits=6) for name, config in resolved.items() if name != head}
         every = Plan(replace(plan.defaults, weight_bits=6), {**left, **at_6})
         models = widths.rounded_models(model, every, include, skip)
         calibrated = None if calibrate is None else calibrate(every)
@@ -202,7 +200,7 @@ def bytes_beside(
     Args:
         model: not quantized.
         plan: whether it quantizes the token embedding.
-        resolved: of `resolve_plan`.
+        resolved: the `layers` of `resolve_plan`.
         dtype: of floating point as stored; None for each tensor's own.
     """
     quantized = {id(weight_at(model, name)) for name in resolved}

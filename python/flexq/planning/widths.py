@@ -344,7 +344,7 @@ def plan_of(plan: Plan, resolved: Mapping[str, LayerConfig], bits: Mapping[str, 
 
     Args:
         plan: whose defaults and record are kept.
-        resolved: of `quantize.model.resolve_plan`: settings of each layer and projection of experts.
+        resolved: the `layers` of `quantize.model.resolve_plan`: settings of each layer and projection of experts.
         bits: of `solve`, by the names of layers and of experts.
     """
     layers: dict[str, LayerConfig | None] = {name: c for name, c in plan.layers.items() if c is None}

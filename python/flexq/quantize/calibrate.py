@@ -17,7 +17,7 @@ from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.progress import Progress
 from flexq.quantize import fisher
 from flexq.quantize.blocks import Call, Reached, Stack, bypassed, stacks_of
-from flexq.quantize.embeddings import add_embedding, embedding_name, quantize_embedding
+from flexq.quantize.embeddings import add_embedding, quantize_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, positional, replacement, whole_of
 from flexq.quantize.finished import Finished, fingerprint
 from flexq.quantize.group import Group
@@ -358,7 +358,7 @@ def calibrate_model(
             finite (the message names the layer); a folder to resume from that belongs to another calibration.
     """
     plan = Plan.of(plan)
-    resolved, embedding = resolve_plan(model, plan, include, skip), embedding_name(model, plan)
+    resolved, embedding = resolve_plan(model, plan, include, skip)
     for name in (*resolved, *filter(None, [embedding])):
         require_in_memory(name, module_of(model, name))
     quantized = None if embedding is None else quantize_embedding(embedding, model.get_submodule(embedding))

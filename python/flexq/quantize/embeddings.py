@@ -119,9 +119,9 @@ def _rounds_scale(module: nn.Embedding) -> bool | None:
 # ---- Tied LM heads ---------------------------------------------------------------------------------------------------
 
 
-def without_embedding(model: nn.Module, plan: Plan) -> Plan:
-    """A plan for linear layers and experts: without the embedding that it quantizes, with an LM head tied to that."""
-    name = embedding_name(model, plan)
+def without_embedding(model: nn.Module, plan: Plan, name: str | None) -> Plan:
+    """A plan for linear layers and experts: without the embedding that it quantizes, which is of this name, and with an
+    LM head tied to that."""
     if name is None:
         return plan
     layers = {layer: config for layer, config in plan.layers.items() if layer != name}
@@ -133,9 +133,9 @@ def without_embedding(model: nn.Module, plan: Plan) -> Plan:
     return replace(plan, layers=layers, embeddings=None)
 
 
-def require_tied_head(model: nn.Module, plan: Plan, resolved: Mapping[str, LayerConfig]) -> None:
-    """ValueError where an LM head would stay that has the weight of an embedding to be quantized."""
-    name, head = embedding_name(model, plan), _tied_head(model)
+def require_tied_head(model: nn.Module, name: str | None, resolved: Mapping[str, LayerConfig]) -> None:
+    """ValueError where an LM head would stay that has the weight of the embedding of this name, to be quantized."""
+    head = _tied_head(model)
     if name is not None and head is not None and head not in resolved:
         raise ValueError(
             f"embedding {name} and {head} share a weight, which would be stored for {head} besides; quantize both or "

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -33,21 +33,33 @@ from flexq.quantize.report import coverage
 on_quantized: list[Callable[[nn.Module, Plan], None]] = []
 
 
+class Resolved(NamedTuple):
+    """What a plan quantizes of a model.
+
+    Args:
+        layers: the settings of each linear layer and projection of experts.
+        embedding: the name of the token embedding, if that is quantized too.
+    """
+
+    layers: dict[str, LayerConfig]
+    embedding: str | None
+
+
 def resolve_plan(
     model: nn.Module,
     plan: Plan | str | dict[str, Any] = DEFAULT_RECIPE,
     include: Sequence[str] | None = None,
     skip: Sequence[str] = (),
-) -> dict[str, LayerConfig]:
-    """What `quantize_model` would do: the settings of each linear layer and projection of experts that it replaces. The
-    token embedding is not among them (`embeddings.embedding_name`).
+) -> Resolved:
+    """What `quantize_model` would replace.
 
     Raises:
         ValueError: no layer is left to quantize, a pattern matches nothing, the plan names layers that do not exist, or
             quantizes an embedding that cannot be.
     """
     given, lm_head = Plan.of(plan), lm_head_name(model)
-    plan = without_embedding(model, given)
+    embedding = embedding_name(model, given)
+    plan = without_embedding(model, given, embedding)
     if lm_head not in plan.layers:
         lm_head = None  # quantized only where a plan names it, not where a pattern matches it
     named = {name for name, config in plan.layers.items() if config is not None}
@@ -69,12 +81,12 @@ def resolve_plan(
     settings = plan.resolve({**every, **chosen}, wholes)
     resolved = {name: config for name, config in settings.items() if name in chosen and config is not None}
     _require_both(resolved, wholes)
-    require_tied_head(model, given, resolved)
+    require_tied_head(model, embedding, resolved)
     if not resolved:
         quantized = sum(getattr(m, "is_flexq_layer", False) for m in model.modules())
         reason = f"{quantized} layers are quantized already" if quantized else f"its linear layers are {some(every)}"
         raise ValueError(f"no layer of the model was left to quantize; {reason}")
-    return resolved
+    return Resolved(resolved, embedding)
 
 
 def _require_both(resolved: dict[str, LayerConfig], wholes: dict[str, str]) -> None:
@@ -139,8 +151,7 @@ def quantize_model(
             quantized (NaN, Inf, not in memory); the message names the layer.
     """
     plan = Plan.of(plan)
-    resolved = resolve_plan(model, plan, include, skip)
-    embedding = embedding_name(model, plan)
+    resolved, embedding = resolve_plan(model, plan, include, skip)
     before: dict[str, nn.Module] = {}
     done: dict[tuple[tuple[int, ...], LayerConfig | tuple[LayerConfig, ...]], nn.Module] = {}
     vanished = 0
