@@ -67,6 +67,24 @@ def test_widths_that_gain_nothing_are_left_out():
     assert [p.bits["a"] for p in frontier(ranking, [["a"]])] == [4, 6]
 
 
+def test_one_width_everywhere_where_others_are_hardly_better():
+    def chosen(first: float, bits: float) -> set[int]:
+        kl = {"first": first, "second": 1.0, "third": 1.0}
+        ranking = [layer(name, 8, {b: scale * 4.0**-b for b in WIDTHS}) for name, scale in kl.items()]
+        mixed = Mixed(Plan(), {}, ranking, [[name] for name in kl])
+        asked = mixed.at_bits(bits)
+        assert mixed.at_bytes(bits * 3).bits == asked.bits  # 24 weights
+        assert asked.price <= 24 * bits
+        assert asked.kl == pytest.approx(sum(x.kl[asked.bits[x.name]] for x in ranking))
+        return set(asked.bits.values())
+
+    assert chosen(1.0, 6.0) == {6} and chosen(1.0, 8.0) == {8}
+    assert chosen(1e-9, 6.0) == {4, 6, 8}  # the first's weights hardly matter
+    assert chosen(1.0, 5.5) == {5, 6}
+    assert chosen(7.0, 6.0) == {6}  # 8 bits in the first and 5 in the others would have 6% less
+    assert chosen(20.0, 6.0) == {5, 8}
+
+
 def test_groups_have_one_width():
     ranking = [layer("q", 10, {b: 4.0**-b for b in WIDTHS}), layer("k", 1, {b: 9 * 4.0**-b for b in WIDTHS})]
     for point in frontier(ranking, [["q", "k"]]):

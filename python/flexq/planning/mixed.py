@@ -27,6 +27,9 @@ _FIRST_SHARE = 1.0
 _TRIES = 4
 # A target is met by a model that is not more faithful than by this share of it.
 _NEAR = 0.85
+# Widths by layer are taken if the estimate promises this share of the KL less than one width everywhere has. Two
+# calibrations differ by about as much (docs/results/accuracy.md).
+_WORTHWHILE = 0.1
 
 
 def with_head(model: nn.Module, plan: Plan, bits: int | None = HEAD_BITS) -> Plan:
@@ -122,13 +125,20 @@ class Mixed:
 
     def at_bits(self, bits: float) -> Widths:
         """The best widths of at most so many bits a weight, in the mean over all layers but the LM head; with costs,
-        those that take at most the time of so many bits everywhere, which is linear between two widths."""
-        budget = widths.uniform_price(self.ranking, bits, self.price)
-        return widths.solve(self.ranking, self.groups, budget, self.price)
+        those that take at most the time of so many bits everywhere, which is linear between two widths. One width
+        everywhere where others are hardly better."""
+        return self._within(widths.uniform_price(self.ranking, bits, self.price), self.price)
 
     def at_bytes(self, size: float) -> Widths:
-        """The best widths whose layers, stored, have at most so many bytes, scales included."""
-        return widths.solve(self.ranking, self.groups, size, widths.in_bytes)
+        """The same of widths whose layers, stored, have at most so many bytes, scales included."""
+        return self._within(size, widths.in_bytes)
+
+    def _within(self, budget: float, price: Price) -> Widths:
+        best = widths.solve(self.ranking, self.groups, budget, price)
+        uniform = [widths.everywhere(self.ranking, width, price) for width in WEIGHT_BITS]
+        affordable = [one for one in uniform if one.price <= budget * (1 + 1e-9)]
+        widest = min(affordable, key=lambda one: one.kl, default=None)
+        return best if widest is None or best.kl < (1 - _WORTHWHILE) * widest.kl else widest
 
     def at_kl(self, kl: float) -> Widths:
         """The cheapest widths whose estimated KL is at most this; the most faithful ones, where none is."""

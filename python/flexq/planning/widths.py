@@ -243,6 +243,12 @@ def price_of(ranking: Sequence[WidthSensitivity], bits: Mapping[str, int], price
     return sum(price(layer)[bits[layer.name]] for layer in ranking)
 
 
+def everywhere(ranking: Sequence[WidthSensitivity], bits: int, price: Price = in_bits) -> Widths:
+    """One width for all layers."""
+    chosen = {layer.name: bits for layer in ranking}
+    return Widths(chosen, price_of(ranking, chosen, price), sum(layer.kl[bits] for layer in ranking))
+
+
 def uniform_price(ranking: Sequence[WidthSensitivity], bits: float, price: Price = in_bits) -> float:
     """What all layers cost with so many bits in each; between two widths on the straight line.
 
@@ -254,9 +260,7 @@ def uniform_price(ranking: Sequence[WidthSensitivity], bits: float, price: Price
     below = max(width for width in widths if width <= bits)
     above = min(width for width in widths if width >= bits)
     part = (bits - below) / (above - below) if above > below else 0.0
-    at_below, at_above = (
-        price_of(ranking, {layer.name: width for layer in ranking}, price) for width in (below, above)
-    )
+    at_below, at_above = (everywhere(ranking, width, price).price for width in (below, above))
     return (1 - part) * at_below + part * at_above
 
 
