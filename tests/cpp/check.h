@@ -39,4 +39,17 @@ inline std::vector<float> random_values(size_t count, std::mt19937& rng) {
   return values;
 }
 
+// What ctest takes for a test that did not run.
+inline constexpr int kSkipped = 77;
+
+// Whether the environment names an instruction set that this machine or build has not, so that another one runs.
+inline bool isa_is_missing() {
+  const char* isa = nullptr;
+  flexq::check(flexq_device_isa(FLEXQ_CPU, 0, &isa));
+  const char* wanted = std::getenv("FLEXQ_CPU_ISA");
+  const bool missing = wanted != nullptr && std::string(wanted) != isa;
+  std::printf("%s%s\n", missing ? "not here: " : "isa ", missing ? wanted : isa);
+  return missing;
+}
+
 }  // namespace test

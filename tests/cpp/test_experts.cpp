@@ -466,6 +466,7 @@ void test_refuses() {
 }  // namespace
 
 int main() {
+  if (test::isa_is_missing()) return test::kSkipped;
   const flexq::ThreadPool pool(3);
   for (const flexq::Stream& stream : {flexq::Stream::cpu(), flexq::Stream::cpu(pool)}) {
     test_equals_linears(stream);
