@@ -135,7 +135,7 @@ class Mixed:
 
     def _within(self, budget: float, price: Price) -> Widths:
         best = widths.solve(self.ranking, self.groups, budget, price)
-        uniform = [widths.everywhere(self.ranking, width, price) for width in WEIGHT_BITS]
+        uniform = [widths.everywhere(self.ranking, width, price) for width in self.ranking[0].kl]
         affordable = [one for one in uniform if one.price <= budget * (1 + 1e-9)]
         widest = min(affordable, key=lambda one: one.kl, default=None)
         return best if widest is None or best.kl < (1 - _WORTHWHILE) * widest.kl else widest
