@@ -34,6 +34,20 @@ struct Format {
   std::string scheme, rotation;
 };
 
+// A prepacked weight, and how it is multiplied: what an operator that ends in a linear layer is given last.
+struct Weight {
+  explicit Weight(Arguments& arguments)
+      : packed(arguments.tensor()),
+        bias(arguments.optional_tensor()),
+        n(arguments.integer()),
+        format(arguments),
+        weight_bits(arguments.integer()) {}
+  Tensor packed, bias;
+  int64_t n;
+  Format format;
+  int64_t weight_bits;
+};
+
 flexq_activation_desc activation_desc(int64_t m, int64_t k, const Format& format) {
   return {sizeof(flexq_activation_desc), m, k, act_bits_of(format.act_bits), scheme_of(format.scheme),
           rotation_of(format.rotation),  0};
@@ -147,15 +161,12 @@ void rms_norm_linear(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const Tensor x = arguments.tensor(), residual = arguments.optional_tensor(), norm_weight = arguments.tensor();
   const auto eps = static_cast<float>(arguments.number());
-  const Tensor packed = arguments.tensor(), bias = arguments.optional_tensor();
-  const int64_t n = arguments.integer();
-  const Format format(arguments);
-  const int64_t weight_bits = arguments.integer();
+  const Weight w(arguments);
 
-  auto [quantized, sum] = quantize_norm(x, residual, norm_weight, eps, format);
+  auto [quantized, sum] = quantize_norm(x, residual, norm_weight, eps, w.format);
   const int64_t k = x.sizes[x.dim - 1];
-  stack[0] =
-      result(multiply(quantized, packed, bias, x.numel() / k, n, k, format, x.dtype, weight_bits, with_features(x, n)));
+  stack[0] = result(multiply(quantized, w.packed, w.bias, x.numel() / k, w.n, k, w.format, x.dtype, w.weight_bits,
+                             with_features(x, w.n)));
   stack[1] = result(std::move(sum));
 }
 
@@ -178,10 +189,8 @@ void silu_mul_quantize(StableIValue* stack, uint64_t, uint64_t) {
 //  -> Tensor
 void silu_mul_linear(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const Tensor gate_up = arguments.tensor(), packed = arguments.tensor(), bias = arguments.optional_tensor();
-  const int64_t n = arguments.integer();
-  const Format format(arguments);
-  const int64_t weight_bits = arguments.integer();
+  const Tensor gate_up = arguments.tensor();
+  const Weight w(arguments);
 
   const int64_t features = gate_up.dim == 0 ? 0 : gate_up.sizes[gate_up.dim - 1];
   if (features == 0 || features % 2 != 0) {
@@ -191,9 +200,9 @@ void silu_mul_linear(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t k = features / 2;
   const auto* up = static_cast<const char*>(rows.data) + k * (rows.dtype == FLEXQ_F32 ? 4 : 2);
   const Tensor quantized =
-      quantize_product(rows.data, rows.ld, up, rows.ld, rows.dtype, rows.rows, k, gate_up.device, format);
-  stack[0] = result(multiply(quantized, packed, bias, rows.rows, n, k, format, gate_up.dtype, weight_bits,
-                             with_features(gate_up, n)));
+      quantize_product(rows.data, rows.ld, up, rows.ld, rows.dtype, rows.rows, k, gate_up.device, w.format);
+  stack[0] = result(multiply(quantized, w.packed, w.bias, rows.rows, w.n, k, w.format, gate_up.dtype, w.weight_bits,
+                             with_features(gate_up, w.n)));
 }
 
 // (Tensor quantized, Tensor packed, Tensor? bias, SymInt m, int n, int k, int act_bits, str scheme, str rotation,
@@ -212,27 +221,25 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
 // (Tensor x, Tensor packed, Tensor? bias, int n, int act_bits, str scheme, str rotation, int weight_bits) -> Tensor
 void linear(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const Tensor x = arguments.tensor(), packed = arguments.tensor(), bias = arguments.optional_tensor();
-  const int64_t n = arguments.integer();
-  const Format format(arguments);
-  const int64_t weight_bits = arguments.integer();
+  const Tensor x = arguments.tensor();
+  const Weight w(arguments);
 
-  if (x.device != packed.device) {
-    refuse("x is on " + x.device.name() + ", the weight on " + packed.device.name());
+  if (x.device != w.packed.device) {
+    refuse("x is on " + x.device.name() + ", the weight on " + w.packed.device.name());
   }
   const Rows rows(x);
-  const size_t packed_bytes = buffer_size(packed, "packed");
-  const Bias b(bias, n, x.device);
+  const size_t packed_bytes = buffer_size(w.packed, "packed");
+  const Bias b(w.bias, w.n, x.device);
   const flexq_stream stream = stream_on(x.device);
-  const flexq_weight_desc desc = weight_desc(n, rows.k, format, weight_bits);
-  const int32_t act_bits = act_bits_of(format.act_bits);
+  const flexq_weight_desc desc = weight_desc(w.n, rows.k, w.format, w.weight_bits);
+  const int32_t act_bits = act_bits_of(w.format.act_bits);
   size_t bytes = 0;
   check(flexq_linear_workspace_size(&stream, &desc, act_bits, rows.rows, &bytes));
   const Tensor workspace = bytes > 0 ? Tensor::bytes(bytes, x.device) : Tensor();
-  const std::vector<int64_t> shape = with_features(x, n);
+  const std::vector<int64_t> shape = with_features(x, w.n);
   Tensor y = Tensor::empty(shape.data(), x.dim, x.dtype, x.device);
-  check(flexq_linear(&stream, &desc, packed.data, packed_bytes, act_bits, rows.rows, rows.data, rows.dtype, rows.ld,
-                     b.data, b.dtype, y.data, rows.dtype, n, workspace.data, bytes));
+  check(flexq_linear(&stream, &desc, w.packed.data, packed_bytes, act_bits, rows.rows, rows.data, rows.dtype, rows.ld,
+                     b.data, b.dtype, y.data, rows.dtype, w.n, workspace.data, bytes));
   stack[0] = result(std::move(y));
 }
 
