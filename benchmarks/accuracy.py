@@ -47,11 +47,14 @@ def report(name, model, held_out, reference, share=None) -> None:
     print(f"{name:28} {100 * result.perplexity_change:+.2f}%  KL {result.kl:.4f}{extra}", flush=True)
 
 
+def equalized(reference, windows, alpha=BEST_ALPHA, carrier=None):
+    model = shared_copy(reference)
+    equalize_model(model, windows, alpha, carrier)
+    return model
+
+
 def recipes(reference, calibration, held_out, alpha) -> None:
-    floats = reference
-    if alpha > 0:
-        floats = shared_copy(reference)
-        equalize_model(floats, spread(calibration, 4), alpha, torch.bfloat16)
+    floats = equalized(reference, spread(calibration, 4), alpha, torch.bfloat16) if alpha > 0 else reference
     for scheme in ("channel", "group"):
         begin = time.perf_counter()
         model = calibrate_model(shared_copy(floats), calibration, Plan.uniform(scheme=scheme))
@@ -84,18 +87,15 @@ def widths(reference, tokenizer, text) -> None:
         return calibrate_model(shared_copy(model), on, plan)
 
     report("6 bits, not equalized", calibrated(reference, plan), held_out, reference)
-    equalized = shared_copy(reference)
-    equalize_model(equalized, few, BEST_ALPHA, torch.bfloat16)
+    floats = equalized(reference, few, carrier=torch.bfloat16)
     for bits in (6, 5, 8):
-        model = calibrated(equalized, Plan.uniform(scheme="channel", weight_bits=bits))
+        model = calibrated(floats, Plan.uniform(scheme="channel", weight_bits=bits))
         report(f"{bits} bits", model, held_out, reference)
-    mixed = Mixed.of(
-        equalized, probes, with_head(equalized, plan), calibrate=lambda at_6: calibrated(equalized, at_6, few)
-    )
+    mixed = Mixed.of(floats, probes, with_head(floats, plan), calibrate=lambda at_6: calibrated(floats, at_6, few))
     for bits in (6.0, 5.0, 4.5):
-        model = calibrated(equalized, mixed.plan_at(mixed.at_bits(bits)))
+        model = calibrated(floats, mixed.plan_at(mixed.at_bits(bits)))
         report(f"{bits} bits by layer, head 8", model, held_out, reference)
-        model.lm_head = equalized.lm_head
+        model.lm_head = floats.lm_head
         report(f"{bits} bits by layer", model, held_out, reference)
 
 
@@ -108,8 +108,7 @@ def width_plans(reference, tokenizer, text, calibrated: bool) -> None:
     calibration, held_out, probes = windows_for_widths(tokenizer, text)
     floats, plan = reference, Plan.uniform(scheme="channel")
     if calibrated:
-        floats = shared_copy(reference)
-        equalize_model(floats, calibration[::2], BEST_ALPHA)
+        floats = equalized(reference, calibration[::2])
         of_width = {bits: Plan.uniform(scheme="channel", weight_bits=bits) for bits in WEIGHT_BITS}
         models = {bits: calibrate_model(shared_copy(floats), calibration, p) for bits, p in of_width.items()}
     else:
