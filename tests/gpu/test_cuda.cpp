@@ -495,7 +495,7 @@ int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
   if (flexq_device_available(FLEXQ_CUDA, 0) != FLEXQ_OK) {
     std::printf("skipped: %s\n", flexq_last_error());
-    return 77;
+    return test::kSkipped;
   }
   cudaStream_t stream;
   cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
