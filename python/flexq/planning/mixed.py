@@ -134,11 +134,12 @@ class Mixed:
         return self._within(size, widths.in_bytes)
 
     def _within(self, budget: float, price: Price) -> Widths:
+        """The best widths that a budget covers, or the best of one width everywhere if that is nearly as good."""
         best = widths.solve(self.ranking, self.groups, budget, price)
         uniform = [widths.everywhere(self.ranking, width, price) for width in self.ranking[0].kl]
-        affordable = [one for one in uniform if one.price <= budget * (1 + 1e-9)]
-        widest = min(affordable, key=lambda one: one.kl, default=None)
-        return best if widest is None or best.kl < (1 - _WORTHWHILE) * widest.kl else widest
+        covered = (one for one in uniform if widths.covers(budget, one.price))
+        plain = min(covered, key=lambda one: one.kl, default=None)
+        return best if plain is None or best.kl < (1 - _WORTHWHILE) * plain.kl else plain
 
     def at_kl(self, kl: float) -> Widths:
         """The cheapest widths whose estimated KL is at most this; the most faithful ones, where none is."""

@@ -316,6 +316,11 @@ def _convex(options: list[tuple[float, float, int]]) -> list[tuple[float, float,
     return hull
 
 
+def covers(budget: float, price: float) -> bool:
+    """Whether a budget is enough for a price, sums of floats as they are."""
+    return price <= budget * (1 + 1e-9)
+
+
 def solve(
     ranking: Sequence[WidthSensitivity],
     groups: Sequence[Sequence[str]],
@@ -328,7 +333,7 @@ def solve(
     """
     best: Widths | None = None
     for point in frontier(ranking, groups, price):
-        if point.price > budget * (1 + 1e-9):
+        if not covers(budget, point.price):
             break
         best = point
     if best is None:
