@@ -1,13 +1,13 @@
 """The tables of docs/results/accuracy.md: recipes and plans of SmolLM2-135M, by the library's packed kernels.
 
 python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--windows WINDOWS] [--equalize ALPHA] [--no-rotation]
-                              [--resume DIR]
-                              [--fast | --widths | --width-plans [--calibrated] | --plans | --estimated-plans]
+                              [--resume DIR] [--device DEVICE]
+                              [--fast | --widths [--short] | --width-plans [--calibrated] | --plans | --estimated-plans]
 
 TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
 Recipes are of scheme and activations alone, of inputs equalized if asked for, the LM head in floating point.
 Instead, --fast evaluates recipes that calibrate nothing on every fourth window of all; --widths equalizes and compares
-weight bits, on fewer and shorter windows; --width-plans compares plans of weight bits with random ones and with a rule
+weight bits, on fewer and shorter windows if --short; --width-plans compares plans of weight bits with random ones and with a rule
 of thumb, of weights rounded to nearest or --calibrated; --plans measures the layers' sensitivity to activation bits and
 compares plans, --estimated-plans estimates it (both may be given); with --no-rotation for weights rounded to nearest
 without rotation. --resume keeps the calibration's blocks in DIR.
@@ -70,16 +70,19 @@ def uncalibrated(reference, windows) -> None:
         report(f"fast {recipe}", quantize_model(shared_copy(reference), recipe), windows, reference)
 
 
-def windows_for_widths(tokenizer, text):
-    """To calibrate, to evaluate, and to estimate widths: the second apart from the others."""
+def probes_of(tokenizer, text):
+    """To estimate widths: apart from the windows that evaluate."""
+    return spread(windows_of(tokenizer, text, 512)[:-64], 10)
+
+
+def short_windows(tokenizer, text):
+    """To calibrate and to evaluate."""
     windows = windows_of(tokenizer, text, 1024)
-    probes = spread(windows_of(tokenizer, text, 512)[:-64], 10)
-    return spread(windows[:-32], 8), spread(windows[-32:], 6), probes
+    return spread(windows[:-32], 8), spread(windows[-32:], 6)
 
 
-def widths(reference, tokenizer, text) -> None:
+def widths(reference, calibration, held_out, probes) -> None:
     """Weight bits everywhere and layer by layer, scheme channel, A8, equalized."""
-    calibration, held_out, probes = windows_for_widths(tokenizer, text)
     few = calibration[::2]
     plan = Plan.uniform(scheme="channel")
 
@@ -99,13 +102,12 @@ def widths(reference, tokenizer, text) -> None:
         report(f"{bits} bits by layer", model, held_out, reference)
 
 
-def width_plans(reference, tokenizer, text, calibrated: bool) -> None:
+def width_plans(reference, calibration, held_out, probes, calibrated: bool) -> None:
     """Plans of weight bits by the estimate, at random and by a rule of thumb, of the same size each.
 
     A plan's model is put together of layers of a model of each width: for weights rounded to nearest that is what
     quantizing with the plan gives, for calibrated ones nearly so.
     """
-    calibration, held_out, probes = windows_for_widths(tokenizer, text)
     floats, plan = reference, Plan.uniform(scheme="channel")
     if calibrated:
         floats = equalized(reference, calibration[::2])
@@ -210,15 +212,17 @@ def main() -> None:
     parser.add_argument("--equalize", type=float, default=0.0, metavar="ALPHA")
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--widths", action="store_true")
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--width-plans", action="store_true")
     parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--plans", action="store_true")
     parser.add_argument("--estimated-plans", action="store_true")
     parser.add_argument("--no-rotation", action="store_true")
     parser.add_argument("--resume", metavar="DIR")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     source = find_model("smollm2-135m")
-    reference, tokenizer = load_model(source), load_tokenizer(source)
+    reference, tokenizer = load_model(source).to(args.device), load_tokenizer(source)
     text = args.text.read_text(encoding="utf-8")
     windows = windows_of(tokenizer, text)
     held_out, others = windows[-args.held_out :], windows[: -args.held_out]
@@ -234,9 +238,10 @@ def main() -> None:
         if args.estimated_plans:
             plans(reference, model, held_out, probes[-8:], "estimate")
     elif args.widths:
-        widths(reference, tokenizer, text)
+        on = short_windows(tokenizer, text) if args.short else (calibration, held_out)
+        widths(reference, *on, probes_of(tokenizer, text))
     elif args.width_plans:
-        width_plans(reference, tokenizer, text, args.calibrated)
+        width_plans(reference, *short_windows(tokenizer, text), probes_of(tokenizer, text), args.calibrated)
     elif args.fast:
         uncalibrated(reference, windows[::4])
     else:

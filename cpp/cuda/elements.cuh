@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
 #include "flexq/flexq.h"
 
 namespace flexq::cuda {
@@ -16,20 +17,12 @@ __device__ inline float load_float(const void* p, flexq_dtype dtype, int64_t i) 
   return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
 }
 
-// The bits of a 16-bit type.
-__device__ inline uint16_t to_16_bits(float value, flexq_dtype dtype) {
-  return dtype == FLEXQ_F16 ? __half_as_ushort(__float2half_rn(value))
-                            : __bfloat16_as_ushort(__float2bfloat16_rn(value));
-}
-
-// Of two, the first in the low half.
+// The bits of two values of a 16-bit type, the first in the low half.
 __device__ inline uint32_t to_16_bits(float low, float high, flexq_dtype dtype) {
-  if (dtype == FLEXQ_F16) {
-    const __half2 both = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(both);
-  }
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
+  return dtype == FLEXQ_F16 ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+}
+__device__ inline uint16_t to_16_bits(float value, flexq_dtype dtype) {
+  return static_cast<uint16_t>(to_16_bits(value, 0.0f, dtype));
 }
 
 __device__ inline void store_float(void* p, flexq_dtype dtype, int64_t i, float value) {

@@ -12,6 +12,19 @@
 
 namespace flexq::cuda::ptx {
 
+// ---- Conversions to 16 bits, of two values. That of a single one is eight times slower on Hopper (F2F) ----
+
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+__device__ inline uint32_t pack_f16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
 // ---- cp.async (sm_80): 16 bytes from global to shared memory, past L1 ----
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }

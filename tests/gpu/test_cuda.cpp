@@ -293,9 +293,9 @@ void test_quantize_weight(const Gpu& gpu) {
 // The fused quantizers against the CPU's: the same sums, and codes and scales but for roundings of the norm.
 void test_fused(const Gpu& gpu) {
   std::mt19937 rng(14);
-  for (int i = 0; i < 100; ++i) {
-    const int64_t m = std::vector<int64_t>{1, 9, 70, 700}[static_cast<size_t>(i) % 4];
-    const int64_t k = std::vector<int64_t>{100, 576, 4097, 8192, 20000}[static_cast<size_t>(i) / 4 % 5];
+  for (int i = 0; i < 120; ++i) {
+    const int64_t m = std::vector<int64_t>{1, 9, 70, 700, 1100}[static_cast<size_t>(i) % 5];
+    const int64_t k = std::vector<int64_t>{100, 576, 4097, 4104, 8192, 20000}[static_cast<size_t>(i) / 5 % 6];
     const auto dtype = static_cast<flexq_dtype>(rng() % 3);
     const flexq::ActivationDesc act(m, k, rng() % 2 ? 8 : 6, static_cast<flexq_scheme>(rng() % 2),
                                     static_cast<flexq_rotation>(rng() % 2));

@@ -14,19 +14,24 @@ namespace {
 
 // False where rows are not vectors, or too long for shared memory.
 template <typename T>
-bool launch_norms(cudaStream_t stream, const Device& device, const Params& params) {
-  const size_t shared_bytes = norm_shared_bytes<T>(params.k);
-  constexpr size_t kStatic = 1024;
-  if (!params.vectors || params.k % Part<4>::kCount != 0 ||
-      shared_bytes + kStatic > static_cast<size_t>(device.shared_per_cta)) {
-    return false;
-  }
-  launch(stream, "quantize_activation", quantize_norms<T>,
-         {.grid = checked_grid("quantize_activation", params.tiles),
-          .block = dim3(32 * kNormWarps),
-          .shared_bytes = shared_bytes,
-          .overlapped = device.has_sm90},
-         params);
+bool launch_norms(cudaStream_t stream, const Device& device, Params params) {
+  if (!params.vectors || params.k % Part<4>::kCount != 0) return false;
+  constexpr size_t kTables = 10 * 1024;  // and what an SM keeps for each CTA
+  const auto room = static_cast<size_t>(device.shared_per_cta);
+  const auto fit = [&](int ctas, int64_t cluster) {
+    return static_cast<size_t>(ctas) * (NormLayout<T>(ceil_div(params.groups, cluster)).bytes() + kTables) <= room;
+  };
+  params.cluster = norm_cluster(device, [&](int64_t cluster) { return fit(kNormCtas, cluster); });
+  if (!fit(1, params.cluster)) return false;
+  Launch how{.block = dim3(kNormThreads),
+             .shared_bytes = NormLayout<T>(ceil_div(params.groups, int64_t{params.cluster})).bytes(),
+             .overlapped = device.has_sm90,
+             .cluster = static_cast<unsigned>(params.cluster)};
+  how.grid = dim3(how.cluster);
+  const int64_t at_once = clusters_at_once(quantize_norms<T>, how);
+  if (at_once == 0) return false;
+  how.grid.x *= static_cast<unsigned>(ceil_div(params.tiles, ceil_div(params.tiles, at_once)));
+  launch(stream, "quantize_activation", quantize_norms<T>, how, params);
   return true;
 }
 

@@ -2,139 +2,194 @@
 #pragma once
 
 #include "cuda/quantize/group_part.cuh"
+#include "cuda/quantize/token_reduce.cuh"
 
 namespace flexq::cuda::quantize {
 
-constexpr int kNormWarps = kTokenTile;  // of a CTA: one for each token of its tile
+constexpr int kNormThreads = 32 * kTokenTile;  // of a CTA: a warp for each token of its tile
+constexpr int kNormCtas = 3;                   // that an SM has registers for
 
-// Rows of a tile in shared memory, in vectors of 16 bytes: four lanes read neighbouring ones, and two rows side by side
-// lie in different banks.
+// Shared memory of a CTA that has so many groups of a tile, in vectors of 16 bytes: what is copied ahead of both
+// inputs, each thread's vectors apart; the rows that are to be quantized, two of which side by side lie in different
+// banks; the norm's weight.
 template <typename T>
-constexpr int64_t norm_row_stride(int64_t k) {
-  constexpr int kBankVectors = 8;  // of all banks
-  const int64_t vectors = ceil_div(k * static_cast<int64_t>(sizeof(T)), int64_t{16});
-  return ceil_div(vectors, int64_t{kBankVectors}) * kBankVectors + kBankVectors / 2;
-}
-template <typename T>
-constexpr size_t norm_shared_bytes(int64_t k) {
-  return static_cast<size_t>((kTokenTile + 1) * norm_row_stride<T>(k)) * 16;  // the weight is one more
-}
+struct NormLayout {
+  static constexpr int kBankVectors = 8;  // of all banks
+  int row, slots;                         // of a token; of a thread, for each input
 
-// A CTA has a tile of 8 tokens. First each warp adds up a token's squares, and keeps the token in shared memory; then
-// warps share the groups of all of them. Nothing is read twice from global memory, and no warp waits for those of other
-// CTAs. In scheme channel values are computed again, once a token's scale is known. k must be a multiple of a vector,
+  __host__ __device__ explicit NormLayout(int64_t groups)
+      : row(static_cast<int>(groups * kGroup * static_cast<int64_t>(sizeof(T)) / 16)), slots((row + 31) / 32) {}
+  __host__ __device__ int stride() const { return row + kBankVectors / 2; }
+  __host__ __device__ int rows() const { return 2 * slots * kNormThreads; }
+  __host__ __device__ int weight() const { return rows() + kTokenTile * stride(); }
+  size_t bytes() const { return 16 * static_cast<size_t>(weight() + row); }
+};
+
+// A cluster of CTAs has a tile of 8 tokens, each CTA some neighbouring groups of it. First each warp adds up a token's
+// squares, and keeps the token in shared memory; then warps have a group of all 8 tokens each. The next tile is copied
+// ahead meanwhile, and while one CTA of an SM waits for its cluster others work. Nothing is read twice from global
+// memory. In scheme channel values are rotated again, once a token's scale is known. k must be a multiple of a vector,
 // and all rows aligned to vectors.
 template <typename T>
-__global__ void __launch_bounds__(32 * kNormWarps, 3) quantize_norms(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const __grid_constant__ Params p) {
   using Values = float[Part<4>::kValues];
+  using Words = Packed<T>;
+  using ReduceSquares = TokenReduce<4, 32>;
+  using ReduceLargest = TokenReduce<4, kNormThreads>;
+  constexpr int kWarps = kNormThreads / 32;
   constexpr int kCount = 16 / static_cast<int>(sizeof(T));  // values of a vector
-  using Loaded = Vector<T, kCount>;
-  extern __shared__ uint4 rows[];
-  __shared__ float norms[kTokenTile];
-  __shared__ int largest_of_warps[kNormWarps][kTokenTile];
+  extern __shared__ uint4 shared[];
+  __shared__ typename ReduceSquares::Table for_norm[2];
+  __shared__ typename ReduceLargest::Table for_scale[2];
   ptx::launch_dependents();
+  int rank = 0;
+#if FLEXQ_SM90A
+  if (p.cluster > 1) {
+    rank = static_cast<int>(ptx::cluster_rank());
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; ++i) {
+        ReduceSquares::init(for_norm[i]);
+        ReduceLargest::init(for_scale[i]);
+      }
+      ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_sync_relaxed();  // all CTAs have started, and can be written to
+  }
+#endif
   const ActivationSource& s = p.source;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const auto stride = static_cast<int>(norm_row_stride<T>(p.k)), vectors = static_cast<int>(p.k / kCount);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokenTile;
-  ptx::wait_for_previous_kernel();
-  uint4* weights = rows + kTokenTile * stride;
-  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += 32 * kNormWarps) {
-    ptx::cp_async_16_zfill(ptx::shared_address(weights + i), static_cast<const uint4*>(s.weight) + i, 16);
-  }
-  ptx::cp_async_commit();
-
-  if (first + warp < p.m) {
-    const int64_t token = first + warp;
-    const auto* x = reinterpret_cast<const Loaded*>(static_cast<const T*>(s.x) + token * s.ldx);
-    const auto* other = reinterpret_cast<const Loaded*>(static_cast<const T*>(s.other) + token * s.ld_other);
-    auto* sum = reinterpret_cast<Loaded*>(static_cast<T*>(s.sum) + token * s.ld_sum);
-    auto* kept = reinterpret_cast<Loaded*>(rows + warp * stride);
-    float squares = 0.0f;
-    // Loads do not pass stores, since the sum may take the place of what is added.
-    constexpr int kAtOnce = 4;
-    for (int begin = lane; begin < vectors; begin += 32 * kAtOnce) {
-      Loaded h[kAtOnce]{}, b[kAtOnce]{};
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = begin + 32 * n;
-        if (i < vectors) h[n] = x[i];
-        if (i < vectors && s.other != nullptr) b[n] = other[i];
-      }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = begin + 32 * n;
-        if (i >= vectors) break;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          if (s.other != nullptr) {
-            h[n].value[j] = from_float<T>(to_float(h[n].value[j]) + to_float(b[n].value[j]));
-          }
-          squares += to_float(h[n].value[j]) * to_float(h[n].value[j]);
-        }
-        if (s.sum != nullptr) sum[i] = h[n];
-        kept[i] = h[n];
-      }
-    }
-    squares = sum_of_lanes<32>(squares);
-    if (lane == 0) norms[warp] = rsqrtf(squares / static_cast<float>(p.k) + s.eps);
-  }
-  ptx::cp_async_wait<0>();
-  __syncthreads();
-
   const Part<4> part(lane);
-  const int within = lane / 4;
-  const int64_t token = first + within;
-  const bool valid = token < p.m;
-  const float norm = valid ? norms[within] : 0.0f;
-  const T* row = reinterpret_cast<const T*>(rows + within * stride);
-  // This lane's values of a group, ready to be quantized, and its largest.
-  const auto read = [&](int64_t group, Values& v) {
-    using Eight = Vector<T, Part<4>::kCount>;
-    const int64_t at = group * kGroup;
-#pragma unroll
-    for (int i = 0; i < Part<4>::kVectors; ++i) {
-      const int64_t k = at + part.k(i);
-      Eight h{}, weight{};
-      if (valid && k < p.k) {
-        h = *reinterpret_cast<const Eight*>(row + k);
-        weight = *reinterpret_cast<const Eight*>(reinterpret_cast<const T*>(weights) + k);
-      }
-#pragma unroll
-      for (int j = 0; j < Part<4>::kCount; ++j) {
-        v[i * Part<4>::kCount + j] = rounded<T>(rounded<T>(to_float(h.value[j]) * norm) * to_float(weight.value[j]));
-      }
-    }
-    return part.rotate_and_max(p, v);
+  const int within = lane / 4;  // of the tile's tokens, where a warp has a group of all
+  const ReduceSquares reduce_squares(p.cluster, rank, within == warp);
+  const ReduceLargest reduce_largest(p.cluster, rank);
+  const int64_t slice = ceil_div(p.groups, static_cast<int64_t>(p.cluster));
+  const NormLayout<T> layout(slice);
+  const int64_t first_group = rank * slice, first_k = first_group * kGroup;
+  const auto groups = static_cast<int>(max(int64_t{0}, min(slice, p.groups - first_group)));
+  const auto vectors = static_cast<int>(max(int64_t{0}, min(p.k - first_k, slice * kGroup))) / kCount;
+  uint4* const own = shared + threadIdx.x;  // what this thread copies and reads
+  uint4* const own_other = own + layout.slots * kNormThreads;
+  uint4* const rows = shared + layout.rows();
+  uint4* const weights = shared + layout.weight();
+
+  // Nothing comes after the end of a row, but it is read.
+  for (int i = vectors + lane; i < layout.row; i += 32) rows[warp * layout.stride() + i] = weights[i] = uint4{};
+
+  const auto vectors_of = [&](const void* matrix, int64_t ld, int64_t token) {
+    return reinterpret_cast<const uint4*>(static_cast<const T*>(matrix) + token * ld + first_k);
   };
-  if (p.per_group) {
-#pragma unroll 1
-    for (int64_t group = warp; group < p.groups; group += kNormWarps) {
-      Values v;
-      const int of_group = largest_of_lanes<4>(read(group, v));
-      if (valid) store_group(p, part, token, group, v, of_group);
+  const auto prefetch = [&](int64_t token) {
+    if (token < p.m) {
+      const uint4 *x = vectors_of(s.x, s.ldx, token), *other = vectors_of(s.other, s.ld_other, token);
+#pragma unroll 4
+      for (int i = lane, n = 0; i < vectors; i += 32, n += kNormThreads) {
+        ptx::cp_async_16(ptx::shared_address(own + n), x + i);
+        if (s.other != nullptr) ptx::cp_async_16(ptx::shared_address(own_other + n), other + i);
+      }
     }
-    return;
+    ptx::cp_async_commit();
+  };
+
+  ptx::wait_for_previous_kernel();
+  const uint4* weight = vectors_of(s.weight, 0, 0);
+  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kNormThreads) {
+    ptx::cp_async_16(ptx::shared_address(weights + i), weight + i);
   }
-  int largest = 0;
-#pragma unroll 1
-  for (int64_t group = warp; group < p.groups; group += kNormWarps) {
-    Values v;
-    largest = max(largest, read(group, v));
-  }
-  largest = largest_of_lanes<4>(largest);
-  if (part.lane == 0) largest_of_warps[warp][within] = largest;
-  __syncthreads();
+  const int64_t stride = static_cast<int64_t>(gridDim.x / p.cluster) * kTokenTile;
+  int64_t first = static_cast<int64_t>(blockIdx.x / p.cluster) * kTokenTile;
+  prefetch(first + warp);
+  for (int iteration = 0; first < p.m; first += stride, ++iteration) {
+    if (iteration > 0) __syncthreads();  // the rows of the tile before have been read
+    ptx::cp_async_wait<0>();
+    float squares = 0.0f;
+    if (first + warp < p.m) {
+      auto* sum = const_cast<uint4*>(vectors_of(s.sum, s.ld_sum, first + warp));
+      uint4* kept = rows + warp * layout.stride();
+#pragma unroll 2
+      for (int i = lane, n = 0; i < vectors; i += 32, n += kNormThreads) {
+        uint4 h = own[n];
+        if (s.other != nullptr) {
+          const uint4 b = own_other[n];
+          h = {Words::add(h.x, b.x), Words::add(h.y, b.y), Words::add(h.z, b.z), Words::add(h.w, b.w)};
+        }
+        for (const uint32_t word : {h.x, h.y, h.z, h.w}) {
+          float v[Words::kCount];
+          Words::unpack(word, v);
 #pragma unroll
-  for (int w = 0; w < kNormWarps; ++w) largest = max(largest, largest_of_warps[w][within]);
-  const Scale scale = scale_of(largest, p.rotate, p.qmax);
+          for (const float value : v) squares += value * value;
+        }
+        if (s.sum != nullptr) sum[i] = h;
+        kept[i] = h;
+      }
+    }
+    prefetch(first + stride + warp);
+    squares = sum_of_lanes<32>(squares);
+    __syncthreads();
+    squares = reduce_squares.sum(part.lane == 0 ? squares : 0.0f, for_norm, iteration);
+    const float norm = rsqrtf(squares / static_cast<float>(p.k) + s.eps);
+
+    const int64_t token = first + within;
+    const bool valid = token < p.m;
+    // This lane's words of one of the CTA's groups, in which use() may change each, and their values.
+    const auto read = [&](int group, Values& v, const auto& use) {
+      constexpr int kVectorWords = Part<4>::kCount / Words::kCount;
+      using Vector = Vector<uint32_t, kVectorWords>;
+#pragma unroll
+      for (int i = 0; i < Part<4>::kVectors; ++i) {
+        const int at = (group * kGroup + part.k(i)) / kCount;
+        Vector& row = *reinterpret_cast<Vector*>(rows + within * layout.stride() + at);
+        Vector words = row;
+        use(words, row, *reinterpret_cast<const Vector*>(weights + at));
+#pragma unroll
+        for (int j = 0; j < kVectorWords; ++j) {
+          float values[Words::kCount];
+          Words::unpack(words.value[j], values);
+#pragma unroll
+          for (int n = 0; n < Words::kCount; ++n) v[i * Part<4>::kCount + j * Words::kCount + n] = values[n];
+        }
+      }
+    };
+    // Normed, which is kept where it is read again; rotated; the lane's largest.
+    const auto read_normed = [&](int group, Values& v) {
+      read(group, v, [&](auto& words, auto& row, const auto& of_weight) {
+#pragma unroll
+        for (int j = 0; j < static_cast<int>(sizeof(words) / 4); ++j) {
+          float values[Words::kCount];
+          Words::unpack(words.value[j], values);
+#pragma unroll
+          for (float& value : values) value *= norm;
+          words.value[j] = Words::multiply(Words::pack(values), of_weight.value[j]);
+        }
+        if (!p.per_group) row = words;
+      });
+      return part.rotate_and_max(p, v);
+    };
+    if (p.per_group) {
 #pragma unroll 1
-  for (int64_t group = warp; group < p.groups; group += kNormWarps) {
-    Values v;
-    read(group, v);
-    if (valid) part.store_codes(p, token, group, v, scale.inverse);
+      for (int group = warp; group < groups; group += kWarps) {
+        Values v;
+        const int of_group = largest_of_lanes<4>(read_normed(group, v));
+        if (valid) store_group(p, part, token, first_group + group, v, of_group);
+      }
+      continue;
+    }
+    int largest = 0;
+#pragma unroll 1
+    for (int group = warp; group < groups; group += kWarps) {
+      Values v;
+      largest = max(largest, read_normed(group, v));
+    }
+    largest = reduce_largest.largest(largest, for_scale, iteration);
+    const Scale scale = scale_of(largest, p.rotate, p.qmax);
+#pragma unroll 1
+    for (int group = warp; group < groups; group += kWarps) {
+      Values v;
+      read(group, v, [](auto&, auto&, const auto&) {});
+      if (p.rotate) part.hadamard(v);
+      if (valid) part.store_codes(p, token, first_group + group, v, scale.inverse);
+    }
+    if (valid && rank == 0 && warp == 0 && part.lane == 0) p.scales[token] = scale.scale;
   }
-  if (valid && warp == 0 && part.lane == 0) p.scales[token] = scale.scale;
 }
 
 }  // namespace flexq::cuda::quantize

@@ -12,7 +12,7 @@ namespace flexq::cuda::quantize {
 // Up to so many tokens a warp has a group of one token; of more, a group of 8 tokens. A norm takes single ones while an
 // SM has few values: all of a tile must be reduced before any of it is written.
 inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
-  constexpr int64_t kSingleValues = 32768;  // for each SM
+  constexpr int64_t kSingleValues = 16384;  // for each SM
   if (p.source.kind == ActivationSource::kRmsNorm) return p.m * p.k > kSingleValues * device.num_sms;
   return p.m > max_single_tokens(of_tokens);
 }
@@ -42,6 +42,14 @@ inline int token_warps(const Device& device, bool plain, bool tiles, int64_t cou
 // While tiles are few, small CTAs reach more SMs.
 inline int group_warps(const Device& device, bool tiles, const Params& p) {
   return tiles && p.tiles * p.groups < 8 * device.num_sms ? 2 : kWarps;
+}
+
+// CTAs that share a tile and its norms: as few as let others share their SMs.
+template <typename Fits>
+int norm_cluster(const Device& device, const Fits& fit) {
+  int ctas = 1;
+  while (device.has_wgmma && ctas < kMaxCluster && !fit(ctas)) ctas *= 2;
+  return ctas;
 }
 
 struct Residency {

@@ -12,13 +12,13 @@ namespace flexq::cuda::quantize {
 // its value to every CTA, whose mbarrier counts the bytes: a cluster barrier would first wait for the codes of the tile
 // before. Two tables alternate for each statistic: a warp sends a tile's value after it has read the table of the tile
 // before, so that none is overwritten.
-template <int kLanes>
+template <int kLanes, int kMaxThreads = kMaxTokenThreads>
 class TokenReduce {
  public:
   static constexpr int kTokens = 32 / kLanes;  // of a warp, a CTA and a cluster alike
   struct Table {
     uint64_t arrived;
-    uint32_t of_warp[kMaxCluster * kMaxTokenThreads / 32][kTokens];
+    uint32_t of_warp[kMaxCluster * kMaxThreads / 32][kTokens];
   };
 
   __device__ TokenReduce(int cluster, int rank)
@@ -27,6 +27,15 @@ class TokenReduce {
         warp_(rank * warps_ + static_cast<int>(threadIdx.x / 32)),
         token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
         lane_(static_cast<int>(threadIdx.x) % kLanes) {}
+
+  // Of values that one warp of a CTA has for each token: only those lanes say that they have one.
+  __device__ TokenReduce(int cluster, int rank, bool has_value)
+      : cluster_(cluster),
+        warps_(1),
+        warp_(rank),
+        token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
+        lane_(static_cast<int>(threadIdx.x) % kLanes),
+        has_value_(has_value) {}
 
   // By one thread of each CTA, before the cluster starts.
   static __device__ void init(Table& table) {
@@ -48,7 +57,7 @@ class TokenReduce {
   __device__ const Table& exchange(uint32_t value, Table (&tables)[2], int iteration) const {
     Table& table = tables[iteration % 2];
     if (cluster_ == 1) {
-      if (lane_ == 0) table.of_warp[warp_][token_] = value;
+      if (has_value_ && lane_ == 0) table.of_warp[warp_][token_] = value;
       __syncthreads();
       return table;
     }
@@ -58,7 +67,7 @@ class TokenReduce {
       ptx::mbarrier_arrive_expect(arrived, static_cast<uint32_t>(cluster_ * warps_ * kTokens) * sizeof(value));
     }
     const uint32_t slot = ptx::shared_address(&table.of_warp[warp_][token_]);
-    for (int cta = lane_; cta < cluster_; cta += kLanes) {
+    for (int cta = lane_; has_value_ && cta < cluster_; cta += kLanes) {
       const auto to = static_cast<uint32_t>(cta);
       ptx::store_async(ptx::remote_address(slot, to), value, ptx::remote_address(arrived, to));
     }
@@ -83,6 +92,7 @@ class TokenReduce {
   int cluster_, warps_;
   int warp_;  // among those of the cluster
   int token_, lane_;
+  bool has_value_ = true;
 };
 
 }  // namespace flexq::cuda::quantize

@@ -21,9 +21,9 @@ __device__ T from_float(float x) {
   if constexpr (std::is_same_v<T, float>) {
     return x;
   } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
+    return __ushort_as_half(static_cast<unsigned short>(ptx::pack_f16(x, 0.0f)));
   } else {
-    return __float2bfloat16_rn(x);
+    return __ushort_as_bfloat16(static_cast<unsigned short>(ptx::pack_bf16(x, 0.0f)));
   }
 }
 
@@ -43,8 +43,67 @@ decltype(auto) dispatch_type(flexq_dtype dtype, F&& f) {
 // What an unfused operation would have stored and read back.
 template <typename T>
 __device__ float rounded(float x) {
-  return to_float(from_float<T>(x));
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __uint_as_float(ptx::pack_bf16(0.0f, x));
+  } else {
+    return to_float(from_float<T>(x));
+  }
 }
+
+// The values of 32 bits: two of a 16-bit type, or a float. Sums and products are what rounded<T>() makes of those of
+// floats: a float has more than twice the digits and two, so that it does not matter to round to it before.
+template <typename T>
+struct Packed {
+  static constexpr int kCount = 4 / static_cast<int>(sizeof(T));
+
+  static __device__ uint32_t pack(const float (&v)[kCount]) {
+    if constexpr (std::is_same_v<T, float>) {
+      return __float_as_uint(v[0]);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      return ptx::pack_f16(v[0], v[1]);
+    } else {
+      return ptx::pack_bf16(v[0], v[1]);
+    }
+  }
+  static __device__ void unpack(uint32_t bits, float (&v)[kCount]) {
+    if constexpr (std::is_same_v<T, float>) {
+      v[0] = __uint_as_float(bits);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      const float2 both = __half22float2(as<__half2>(bits));
+      v[0] = both.x, v[1] = both.y;
+    } else {
+      v[0] = __uint_as_float(bits << 16), v[1] = __uint_as_float(bits & 0xffff0000u);
+    }
+  }
+  static __device__ uint32_t add(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, float>) {
+      return __float_as_uint(__fadd_rn(__uint_as_float(a), __uint_as_float(b)));
+    } else if constexpr (std::is_same_v<T, __half>) {
+      return bits_of(__hadd2_rn(as<__half2>(a), as<__half2>(b)));
+    } else {
+      return bits_of(__hadd2_rn(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
+    }
+  }
+  static __device__ uint32_t multiply(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, float>) {
+      return __float_as_uint(__fmul_rn(__uint_as_float(a), __uint_as_float(b)));
+    } else if constexpr (std::is_same_v<T, __half>) {
+      return bits_of(__hmul2_rn(as<__half2>(a), as<__half2>(b)));
+    } else {
+      return bits_of(__hmul2_rn(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
+    }
+  }
+
+ private:
+  template <typename Pair>
+  static __device__ Pair as(uint32_t bits) {
+    return reinterpret_cast<const Pair&>(bits);
+  }
+  template <typename Pair>
+  static __device__ uint32_t bits_of(const Pair& pair) {
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
 
 // g * sigmoid(alpha * g). What is rounded to 16 bits afterwards can do without the last bits of exact functions.
 template <typename T>

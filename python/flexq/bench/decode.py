@@ -9,6 +9,7 @@ import os
 import queue
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -243,13 +244,17 @@ def _contend(
     turns: "_Alone | _SideBySide",
     report: Callable[[DecodePoint], None],
 ) -> None:
-    """The points of one contender; where it does not fit in memory, it takes its turns without any."""
+    """The points of one contender; where it does not fit in memory, a warning says so, and it takes its turns without
+    any."""
     on_gpu = device != "cpu"
+    _clean(on_gpu)  # of the contender before
     torch.manual_seed(0)
     contender = CONTENDERS[name]
     model = None
     with contextlib.suppress(torch.OutOfMemoryError):  # bf16 where only fewer bits fit
         model = make_model(shape, contender, device, torch.bfloat16)
+    if model is None:
+        warnings.warn(f"{name} is left out: its weights do not fit in memory", stacklevel=2)
     sizes = model_bytes(model) if model is not None else None
 
     def time_point(prepare: Callable[[], Callable[[], None]], batch: int, context: int, prefill: bool, times: int):
@@ -264,6 +269,9 @@ def _contend(
                 first = (batch, context, prefill) == (batches[0], contexts[0], False)
                 shares = _breakdown(run, 4) if on_gpu and breakdown and first else {}
         if run is None:
+            if model is not None:
+                what = f"prompt of {context}" if prefill else f"batch {batch} at context {context}"
+                warnings.warn(f"{name}: {what} is left out, as it does not fit in memory", stacklevel=2)
             return
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         floor = 1e3 * sizes.read(batch if not prefill else context) / bandwidth
@@ -358,7 +366,8 @@ def bench_decode(
         shape: one of SHAPES.
         contenders: of CONTENDERS; DEFAULT_CONTENDERS (on the CPU CPU_CONTENDERS), and Humming if it is installed, if
             None.
-        batches, contexts: tokens a step, and in the cache before it. Where a cache does not fit, the point is left out.
+        batches, contexts: tokens a step, and in the cache before it. What does not fit in memory is left out, with a
+            warning.
         prefills: lengths of prompts to time, batch 1.
         device: "cuda" or "cpu".
         breakdown: also profile a step at the first batch and context.
