@@ -81,6 +81,7 @@ class Architecture:
 
 
 _TEXT = SHAPE | {"head_dim": 32}
+_T5GEMMA = _TEXT | {"query_pre_attn_scalar": 32, "sliding_window": 32}
 _VISION = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
@@ -132,6 +133,13 @@ ARCHITECTURES = (
     Architecture("bart", "encoder-decoder", "AutoModelForSeq2SeqLM"),
     Architecture("t5", "encoder-decoder", "AutoModelForSeq2SeqLM", {"decoder_start_token_id": 0}),
     Architecture("marian", "encoder-decoder", "AutoModelForSeq2SeqLM", {"decoder_start_token_id": 0}),
+    *(
+        Architecture("t5gemma", "encoder-decoder", auto, {
+            "encoder": _T5GEMMA, "decoder": _T5GEMMA, "vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 2,
+        })
+        for auto in ("AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification")
+    ),
     Architecture("whisper", "audio", "AutoModelForSpeechSeq2Seq", {
         "vocab_size": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
         "suppress_tokens": None, "begin_suppress_tokens": None,

@@ -32,7 +32,8 @@ def arguments(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
     keywords: dict[str, Any] = {"input_ids": ids}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         keywords["decoder_input_ids"] = ids
-    if "use_cache" in accepted or takes_any:
+    # Classifiers around a decoder say so themselves, and take everything else.
+    if "use_cache" in accepted or (takes_any and getattr(model, "can_generate", bool)()):
         keywords["use_cache"] = False
     return keywords
 
