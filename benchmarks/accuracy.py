@@ -7,10 +7,10 @@ python benchmarks/accuracy.py TEXT [--held-out WINDOWS] [--windows WINDOWS] [--e
 TEXT is WikiText-2's validation text: its last windows of 2048 tokens evaluate, 16 evenly spaced others calibrate.
 Recipes are of scheme and activations alone, of inputs equalized if asked for, the LM head in floating point.
 Instead, --fast evaluates recipes that calibrate nothing on every fourth window of all; --widths equalizes and compares
-weight bits, on fewer and shorter windows if --short; --width-plans compares plans of weight bits with random ones and with a rule
-of thumb, of weights rounded to nearest or --calibrated; --plans measures the layers' sensitivity to activation bits and
-compares plans, --estimated-plans estimates it (both may be given); with --no-rotation for weights rounded to nearest
-without rotation. --resume keeps the calibration's blocks in DIR.
+weight bits, on fewer and shorter windows if --short; --width-plans compares plans of weight bits, on those, with random
+ones and with a rule of thumb, of weights rounded to nearest or --calibrated; --plans measures the layers' sensitivity
+to activation bits and compares plans, --estimated-plans estimates it (both may be given); with --no-rotation for
+weights rounded to nearest without rotation. --resume keeps the calibration's blocks in DIR.
 """
 
 import argparse
