@@ -71,10 +71,10 @@ void allow_shared(void (*kernel)(Params...), size_t bytes) {
   static std::map<std::pair<const void*, int>, size_t> allowed;
   const std::lock_guard lock(mutex);
   size_t& most = allowed[{reinterpret_cast<const void*>(kernel), device}];
-  const size_t wanted = std::max(most, bytes);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(wanted)),
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
         "shared memory");
-  most = wanted;
+  most = bytes;
 }
 
 template <typename... Params>
