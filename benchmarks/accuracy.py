@@ -70,9 +70,9 @@ def uncalibrated(reference, windows) -> None:
         report(f"fast {recipe}", quantize_model(shared_copy(reference), recipe), windows, reference)
 
 
-def probes_of(tokenizer, text):
-    """To estimate widths: apart from the windows that evaluate."""
-    return spread(windows_of(tokenizer, text, 512)[:-64], 10)
+def probes_of(tokenizer, text, held_out):
+    """To estimate widths: apart from the last `held_out` tokens, which evaluate."""
+    return spread(windows_of(tokenizer, text, 512)[: -(-(-held_out // 512))], 10)
 
 
 def short_windows(tokenizer, text):
@@ -221,6 +221,8 @@ def main() -> None:
     parser.add_argument("--resume", metavar="DIR")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.short and not args.widths:
+        parser.error("--short goes with --widths")
     source = find_model("smollm2-135m")
     reference, tokenizer = load_model(source).to(args.device), load_tokenizer(source)
     text = args.text.read_text(encoding="utf-8")
@@ -239,9 +241,10 @@ def main() -> None:
             plans(reference, model, held_out, probes[-8:], "estimate")
     elif args.widths:
         on = short_windows(tokenizer, text) if args.short else (calibration, held_out)
-        widths(reference, *on, probes_of(tokenizer, text))
+        widths(reference, *on, probes_of(tokenizer, text, 2048 * args.held_out))
     elif args.width_plans:
-        width_plans(reference, *short_windows(tokenizer, text), probes_of(tokenizer, text), args.calibrated)
+        probes = probes_of(tokenizer, text, 2048 * args.held_out)
+        width_plans(reference, *short_windows(tokenizer, text), probes, args.calibrated)
     elif args.fast:
         uncalibrated(reference, windows[::4])
     else:

@@ -290,66 +290,118 @@ void test_quantize_weight(const Gpu& gpu) {
   CHECK(std::strstr(flexq_last_error(), "codes[1][77] is 16; 5-bit codes are -16 to 15") != nullptr);
 }
 
+struct FusedCase {
+  flexq::ActivationDesc act;
+  flexq_dtype dtype;
+  int64_t ld;
+  bool with_residual, in_place;
+};
+
 // The fused quantizers against the CPU's: the same sums, and codes and scales but for roundings of the norm.
+void check_fused(const Gpu& gpu, const FusedCase& c, std::mt19937& rng) {
+  const auto& [act, dtype, ld, with_residual, in_place] = c;
+  const int64_t m = act.m, k = act.k;
+  const auto count = static_cast<size_t>(m * ld);
+  const std::vector<uint8_t> x = as_bytes(test::random_values(count, rng), dtype);
+  const std::vector<uint8_t> other = as_bytes(test::random_values(count, rng), dtype);
+  const std::vector<uint8_t> weight = as_bytes(test::random_values(static_cast<size_t>(k), rng), dtype);
+  for (const bool norm : {true, false}) {
+    const int64_t groups = (k + kGroup - 1) / kGroup;
+    const size_t num_scales = static_cast<size_t>(m * (act.scheme == FLEXQ_SCHEME_GROUP ? groups : 1));
+    const auto run = [&](const flexq_stream& stream, const void* a, const void* b, const void* w, void* sum, void* q,
+                         size_t bytes) {
+      flexq::check(norm ? flexq_rms_norm_quantize(&stream, &act, a, ld, with_residual ? b : nullptr, ld, w, 1e-5f,
+                                                  dtype, sum, ld, q, bytes)
+                        : flexq_silu_mul_quantize(&stream, &act, a, ld, b, ld, dtype, q, bytes));
+    };
+    size_t bytes = 0;
+    flexq::check(flexq_activation_size(&gpu.cpu, &act, &bytes));
+    const flexq::Buffer host(bytes);
+    std::vector<uint8_t> sum(x.size(), 0x5a);
+    run(gpu.cpu, x.data(), other.data(), weight.data(), sum.data(), host.data(), bytes);
+    std::vector<int8_t> codes(static_cast<size_t>(m * groups * kGroup));
+    std::vector<float> scales(num_scales);
+    flexq::check(flexq_activation_export(&gpu.cpu, &act, host.data(), bytes, codes.data(), scales.data()));
+
+    const DeviceArray<uint8_t> device_x(x), device_other(other), device_weight(weight), device_sum(x.size());
+    flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
+    const DeviceArray<uint8_t> quantized(bytes);
+    const DeviceArray<uint8_t>& out = in_place ? device_x : device_sum;
+    run(gpu.cuda, device_x.data(), device_other.data(), device_weight.data(), out.data(), quantized.data(), bytes);
+    const DeviceArray<int8_t> device_codes(codes.size());
+    const DeviceArray<float> device_scales(num_scales);
+    flexq::check(
+        flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, device_codes.data(), device_scales.data()));
+    if (norm) {
+      const std::vector<uint8_t> got = out.host();
+      const size_t element = dtype == FLEXQ_F32 ? 4 : 2;
+      for (int64_t t = 0; t < m; ++t) {
+        CHECK(std::memcmp(got.data() + static_cast<size_t>(t * ld) * element,
+                          sum.data() + static_cast<size_t>(t * ld) * element, static_cast<size_t>(k) * element) == 0);
+      }
+    }
+    const std::vector<int8_t> got_codes = device_codes.host();
+    const std::vector<float> got_scales = device_scales.host();
+    size_t different = 0;
+    for (size_t j = 0; j < codes.size(); ++j) {
+      CHECK(std::abs(got_codes[j] - codes[j]) <= 2);
+      different += got_codes[j] != codes[j];
+    }
+    for (size_t j = 0; j < scales.size(); ++j) CHECK(std::abs(got_scales[j] - scales[j]) <= 1e-2f * scales[j]);
+    CHECK(different <= codes.size() / 20 + 2);
+  }
+}
+
 void test_fused(const Gpu& gpu) {
   std::mt19937 rng(14);
-  for (int i = 0; i < 120; ++i) {
-    const int64_t m = std::vector<int64_t>{1, 9, 70, 700, 1100}[static_cast<size_t>(i) % 5];
-    const int64_t k = std::vector<int64_t>{100, 576, 4097, 4104, 8192, 20000}[static_cast<size_t>(i) / 5 % 6];
+  for (int i = 0; i < 100; ++i) {
+    const int64_t m = std::vector<int64_t>{1, 9, 70, 700}[static_cast<size_t>(i) % 4];
+    const int64_t k = std::vector<int64_t>{100, 576, 4097, 8192, 20000}[static_cast<size_t>(i) / 4 % 5];
     const auto dtype = static_cast<flexq_dtype>(rng() % 3);
     const flexq::ActivationDesc act(m, k, rng() % 2 ? 8 : 6, static_cast<flexq_scheme>(rng() % 2),
                                     static_cast<flexq_rotation>(rng() % 2));
     const int64_t ld = k + (rng() % 2 ? 0 : 5);
-    const auto count = static_cast<size_t>(m * ld);
-    const std::vector<uint8_t> x = as_bytes(test::random_values(count, rng), dtype);
-    const std::vector<uint8_t> other = as_bytes(test::random_values(count, rng), dtype);
-    const std::vector<uint8_t> weight = as_bytes(test::random_values(static_cast<size_t>(k), rng), dtype);
     const bool with_residual = rng() % 2, in_place = rng() % 2;
-    for (const bool norm : {true, false}) {
-      const int64_t groups = (k + kGroup - 1) / kGroup;
-      const size_t num_scales = static_cast<size_t>(m * (act.scheme == FLEXQ_SCHEME_GROUP ? groups : 1));
-      const auto run = [&](const flexq_stream& stream, const void* a, const void* b, const void* w, void* sum, void* q,
-                           size_t bytes) {
-        flexq::check(norm ? flexq_rms_norm_quantize(&stream, &act, a, ld, with_residual ? b : nullptr, ld, w, 1e-5f,
-                                                    dtype, sum, ld, q, bytes)
-                          : flexq_silu_mul_quantize(&stream, &act, a, ld, b, ld, dtype, q, bytes));
-      };
-      size_t bytes = 0;
-      flexq::check(flexq_activation_size(&gpu.cpu, &act, &bytes));
-      const flexq::Buffer host(bytes);
-      std::vector<uint8_t> sum(x.size(), 0x5a);
-      run(gpu.cpu, x.data(), other.data(), weight.data(), sum.data(), host.data(), bytes);
-      std::vector<int8_t> codes(static_cast<size_t>(m * groups * kGroup));
-      std::vector<float> scales(num_scales);
-      flexq::check(flexq_activation_export(&gpu.cpu, &act, host.data(), bytes, codes.data(), scales.data()));
-
-      const DeviceArray<uint8_t> device_x(x), device_other(other), device_weight(weight), device_sum(x.size());
-      flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
-      const DeviceArray<uint8_t> quantized(bytes);
-      const DeviceArray<uint8_t>& out = in_place ? device_x : device_sum;
-      run(gpu.cuda, device_x.data(), device_other.data(), device_weight.data(), out.data(), quantized.data(), bytes);
-      const DeviceArray<int8_t> device_codes(codes.size());
-      const DeviceArray<float> device_scales(num_scales);
-      flexq::check(
-          flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, device_codes.data(), device_scales.data()));
-      if (norm) {
-        const std::vector<uint8_t> got = out.host();
-        const size_t element = dtype == FLEXQ_F32 ? 4 : 2;
-        for (int64_t t = 0; t < m; ++t) {
-          CHECK(std::memcmp(got.data() + static_cast<size_t>(t * ld) * element,
-                            sum.data() + static_cast<size_t>(t * ld) * element, static_cast<size_t>(k) * element) == 0);
-        }
+    check_fused(gpu, {act, dtype, ld, with_residual, in_place}, rng);
+  }
+  // Norms by tiles: by single CTAs and by clusters, of one tile and of several, with and without an end of the row.
+  int round = 0;
+  for (const auto& [m, k] : std::vector<std::pair<int64_t, int64_t>>{{4500, 576}, {2100, 1280}, {1100, 4104}}) {
+    for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+      for (const flexq_dtype dtype : {FLEXQ_F32, FLEXQ_F16, FLEXQ_BF16}) {
+        const auto rotation = static_cast<flexq_rotation>(round % 4 != 0);
+        check_fused(gpu, {{m, k, 8, scheme, rotation}, dtype, k, round % 3 != 0, round % 2 != 0}, rng);
+        ++round;
       }
-      const std::vector<int8_t> got_codes = device_codes.host();
-      const std::vector<float> got_scales = device_scales.host();
-      size_t different = 0;
-      for (size_t j = 0; j < codes.size(); ++j) {
-        CHECK(std::abs(got_codes[j] - codes[j]) <= 2);
-        different += got_codes[j] != codes[j];
-      }
-      for (size_t j = 0; j < scales.size(); ++j) CHECK(std::abs(got_scales[j] - scales[j]) <= 1e-2f * scales[j]);
-      CHECK(different <= codes.size() / 20 + 2);
     }
+  }
+}
+
+// What is not finite stays with its token, also where tiles follow each other in the same memory.
+void test_norms_not_finite(const Gpu& gpu) {
+  std::mt19937 rng(16);
+  const int64_t m = 4500, k = 576, groups = (k + kGroup - 1) / kGroup;
+  std::vector<float> x = test::random_values(static_cast<size_t>(m * k), rng);
+  x[3 * k] = std::nanf("");
+  x[11 * k + 575] = INFINITY;
+  const DeviceArray<float> device_x(x), weight(test::random_values(static_cast<size_t>(k), rng)), sum(x.size());
+  for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+    const flexq::ActivationDesc act(m, k, 8, scheme);
+    size_t bytes = 0;
+    flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
+    const DeviceArray<uint8_t> quantized(bytes);
+    flexq::check(flexq_rms_norm_quantize(&gpu.cuda, &act, device_x.data(), k, nullptr, k, weight.data(), 1e-5f,
+                                         FLEXQ_F32, sum.data(), k, quantized.data(), bytes));
+    const size_t of_token = scheme == FLEXQ_SCHEME_GROUP ? static_cast<size_t>(groups) : 1;
+    const DeviceArray<int8_t> codes(static_cast<size_t>(m * groups * kGroup));
+    const DeviceArray<float> scales(static_cast<size_t>(m) * of_token);
+    flexq::check(flexq_activation_export(&gpu.cuda, &act, quantized.data(), bytes, codes.data(), scales.data()));
+    const std::vector<float> got = scales.host();
+    for (size_t i = 0; i < got.size(); ++i) {
+      const size_t token = i / of_token;
+      if (token != 3 && token != 11) CHECK(std::isfinite(got[i]));
+    }
+    for (const size_t token : {3, 11}) CHECK(std::isnan(got[token * of_token + of_token - 1]));
   }
 }
 
@@ -508,6 +560,7 @@ int main(int argc, char** argv) {
   if (!quick) test_one_sm(gpu);  // its SMs wait for the host, which sanitizers do not let them do
   test_quantize_weight(gpu);
   test_fused(gpu);
+  test_norms_not_finite(gpu);
   test_shapes(gpu, quick);
   test_random_draws(gpu, quick ? 20 : 1000);
   cuda_check(cudaStreamDestroy(stream));

@@ -130,6 +130,7 @@ ARCHITECTURES = (
     Architecture("nomic_bert", "encoder", "AutoModel"),
     Architecture("llama", "decoder", "AutoModel"),
     Architecture("llama", "decoder", "AutoModelForSequenceClassification"),
+    Architecture("llama", "decoder", "AutoModelForQuestionAnswering"),
     Architecture("bart", "encoder-decoder", "AutoModelForSeq2SeqLM"),
     Architecture("t5", "encoder-decoder", "AutoModelForSeq2SeqLM", {"decoder_start_token_id": 0}),
     Architecture("marian", "encoder-decoder", "AutoModelForSeq2SeqLM", {"decoder_start_token_id": 0}),

@@ -12,24 +12,33 @@ namespace flexq::cuda {
 namespace quantize {
 namespace {
 
-// False where rows are not vectors, or too long for shared memory.
+// False where rows are not vectors, or too long for the shared memory of as large a cluster as fits.
 template <typename T>
 bool launch_norms(cudaStream_t stream, const Device& device, Params params) {
-  if (!params.vectors || params.k % Part<4>::kCount != 0) return false;
-  constexpr size_t kTables = 10 * 1024;  // and what an SM keeps for each CTA
-  const auto room = static_cast<size_t>(device.shared_per_cta);
-  const auto fit = [&](int ctas, int64_t cluster) {
-    return static_cast<size_t>(ctas) * (NormLayout<T>(ceil_div(params.groups, cluster)).bytes() + kTables) <= room;
+  constexpr int64_t kMostGroups = 1 << 20;  // far beyond what fits, so that sizes are ints
+  if (!params.vectors || params.k % Part<4>::kCount != 0 || params.groups > kMostGroups) return false;
+  // Tables, and what an SM keeps for each CTA.
+  constexpr size_t kBeside =
+      2 * (sizeof(typename TokenReduce<4, 32>::Table) + sizeof(typename TokenReduce<4, kNormThreads>::Table)) + 1024;
+  params.prefetch = device.has_wgmma;  // elsewhere, without clusters, fewer rows would fit
+  const auto shared_bytes = [&](int64_t cluster) {
+    return NormLayout<T>(ceil_div(params.groups, cluster), params.prefetch, params.source.other != nullptr).bytes();
+  };
+  const auto fit = [&](size_t ctas, int64_t cluster) {
+    return ctas * (shared_bytes(cluster) + kBeside) <= static_cast<size_t>(device.shared_per_cta);
   };
   params.cluster = norm_cluster(device, [&](int64_t cluster) { return fit(kNormCtas, cluster); });
-  if (!fit(1, params.cluster)) return false;
-  Launch how{.block = dim3(kNormThreads),
-             .shared_bytes = NormLayout<T>(ceil_div(params.groups, int64_t{params.cluster})).bytes(),
-             .overlapped = device.has_sm90,
-             .cluster = static_cast<unsigned>(params.cluster)};
-  how.grid = dim3(how.cluster);
-  const int64_t at_once = clusters_at_once(quantize_norms<T>, how);
-  if (at_once == 0) return false;
+  Launch how{.block = dim3(kNormThreads), .overlapped = device.has_sm90};
+  int64_t at_once = 0;
+  // A part of a GPU may be too small for the largest clusters.
+  for (; at_once == 0; params.cluster /= 2) {
+    if (params.cluster == 0 || !fit(1, params.cluster)) return false;
+    how.cluster = static_cast<unsigned>(params.cluster);
+    how.grid = dim3(how.cluster);
+    how.shared_bytes = shared_bytes(params.cluster);
+    at_once = clusters_at_once(quantize_norms<T>, how);
+  }
+  params.cluster = static_cast<int>(how.cluster);
   how.grid.x *= static_cast<unsigned>(ceil_div(params.tiles, ceil_div(params.tiles, at_once)));
   launch(stream, "quantize_activation", quantize_norms<T>, how, params);
   return true;

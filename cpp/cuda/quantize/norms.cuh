@@ -9,27 +9,31 @@ namespace flexq::cuda::quantize {
 constexpr int kNormThreads = 32 * kTokenTile;  // of a CTA: a warp for each token of its tile
 constexpr int kNormCtas = 3;                   // that an SM has registers for
 
-// Shared memory of a CTA that has so many groups of a tile, in vectors of 16 bytes: what is copied ahead of both
-// inputs, each thread's vectors apart; the rows that are to be quantized, two of which side by side lie in different
-// banks; the norm's weight.
+// Shared memory of a CTA that has so many groups of a tile, in vectors of 16 bytes: what is copied ahead, each thread's
+// vectors apart; the rows that are to be quantized, two of which side by side lie in different banks where values have
+// 16 bits; the norm's weight.
 template <typename T>
 struct NormLayout {
   static constexpr int kBankVectors = 8;  // of all banks
-  int row, slots;                         // of a token; of a thread, for each input
+  int row;                                // of a token
+  int slots;                              // of a thread, for each input
+  int inputs;                             // that are copied ahead
 
-  __host__ __device__ explicit NormLayout(int64_t groups)
-      : row(static_cast<int>(groups * kGroup * static_cast<int64_t>(sizeof(T)) / 16)), slots((row + 31) / 32) {}
+  __host__ __device__ NormLayout(int64_t groups, bool prefetch, bool two)
+      : row(static_cast<int>(groups * kGroup * static_cast<int64_t>(sizeof(T)) / 16)),
+        slots((row + 31) / 32),
+        inputs((prefetch ? 1 : 0) + (prefetch && two ? 1 : 0)) {}
   __host__ __device__ int stride() const { return row + kBankVectors / 2; }
-  __host__ __device__ int rows() const { return 2 * slots * kNormThreads; }
+  __host__ __device__ int rows() const { return inputs * slots * kNormThreads; }
   __host__ __device__ int weight() const { return rows() + kTokenTile * stride(); }
   size_t bytes() const { return 16 * static_cast<size_t>(weight() + row); }
 };
 
 // A cluster of CTAs has a tile of 8 tokens, each CTA some neighbouring groups of it. First each warp adds up a token's
 // squares, and keeps the token in shared memory; then warps have a group of all 8 tokens each. The next tile is copied
-// ahead meanwhile, and while one CTA of an SM waits for its cluster others work. Nothing is read twice from global
-// memory. In scheme channel values are rotated again, once a token's scale is known. k must be a multiple of a vector,
-// and all rows aligned to vectors.
+// ahead meanwhile (p.prefetch), and while one CTA of an SM waits for its cluster others work. Nothing is read twice
+// from global memory. In scheme channel values are rotated again, once a token's scale is known. k must be a multiple
+// of a vector, and all rows aligned to vectors.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const __grid_constant__ Params p) {
   using Values = float[Part<4>::kValues];
@@ -37,6 +41,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
   using ReduceSquares = TokenReduce<4, 32>;
   using ReduceLargest = TokenReduce<4, kNormThreads>;
   constexpr int kWarps = kNormThreads / 32;
+  static_assert(kWarps == kTokenTile);                      // as each warp has the squares of a token
   constexpr int kCount = 16 / static_cast<int>(sizeof(T));  // values of a vector
   extern __shared__ uint4 shared[];
   __shared__ typename ReduceSquares::Table for_norm[2];
@@ -63,7 +68,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
   const ReduceSquares reduce_squares(p.cluster, rank, within == warp);
   const ReduceLargest reduce_largest(p.cluster, rank);
   const int64_t slice = ceil_div(p.groups, static_cast<int64_t>(p.cluster));
-  const NormLayout<T> layout(slice);
+  const NormLayout<T> layout(slice, p.prefetch, s.other != nullptr);
   const int64_t first_group = rank * slice, first_k = first_group * kGroup;
   const auto groups = static_cast<int>(max(int64_t{0}, min(slice, p.groups - first_group)));
   const auto vectors = static_cast<int>(max(int64_t{0}, min(p.k - first_k, slice * kGroup))) / kCount;
@@ -72,14 +77,17 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
   uint4* const rows = shared + layout.rows();
   uint4* const weights = shared + layout.weight();
 
-  // Nothing comes after the end of a row, but it is read.
-  for (int i = vectors + lane; i < layout.row; i += 32) rows[warp * layout.stride() + i] = weights[i] = uint4{};
+  // What comes after the end of a row is read, and never written again.
+  for (int i = vectors + lane; i < layout.row; i += 32) {
+    rows[warp * layout.stride() + i] = uint4{};
+    if (warp == 0) weights[i] = uint4{};
+  }
 
   const auto vectors_of = [&](const void* matrix, int64_t ld, int64_t token) {
     return reinterpret_cast<const uint4*>(static_cast<const T*>(matrix) + token * ld + first_k);
   };
   const auto prefetch = [&](int64_t token) {
-    if (token < p.m) {
+    if (p.prefetch && token < p.m) {
       const uint4 *x = vectors_of(s.x, s.ldx, token), *other = vectors_of(s.other, s.ld_other, token);
 #pragma unroll 4
       for (int i = lane, n = 0; i < vectors; i += 32, n += kNormThreads) {
@@ -103,15 +111,17 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
     ptx::cp_async_wait<0>();
     float squares = 0.0f;
     if (first + warp < p.m) {
+      const uint4 *x = vectors_of(s.x, s.ldx, first + warp), *other = vectors_of(s.other, s.ld_other, first + warp);
       auto* sum = const_cast<uint4*>(vectors_of(s.sum, s.ld_sum, first + warp));
       uint4* kept = rows + warp * layout.stride();
 #pragma unroll 2
       for (int i = lane, n = 0; i < vectors; i += 32, n += kNormThreads) {
-        uint4 h = own[n];
+        uint4 h = p.prefetch ? own[n] : x[i];
         if (s.other != nullptr) {
-          const uint4 b = own_other[n];
+          const uint4 b = p.prefetch ? own_other[n] : other[i];
           h = {Words::add(h.x, b.x), Words::add(h.y, b.y), Words::add(h.z, b.z), Words::add(h.w, b.w)};
         }
+#pragma unroll
         for (const uint32_t word : {h.x, h.y, h.z, h.w}) {
           float v[Words::kCount];
           Words::unpack(word, v);
@@ -124,7 +134,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
     }
     prefetch(first + stride + warp);
     squares = sum_of_lanes<32>(squares);
-    __syncthreads();
+    if (p.cluster > 1) __syncthreads();  // an mbarrier does not order the rows
     squares = reduce_squares.sum(part.lane == 0 ? squares : 0.0f, for_norm, iteration);
     const float norm = rsqrtf(squares / static_cast<float>(p.k) + s.eps);
 
@@ -139,7 +149,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
         const int at = (group * kGroup + part.k(i)) / kCount;
         Vector& row = *reinterpret_cast<Vector*>(rows + within * layout.stride() + at);
         Vector words = row;
-        use(words, row, *reinterpret_cast<const Vector*>(weights + at));
+        use(words, row, at, *reinterpret_cast<const Vector*>(weights + at));
 #pragma unroll
         for (int j = 0; j < kVectorWords; ++j) {
           float values[Words::kCount];
@@ -151,7 +161,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
     };
     // Normed, which is kept where it is read again; rotated; the lane's largest.
     const auto read_normed = [&](int group, Values& v) {
-      read(group, v, [&](auto& words, auto& row, const auto& of_weight) {
+      read(group, v, [&](auto& words, auto& row, int at, const auto& of_weight) {
 #pragma unroll
         for (int j = 0; j < static_cast<int>(sizeof(words) / 4); ++j) {
           float values[Words::kCount];
@@ -160,7 +170,8 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
           for (float& value : values) value *= norm;
           words.value[j] = Words::multiply(Words::pack(values), of_weight.value[j]);
         }
-        if (!p.per_group) row = words;
+        // A norm that is not finite makes NaN of the zeros past the end, which are of later tokens too.
+        if (!p.per_group && at < vectors) row = words;
       });
       return part.rotate_and_max(p, v);
     };
@@ -184,7 +195,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
 #pragma unroll 1
     for (int group = warp; group < groups; group += kWarps) {
       Values v;
-      read(group, v, [](auto&, auto&, const auto&) {});
+      read(group, v, [](auto&, auto&, int, const auto&) {});
       if (p.rotate) part.hadamard(v);
       if (valid) part.store_codes(p, token, first_group + group, v, scale.inverse);
     }

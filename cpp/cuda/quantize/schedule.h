@@ -12,8 +12,10 @@ namespace flexq::cuda::quantize {
 // Up to so many tokens a warp has a group of one token; of more, a group of 8 tokens. A norm takes single ones while an
 // SM has few values: all of a tile must be reduced before any of it is written.
 inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
-  constexpr int64_t kSingleValues = 16384;  // for each SM
-  if (p.source.kind == ActivationSource::kRmsNorm) return p.m * p.k > kSingleValues * device.num_sms;
+  if (p.source.kind == ActivationSource::kRmsNorm) {
+    const int64_t single_values = device.has_wgmma ? 16384 : 32768;  // for each SM
+    return p.m * p.k > single_values * device.num_sms;
+  }
   return p.m > max_single_tokens(of_tokens);
 }
 

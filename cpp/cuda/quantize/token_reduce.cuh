@@ -28,7 +28,8 @@ class TokenReduce {
         token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
         lane_(static_cast<int>(threadIdx.x) % kLanes) {}
 
-  // Of values that one warp of a CTA has for each token: only those lanes say that they have one.
+  // Of values that one warp of a CTA has for each token: only those lanes say that they have one. Each warp must have
+  // one token's, or it could be left behind by two tiles.
   __device__ TokenReduce(int cluster, int rank, bool has_value)
       : cluster_(cluster),
         warps_(1),

@@ -51,7 +51,7 @@ __device__ float rounded(float x) {
 }
 
 // The values of 32 bits: two of a 16-bit type, or a float. Sums and products are what rounded<T>() makes of those of
-// floats: a float has more than twice the digits and two, so that it does not matter to round to it before.
+// floats: a float has at least twice the digits and two, so that it does not matter to round to it before.
 template <typename T>
 struct Packed {
   static constexpr int kCount = 4 / static_cast<int>(sizeof(T));

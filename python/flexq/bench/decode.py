@@ -367,7 +367,7 @@ def bench_decode(
         contenders: of CONTENDERS; DEFAULT_CONTENDERS (on the CPU CPU_CONTENDERS), and Humming if it is installed, if
             None.
         batches, contexts: tokens a step, and in the cache before it. What does not fit in memory is left out, with a
-            warning.
+            warning (side by side on stderr).
         prefills: lengths of prompts to time, batch 1.
         device: "cuda" or "cpu".
         breakdown: also profile a step at the first batch and context.

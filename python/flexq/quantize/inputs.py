@@ -30,10 +30,12 @@ def arguments(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
     device = next(there, torch.device("cpu"))
     ids = ids.to(device)
     keywords: dict[str, Any] = {"input_ids": ids}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    both_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if both_sides:
         keywords["decoder_input_ids"] = ids
-    # Classifiers around a decoder say so themselves, and take everything else.
-    if "use_cache" in accepted or (takes_any and getattr(model, "can_generate", bool)()):
+    # Heads of encoder-decoders that generate nothing (T5Gemma's) say it themselves, and pass on everything else.
+    says_it = both_sides and takes_any and not getattr(model, "can_generate", bool)()
+    if "use_cache" in accepted or (takes_any and not says_it):
         keywords["use_cache"] = False
     return keywords
 
