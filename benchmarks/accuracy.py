@@ -71,8 +71,8 @@ def uncalibrated(reference, windows) -> None:
 
 
 def probes_of(tokenizer, text, held_out):
-    """To estimate widths: apart from the last `held_out` tokens, which evaluate."""
-    return spread(windows_of(tokenizer, text, 512)[: -(-(-held_out // 512))], 10)
+    """To estimate widths: apart from the last `held_out` windows of 2048 tokens, which evaluate."""
+    return spread(windows_of(tokenizer, text, 512)[: -4 * held_out], 10)
 
 
 def short_windows(tokenizer, text):
@@ -241,9 +241,9 @@ def main() -> None:
             plans(reference, model, held_out, probes[-8:], "estimate")
     elif args.widths:
         on = short_windows(tokenizer, text) if args.short else (calibration, held_out)
-        widths(reference, *on, probes_of(tokenizer, text, 2048 * args.held_out))
+        widths(reference, *on, probes_of(tokenizer, text, args.held_out))
     elif args.width_plans:
-        probes = probes_of(tokenizer, text, 2048 * args.held_out)
+        probes = probes_of(tokenizer, text, args.held_out)
         width_plans(reference, *short_windows(tokenizer, text), probes, args.calibrated)
     elif args.fast:
         uncalibrated(reference, windows[::4])
