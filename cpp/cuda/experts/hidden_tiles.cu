@@ -36,17 +36,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3)
   ptx::launch_dependents();
   const int first = tile % tiles * kTokenTile;
   if (first >= at.tokens) return;
-  int rank = 0;
-#if FLEXQ_SM90A
-  if (p.cluster > 1) {
-    rank = static_cast<int>(ptx::cluster_rank());
-    if (threadIdx.x == 0) {
-      Reduce::init(of_warps[0]);
-      ptx::fence_mbarrier_init();
-    }
-    ptx::cluster_sync_relaxed();  // all CTAs have started, and can be written to
-  }
-#endif
+  const int rank = quantize::join_cluster(p.cluster, of_warps);
   const TileLane part(static_cast<int>(threadIdx.x % 32));
   const int warp = rank * static_cast<int>(blockDim.x / 32) + static_cast<int>(threadIdx.x / 32);
   const int warps = p.cluster * static_cast<int>(blockDim.x / 32);

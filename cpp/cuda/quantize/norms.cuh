@@ -47,20 +47,7 @@ __global__ void __launch_bounds__(kNormThreads, kNormCtas) quantize_norms(const 
   __shared__ typename ReduceSquares::Table for_norm[2];
   __shared__ typename ReduceLargest::Table for_scale[2];
   ptx::launch_dependents();
-  int rank = 0;
-#if FLEXQ_SM90A
-  if (p.cluster > 1) {
-    rank = static_cast<int>(ptx::cluster_rank());
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; ++i) {
-        ReduceSquares::init(for_norm[i]);
-        ReduceLargest::init(for_scale[i]);
-      }
-      ptx::fence_mbarrier_init();
-    }
-    ptx::cluster_sync_relaxed();  // all CTAs have started, and can be written to
-  }
-#endif
+  const int rank = join_cluster(p.cluster, for_norm, for_scale);
   const ActivationSource& s = p.source;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const Part<4> part(lane);

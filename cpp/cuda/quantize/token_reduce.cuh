@@ -8,6 +8,24 @@
 
 namespace flexq::cuda::quantize {
 
+// This CTA's rank in its cluster, once all of the cluster's CTAs have started and can be written to, with pairs of
+// tables of reductions. All threads must come.
+template <typename... Tables>
+__device__ int join_cluster(int cluster, Tables (&... tables)[2]) {
+  int rank = 0;
+#if FLEXQ_SM90A
+  if (cluster > 1) {
+    rank = static_cast<int>(ptx::cluster_rank());
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; ++i) (ptx::mbarrier_init(ptx::shared_address(&tables[i].arrived), 1), ...);
+      ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_sync_relaxed();
+  }
+#endif
+  return rank;
+}
+
 // Reduces one value for each token of a tile over all warps of the cluster, always in the same order. Each warp sends
 // its value to every CTA, whose mbarrier counts the bytes: a cluster barrier would first wait for the codes of the tile
 // before. Two tables alternate for each statistic: a warp sends a tile's value after it has read the table of the tile
@@ -21,29 +39,14 @@ class TokenReduce {
     uint32_t of_warp[kMaxCluster * kMaxThreads / 32][kTokens];
   };
 
+  // `rank` of join_cluster().
   __device__ TokenReduce(int cluster, int rank)
-      : cluster_(cluster),
-        warps_(static_cast<int>(blockDim.x / 32)),
-        warp_(rank * warps_ + static_cast<int>(threadIdx.x / 32)),
-        token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
-        lane_(static_cast<int>(threadIdx.x) % kLanes) {}
+      : TokenReduce(cluster, static_cast<int>(blockDim.x / 32),
+                    rank * static_cast<int>(blockDim.x / 32) + static_cast<int>(threadIdx.x / 32), true) {}
 
   // Of values that one warp of a CTA has for each token: only those lanes say that they have one. Each warp must have
   // one token's, or it could be left behind by two tiles.
-  __device__ TokenReduce(int cluster, int rank, bool has_value)
-      : cluster_(cluster),
-        warps_(1),
-        warp_(rank),
-        token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
-        lane_(static_cast<int>(threadIdx.x) % kLanes),
-        has_value_(has_value) {}
-
-  // By one thread of each CTA, before the cluster starts.
-  static __device__ void init(Table& table) {
-#if FLEXQ_SM90A
-    ptx::mbarrier_init(ptx::shared_address(&table.arrived), 1);
-#endif
-  }
+  __device__ TokenReduce(int cluster, int rank, bool has_value) : TokenReduce(cluster, 1, rank, has_value) {}
 
   // `iteration` counts the tiles of this cluster from 0.
   __device__ float sum(float value, Table (&tables)[2], int iteration) const {
@@ -54,6 +57,14 @@ class TokenReduce {
   }
 
  private:
+  __device__ TokenReduce(int cluster, int warps, int warp, bool has_value)
+      : cluster_(cluster),
+        warps_(warps),
+        warp_(warp),
+        token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
+        lane_(static_cast<int>(threadIdx.x) % kLanes),
+        has_value_(has_value) {}
+
   // Each warp sends its value to all CTAs, one lane to each.
   __device__ const Table& exchange(uint32_t value, Table (&tables)[2], int iteration) const {
     Table& table = tables[iteration % 2];
@@ -90,10 +101,10 @@ class TokenReduce {
     return over_lanes(all);
   }
 
-  int cluster_, warps_;
-  int warp_;  // among those of the cluster
+  int cluster_, warps_;  // of a CTA that send a value for each token
+  int warp_;             // among those of the cluster
   int token_, lane_;
-  bool has_value_ = true;
+  bool has_value_;
 };
 
 }  // namespace flexq::cuda::quantize

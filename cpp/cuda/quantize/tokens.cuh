@@ -19,19 +19,7 @@ __global__ void __launch_bounds__(kMaxTokenThreads, min_ctas(kLanes))
   __shared__ typename TokenReduce<kLanes>::Table for_norm[2], for_scale[2];
   extern __shared__ uint4 staging[];
   ptx::launch_dependents();
-  int rank = 0;
-#if FLEXQ_SM90A
-  if (p.cluster > 1) {
-    rank = static_cast<int>(ptx::cluster_rank());
-    if (threadIdx.x == 0) {
-      for (auto* tables : {for_norm, for_scale}) {
-        for (int i = 0; i < 2; ++i) TokenReduce<kLanes>::init(tables[i]);
-      }
-      ptx::fence_mbarrier_init();
-    }
-    ptx::cluster_sync_relaxed();  // all CTAs have started, and can be written to
-  }
-#endif
+  const int rank = join_cluster(p.cluster, for_norm, for_scale);
   const TokenReduce<kLanes> reduce(p.cluster, rank);
   const ActivationSource& s = p.source;
   constexpr int kTokens = 32 / kLanes;

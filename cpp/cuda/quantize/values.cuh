@@ -69,7 +69,7 @@ struct Packed {
     if constexpr (std::is_same_v<T, float>) {
       v[0] = __uint_as_float(bits);
     } else if constexpr (std::is_same_v<T, __half>) {
-      const float2 both = __half22float2(as<__half2>(bits));
+      const float2 both = __half22float2(pair(bits));
       v[0] = both.x, v[1] = both.y;
     } else {
       v[0] = __uint_as_float(bits << 16), v[1] = __uint_as_float(bits & 0xffff0000u);
@@ -78,31 +78,23 @@ struct Packed {
   static __device__ uint32_t add(uint32_t a, uint32_t b) {
     if constexpr (std::is_same_v<T, float>) {
       return __float_as_uint(__fadd_rn(__uint_as_float(a), __uint_as_float(b)));
-    } else if constexpr (std::is_same_v<T, __half>) {
-      return bits_of(__hadd2_rn(as<__half2>(a), as<__half2>(b)));
     } else {
-      return bits_of(__hadd2_rn(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
+      return bits_of(__hadd2_rn(pair(a), pair(b)));
     }
   }
   static __device__ uint32_t multiply(uint32_t a, uint32_t b) {
     if constexpr (std::is_same_v<T, float>) {
       return __float_as_uint(__fmul_rn(__uint_as_float(a), __uint_as_float(b)));
-    } else if constexpr (std::is_same_v<T, __half>) {
-      return bits_of(__hmul2_rn(as<__half2>(a), as<__half2>(b)));
     } else {
-      return bits_of(__hmul2_rn(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
+      return bits_of(__hmul2_rn(pair(a), pair(b)));
     }
   }
 
  private:
-  template <typename Pair>
-  static __device__ Pair as(uint32_t bits) {
-    return reinterpret_cast<const Pair&>(bits);
-  }
-  template <typename Pair>
-  static __device__ uint32_t bits_of(const Pair& pair) {
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+  static __device__ Pair pair(uint32_t bits) { return reinterpret_cast<const Pair&>(bits); }
+  static __device__ uint32_t bits_of(const Pair& pair) { return reinterpret_cast<const uint32_t&>(pair); }
 };
 
 // g * sigmoid(alpha * g). What is rounded to 16 bits afterwards can do without the last bits of exact functions.

@@ -61,7 +61,7 @@ __device__ float round_to_code(float x, float largest) {
 }
 
 __device__ void look_at(const WeightParams& p, Findings* found, float largest, int64_t where) {
-  const float scale = __half2float(__float2half_rn(__fdiv_rn(largest, max_code_of(p.bits))));
+  const float scale = quantize::rounded<__half>(__fdiv_rn(largest, max_code_of(p.bits)));
   if (!is_finite(scale)) atomicMin(&found->where, static_cast<unsigned long long>(where));
   if (largest > 0.0f && scale == 0.0f) atomicAdd(&found->flushed, 1ull);
 }
@@ -98,7 +98,7 @@ class ScaleSearch {
   __device__ ScaleSearch(const WeightParams& p, int lane, float largest, Shared& shared)
       : p_(p), shared_(shared), lane_(lane), max_code_(max_code_of(p.bits)) {
     const float share = p.shares.share[min(lane, ScaleShares::kMost - 1)];
-    candidate_ = __half2float(__float2half_rn(__fmul_rn(__fdiv_rn(largest, max_code_), share)));
+    candidate_ = quantize::rounded<__half>(__fmul_rn(__fdiv_rn(largest, max_code_), share));
     if (lane >= p.shares.count) candidate_ = 0.0f;
   }
 
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(32 * kWarps) quantize_weight_kernel(const __gr
     search.add();
   }
   const float scale = search.best();
-  if (part.lane == 0) p.scales[index] = __half_as_ushort(__float2half_rn(scale));
+  if (part.lane == 0) p.scales[index] = __half_as_ushort(quantize::from_float<__half>(scale));
   for (int64_t group = begin; group < end; ++group) {
     if (!per_group) load_group<T>(p, part, row, group, v);
     int codes[4];

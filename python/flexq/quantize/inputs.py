@@ -34,7 +34,7 @@ def arguments(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
     if both_sides:
         keywords["decoder_input_ids"] = ids
     # Heads of encoder-decoders that generate nothing (T5Gemma's) say it themselves, and pass on everything else.
-    says_it = both_sides and takes_any and not getattr(model, "can_generate", bool)()
+    says_it = both_sides and not getattr(model, "can_generate", bool)()
     if "use_cache" in accepted or (takes_any and not says_it):
         keywords["use_cache"] = False
     return keywords
