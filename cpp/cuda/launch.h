@@ -77,16 +77,18 @@ void allow_shared(void (*kernel)(Params...), size_t bytes) {
   most = bytes;
 }
 
+// Sets an attribute of a kernel, always to the same value, on the current device.
 template <typename... Params>
-void prefer_shared(void (*kernel)(Params...)) {
+void set_once(void (*kernel)(Params...), cudaFuncAttribute attribute, int value, const char* what) {
   int device = 0;
   check(cudaGetDevice(&device), "current device");
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> done;
+  static std::set<std::tuple<const void*, int, cudaFuncAttribute>> done;
+  const std::tuple key{reinterpret_cast<const void*>(kernel), device, attribute};
   const std::lock_guard lock(mutex);
-  if (!done.insert({reinterpret_cast<const void*>(kernel), device}).second) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        "shared memory's share");
+  if (done.contains(key)) return;
+  check(cudaFuncSetAttribute(kernel, attribute, value), what);
+  done.insert(key);
 }
 
 // The configuration, which points into `attributes`; also raises the limits that the kernel needs.
@@ -94,9 +96,12 @@ template <typename... Params>
 cudaLaunchConfig_t configure(void (*kernel)(Params...), const Launch& how, cudaLaunchAttribute (&attributes)[2]) {
   constexpr unsigned kPortableCluster = 8;
   if (how.shared_bytes > 0) allow_shared(kernel, how.shared_bytes);
-  if (how.most_shared) prefer_shared(kernel);
+  if (how.most_shared) {
+    set_once(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared,
+             "shared memory's share");
+  }
   if (how.cluster > kPortableCluster) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster");
+    set_once(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1, "cluster");
   }
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid;
