@@ -238,9 +238,10 @@ def serve() -> None:
     panel.path([(panel.x_of(1), panel.y_of(1)), (panel.x_of(256), panel.y_of(1))], GRAY, 1, "4 3")
     ends = []
     for column, color, name, width in (
-        ("flexq_fused", GREEN, "FlexQ W6A8", 2.6),
-        ("flexq_unfused", BLUE, "FlexQ, unfused", 1.4),
+        ("flexq_channel", GREEN, "FlexQ W6A8", 2.6),
         ("fp8", ORANGE, "fp8", 1.4),
+        ("int8", RED, "INT8", 1.4),
+        ("humming_group", PURPLE, "Humming W6A8", 1.4),
     ):
         points = [(float(batch), float(r["bf16"]) / float(r[column])) for batch, r in step.items()]
         ends.append(panel.line(points, color, name, width))
