@@ -54,22 +54,25 @@ def shut(llm: LLM) -> None:
     gc.collect()
 
 
-def assert_same(folder: Path, prompts: list[list[int]], results) -> None:
+def assert_same(folder: Path, prompts: list[list[int]], results, **options) -> None:
     """What `assert_same_as` does, with the checkpoint's model in transformers."""
-    assert_same_as(flexq.load_model(folder, dtype=torch.float32, device=DEVICE), prompts, results)
+    assert_same_as(flexq.load_model(folder, dtype=torch.float32, device=DEVICE), prompts, results, **options)
 
 
-def assert_same_as(model, prompts: list[list[int]], results, mean: float = MEAN, near: float = NEAR) -> None:
+def assert_same_as(
+    model, prompts: list[list[int]], results, mean: float = MEAN, near: float = NEAR, strays: int = 0
+) -> None:
     """Each token that vLLM chose has the log probability that `model` gives it, and is its choice too, unless another
-    is as likely."""
+    is as likely. In each prompt `strays` tokens may be otherwise, those of which a router has chosen other experts."""
     for prompt, (tokens, logprobs) in zip(prompts, results, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + tokens], device=model.device)).logits[0, len(prompt) - 1 : -1]
         expected = logits.float().log_softmax(-1).cpu()
         ours = expected[torch.arange(len(tokens)), torch.tensor(tokens)]
-        difference = (ours - torch.tensor(logprobs)).abs()
+        kept = len(tokens) - strays
+        difference = (ours - torch.tensor(logprobs)).abs().sort().values[:kept]
         assert difference.mean() < mean and difference.max() < near
-        assert (expected.max(-1).values - ours).max() < near
+        assert (expected.max(-1).values - ours).sort().values[:kept].max() < near
 
 
 def assert_alike(results, others) -> None:
