@@ -71,6 +71,25 @@ def test_bench_experts(capsys, monkeypatch):
     assert "unknown shape 'gpt-9'; known are qwen3-30b-a3b" in capsys.readouterr().err
 
 
+def test_peers_that_compute_something_else_are_left_out(monkeypatch):
+    from flexq.bench import experts
+
+    ours = experts._TransformersExperts.calls
+
+    def calls(self, m):
+        good = ours(self, m)
+        return good | {"wrong": lambda *a: -good["bf16 grouped_mm"](*a), "not finite": lambda x, *_: x * float("nan")}
+
+    monkeypatch.setattr(experts._TransformersExperts, "calls", calls)
+    monkeypatch.setitem(experts.SHAPES, "tiny", experts.ExpertsShape(4, 2, 128, 128))
+    with pytest.warns(UserWarning) as warned:
+        points = experts.bench_experts("tiny", tokens=[3])
+    assert {p.contender for p in points} >= {"bf16 grouped_mm", "bf16 batched_mm", "flexq W6A8 group"}
+    assert not {"wrong", "not finite"} & {p.contender for p in points}
+    said = " ".join(str(w.message) for w in warned)
+    assert "wrong is left out" in said and "off by 2.00 of bf16's" in said and "not finite is left out" in said
+
+
 def test_explain_names_the_table(capsys):
     arguments = ["bench", "linear", "--device", "cpu", "--explain", "--shape", "64x128", "--tokens", "1", "--quiet"]
     assert main(arguments) == 0

@@ -4,15 +4,17 @@ Two GEMMs over the chosen experts, the activation between them, both quantizatio
 left out: it is the same for all.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from flexq.bench.models import random_experts
+from flexq.bench.peers import humming_layer
 from flexq.bench.timing import Kernel, Kernels, cpu_seconds, graph_seconds, read_bandwidth
 from flexq.plan import LayerConfig
 from flexq.progress import Progress
@@ -42,6 +44,8 @@ SHAPES = {
 CUDA_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 CPU_TOKENS = (1, 4, 16, 64)
 _ROUTINGS = 4  # that calls go through in turn
+_MOST_DISTANCE = 0.2  # of a peer's results from bf16's, relative
+Peer = TypeVar("Peer")
 
 
 @dataclass
@@ -125,6 +129,95 @@ class _VllmExperts:
         return {"vLLM bf16": half, "vLLM fp8": float8}
 
 
+class _HummingExperts:
+    """Experts of the package humming-kernels: 6-bit weights and 8-bit activations, scales per group of 128.
+
+    Its GEMMs find the rows of an expert by their indices, or take them sorted ("grouped"). It quantizes activations
+    and, by index, sums up; the rest are vLLM's kernels, put together as in vLLM's own use of the package, which does
+    not take 6-bit weights.
+
+    Args:
+        module: of whose weights.
+        pairs: numbers of pairs of a token and an expert whose kernels to compile at once. Those of other numbers
+            are compiled when they are first called for.
+    """
+
+    def __init__(self, module: nn.Module, pairs: Sequence[int] = ()):
+        from humming.layer import HummingLayerMethod
+        from humming.ops import moe_fused_mul_sum
+        from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
+        from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+        from vllm.model_executor.layers.fused_moe.moe_permute_unpermute import moe_permute, moe_unpermute
+
+        self.configs = HummingLayerMethod.get_default_tuning_configs
+        self.align, self.permute, self.unpermute, self.sum = (
+            moe_align_block_size, moe_permute, moe_unpermute, moe_fused_mul_sum,
+        )  # fmt: skip
+        self.silu, self.activation = MoEActivation.SILU, apply_moe_activation
+        weights = (module.gate_up_proj.data, module.down_proj.data)
+        self.experts = weights[0].shape[0]
+        self.layers = [humming_layer(weight, "W6A8") for weight in weights]
+        for kind in ("indexed", "grouped_contiguous"):
+            self._compile(kind, pairs)
+
+    def calls(self) -> dict[str, Callable[..., Any]]:
+        return {"Humming W6A8 indexed": self._indexed, "Humming W6A8 grouped": self._grouped}
+
+    def _indexed(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        tunings = [self._tuning(layer, "indexed", ids.numel()) for layer in self.layers]
+        rows = [tuning["block_shape"][0] for tuning in tunings]  # of a block
+        aligned = {size: self.align(ids, size, self.experts) for size in set(rows)}
+
+        def multiply(which: int, x: torch.Tensor, top_k: int) -> torch.Tensor:
+            sorted_ids, expert_ids, padded = aligned[rows[which]]
+            return self.layers[which](
+                x, sorted_ids=sorted_ids, expert_ids=expert_ids, num_tokens_padded=padded, top_k=top_k,
+                valid_shape_m=ids.numel(), compute_config={"gemm_type": "indexed"}, tuning_config=tunings[which],
+            )  # fmt: skip
+
+        y = multiply(1, self._activated(multiply(0, x, ids.shape[1])), 1)
+        return self.sum(y.view(*ids.shape, -1), weights)
+
+    def _grouped(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        kind = "grouped_contiguous"
+        tunings = [self._tuning(layer, kind, ids.numel()) for layer in self.layers]
+        rows, _, offsets, places, _ = self.permute(x, None, ids, self.experts)
+
+        def multiply(which: int, x: torch.Tensor) -> torch.Tensor:
+            return self.layers[which](
+                x, expert_layout=offsets, valid_shape_m=ids.numel(), compute_config={"gemm_type": kind},
+                tuning_config=tunings[which],
+            )  # fmt: skip
+
+        y, out = multiply(1, self._activated(multiply(0, rows))), torch.empty_like(x)
+        self.unpermute(out, y, weights.float(), places, offsets)
+        return out
+
+    def _activated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        return self.activation(self.silu, out, gate_up)
+
+    def _tuning(self, layer: nn.Module, kind: str, pairs: int) -> dict[str, Any]:
+        """The package's choice of a kernel; all of its choices, which it would compile, are many."""
+        configs = self.configs(layer, gemm_type=kind)
+        return next(config for low, high, config in configs if low < pairs <= high)
+
+    def _compile(self, kind: str, pairs: Sequence[int]) -> None:
+        from humming.kernel.humming import HummingKernel
+
+        for layer in self.layers:
+            tunings: list[dict[str, Any]] = []
+            for tuning in (self._tuning(layer, kind, count) for count in pairs):
+                if tuning not in tunings:
+                    tunings.append(tuning)
+            if not tunings:
+                continue  # of no choice at all, the package would compile every kernel
+            ranges = [[0, 1 << 30, tuning] for tuning in tunings]
+            meta = layer.humming_metas[""].to_str()
+            with contextlib.suppress(Exception):  # the call that needs a kernel that does not compile says so
+                HummingKernel.prepare_kernels(meta, {"gemm_type": kind}, ranges)
+
+
 def bench_experts(
     shape: str = "qwen3-30b-a3b",
     tokens: Sequence[int] | None = None,
@@ -139,8 +232,8 @@ def bench_experts(
         shape: of SHAPES.
         tokens: values of M; CPU_TOKENS or CUDA_TOKENS if None.
         device: "cpu" or a CUDA device.
-        peers: also transformers' experts in bf16 (grouped GEMMs, and batched ones of few tokens), if they fit, and
-            vLLM's fused ones in bf16 and fp8, where it is installed.
+        peers: also transformers' experts in bf16 (grouped GEMMs, and batched ones of few tokens), if they fit, and,
+            where they are installed, vLLM's fused ones in bf16 and fp8 and those of Humming with vLLM's kernels.
         progress: wraps the loop over numbers of tokens.
         report: called with the points of each M as soon as they are there.
 
@@ -159,7 +252,11 @@ def bench_experts(
     }
     per_expert = ours["group"].stored_bytes / size.experts
     others = _transformers(size, device, dtype) if peers else None
-    fused = _vllm(others) if others is not None and on_gpu else None
+    fused: list[_VllmExperts | _HummingExperts | None] = []
+    if others is not None and on_gpu:
+        pairs = [m * size.top_k for m in tokens]
+        fused.append(_built("vLLM's experts", lambda: _VllmExperts(others.module)))
+        fused.append(_built("Humming's experts", lambda: _HummingExperts(others.module, pairs)))
     points = []
     with torch.inference_mode():
         for m in progress(list(tokens)) if progress else tokens:
@@ -171,13 +268,18 @@ def bench_experts(
             for scheme, layer in ours.items():
                 runs = [lambda r=r, layer=layer: layer.multiply(*r) for r in routings]
                 kernels[f"flexq W6A8 {scheme}"] = Kernel(runs, read)
-            calls = (others.calls(m) if others is not None else {}) | (fused.calls() if fused is not None else {})
+            calls = others.calls(m) if others is not None else {}
+            for peer in fused:
+                calls |= peer.calls() if peer is not None else {}
+            expected: torch.Tensor | None = None
             for name, call in calls.items():
                 runs = [lambda r=r, call=call: call(*r) for r in routings]
                 try:
-                    runs[0]()
+                    result = runs[0]()
+                    expected = result if expected is None else expected
+                    _require_near(result, expected)
                 except Exception as error:  # a device or number of tokens that it does not do
-                    warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+                    warnings.warn(f"{name} is left out: {error!r}", stacklevel=2)
                     continue
                 kernels[name] = Kernel(runs, others.bytes)
             seconds = graph_seconds(kernels) if on_gpu else cpu_seconds(kernels)
@@ -195,14 +297,22 @@ def _transformers(size: ExpertsShape, device: str, dtype: torch.dtype) -> _Trans
         return None
 
 
-def _vllm(others: _TransformersExperts) -> _VllmExperts | None:
+def _built(name: str, build: Callable[[], Peer]) -> Peer | None:
+    """What `build` returns; None if a package that it needs is not installed, or, with a warning, if it fails."""
     try:
-        return _VllmExperts(others.module)
+        return build()
     except ImportError:
         return None
     except Exception as error:  # whatever a version of it does not do is left out, and said
-        warnings.warn(f"vLLM's experts are left out: {error}", stacklevel=2)
+        warnings.warn(f"{name} are left out: {error!r}", stacklevel=2)
         return None
+
+
+def _require_near(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """That a peer does what it is timed for: all have the same weights, of which 8 bits leave some percent."""
+    distance = ((result.float() - expected.float()).norm() / expected.float().norm()).item()
+    if not distance < _MOST_DISTANCE:
+        raise ValueError(f"its results are off by {distance:.2f} of bf16's")
 
 
 def _routing(size: ExpertsShape, m: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

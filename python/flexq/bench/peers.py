@@ -37,24 +37,34 @@ def humming_layer(weight: torch.Tensor, inputs: str) -> nn.Module:
     """A layer of the package humming-kernels with 6-bit weights, a scale per group of 128.
 
     Args:
-        weight: [N, K] on a GPU.
+        weight: [N, K], or of a stack of experts [E, N, K], on a GPU.
         inputs: of HUMMING_INPUTS.
 
     Raises:
         ImportError: the package is not installed.
+        ValueError: K is no multiple of the group, which the package's quantizer does not check.
     """
     from humming.layer import HummingLayer
 
-    n, k = weight.shape
+    *stack, n, k = weight.shape
+    if k % ops.GROUP_SIZE:
+        raise ValueError(f"K is {k}, no multiple of {ops.GROUP_SIZE}")
     config = HUMMING_INPUTS[inputs]
     layer = HummingLayer(
         shape_n=n,
         shape_k=k,
+        num_experts=stack[0] if stack else None,
         weight_config={"dtype": "int6", "group_size": ops.GROUP_SIZE},
         input_config=None if config is None else dict(config),
         torch_dtype=torch.bfloat16,
     ).to(weight.device)
-    layer.load_from_unquantized(weight.bfloat16())
+    if stack:  # one by one, as the codes take 32 bits each until they are packed
+        for expert, matrix in enumerate(weight):
+            tensors = layer.weight_schema.quant_tensor(matrix.bfloat16(), layer.weight_schema, torch.bfloat16)
+            for name, tensor in tensors.items():
+                getattr(layer, name)[expert].copy_(tensor)
+    else:
+        layer.load_from_unquantized(weight.bfloat16())
     layer.transform()
     return layer
 
