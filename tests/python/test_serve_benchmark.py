@@ -1,7 +1,9 @@
 """What benchmarks/serve_gpu.py gives to vLLM, as far as it can be looked at without a GPU."""
 
+import argparse
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,29 @@ def test_plans_and_variables_are_read(serve):
         for variable, value in contender.get("environment", {}).items():
             assert isinstance(json.loads(value), (dict, int)), variable
     assert set(serve.DEFAULT_CONTENDERS) <= set(serve.CONTENDERS)
+
+
+def test_contenders_at_once_have_gpus_of_their_own(serve, monkeypatch, tmp_path):
+    seen, together, most = {}, set(), []
+
+    def run(name, arguments, gpus):
+        seen[name] = gpus
+        assert gpus not in together
+        together.add(gpus)
+        most.append(len(together))
+        time.sleep(0.05)
+        together.remove(gpus)
+        return {"failed": 0}
+
+    monkeypatch.setattr(serve, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    names = ["bf16", "fp8", "int8"]
+    out = tmp_path / "results.json"
+    arguments = argparse.Namespace(at_once=2, tensor_parallel=2, contenders=names, out=out)
+    assert list(serve.run_all(arguments)) == names and max(most) == 2
+    assert set(seen.values()) == {"3,5", "6,7"} and set(json.loads(out.read_text())) == set(names)
+    arguments.at_once = 1
+    assert list(serve.run_all(arguments)) == names and set(seen.values()) == {None}
+    arguments.at_once = 3
+    with pytest.raises(SystemExit, match="3 contenders at once need 2 GPUs each, there are 4"):
+        serve.run_all(arguments)
