@@ -7,7 +7,8 @@ batches of 1 to 256, prompts, and loads of many concurrent requests whose length
 distribution with a fixed seed (medians of 120 and 110 tokens, about those of ShareGPT); output tokens/s, time to first
 token and between tokens (50th and 95th percentile), the KV cache's room in tokens, seconds to start, requests failed.
 
---tensor-parallel 2 needs two GPUs, --at-once 4 four of one host, which takes a quarter of the time. Humming's contenders need the package humming-kernels.
+--tensor-parallel 2 needs two GPUs, --at-once 4 four of one host, which takes a quarter of the time.
+Humming's contenders need the package humming-kernels.
 """
 
 import argparse
