@@ -7,8 +7,8 @@ batches of 1 to 256, prompts, and loads of many concurrent requests whose length
 distribution with a fixed seed (medians of 120 and 110 tokens, about those of ShareGPT); output tokens/s, time to first
 token and between tokens (50th and 95th percentile), the KV cache's room in tokens, seconds to start, requests failed.
 
---tensor-parallel 2 needs two GPUs, --at-once 4 four of one host, which takes a quarter of the time.
-Humming's contenders need the package humming-kernels.
+--tensor-parallel 2 needs two GPUs, and takes NCCL's all-reduce. --at-once 4 needs four of one host, and a quarter of
+the time. Humming's contenders need the package humming-kernels.
 """
 
 import argparse
@@ -198,7 +198,7 @@ class Served:
         seconds = time.perf_counter() - begin
         result = {f"tokens_per_s_{clients}": tokens / seconds}
         for name, values in (("first", first), ("between", between)):
-            for percent in (50, 95):
+            for percent in (50, 95) if len(values) > 1 else ():
                 value = statistics.quantiles(values, n=100)[percent - 1]
                 result[f"{name}_ms_p{percent}_{clients}"] = value * 1e3
         return result
@@ -333,8 +333,6 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file of all results")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not arguments.loads:
-        arguments.loads = []
     if arguments.only:
         results: dict[str, Any] = asyncio.run(measure(arguments.only, arguments))
     else:

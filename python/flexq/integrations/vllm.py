@@ -11,6 +11,8 @@ Environment:
     FLEXQ_FUSE: 0 to leave norms and SiLU products apart from the quantization that follows them.
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -38,6 +40,7 @@ from flexq.checkpoint.source import CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
 from flexq.embedding import CONFIG as EMBEDDING
 from flexq.integrations.vllm_embedding import EmbeddingMethod, add_stand_in, have_vllm_dequantize
+from flexq.integrations.vllm_weights import fills_parameters_itself, keep_packed, loads_dummies, method_of
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 from flexq.run.parallel import check_input_split
@@ -45,6 +48,8 @@ from flexq.run.parallel import check_input_split
 QUANT_METHOD = "flexq"
 # Layers that choose experts stay in floating point.
 _ROUTERS = ("gate", "router")
+# So do the parts beside a language model: names that are or contain one of these.
+_ENCODERS = re.compile(r"(^|\.)[^.]*(vision|visual|image|audio|speech|multi_modal|multimodal)[^.]*\.")
 logger = init_logger(f"vllm.plugins.{__name__}")  # vLLM shows what its own loggers say
 
 try:
@@ -68,7 +73,10 @@ class FlexQVllmConfig(QuantizationConfig):
         self.is_checkpoint = plan is not None
         self.plan = Plan.of(os.environ.get("FLEXQ_PLAN", DEFAULT_RECIPE)) if plan is None else plan
         self._of_checkpoint: dict[str, str] = {}  # its names of the plan's layers, where vLLM's are others
-        self._placed: set[str] = set()  # of the plan's layers, those that the model has
+        self._placed: set[str] = (
+            set()
+        )  # of the plan's layers, those that the model has; of all it could have, on the way
+        self._experts: dict[str, str] = {}  # projections of experts -> the experts
         self._are_all_placed = False
         if self.plan.embeddings is not None and not self.is_checkpoint:
             raise ValueError(
@@ -111,7 +119,7 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Names of the checkpoint's layers to vLLM's, where a model renames them."""
-        renamed = {name: (hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in self.plan.layers}
+        renamed = {name: _renamed(hf_to_vllm_mapper, name) for name in self.plan.layers}
         layers = {renamed[name]: config for name, config in self.plan.layers.items()}
         self.plan = replace(self.plan, layers=layers)
         self._of_checkpoint = {new: self._of_checkpoint.get(name, name) for name, new in renamed.items()}
@@ -119,14 +127,20 @@ class FlexQVllmConfig(QuantizationConfig):
     def check_all_placed(self) -> None:
         """Refuses a checkpoint with quantized layers that a block of the model has under no name, whose weights vLLM's
         classes may leave out without a word. Blocks that are not here at all are other devices'. Every layer asks
-        once all exist; the first answer is that of all."""
+        once all exist; the first answer is that of all. On the way, refuses a plan that names what the model has not.
+        """
         if self._are_all_placed:
+            return
+        if not self.is_checkpoint:
+            if _has_all_blocks():
+                self.plan.resolve(self._placed | self._experts.keys(), self._experts)
+            self._are_all_placed = True
             return
         here = {_block_of(name) for name in self._placed} - {None}
         missing = [
             name
             for name, config in self.plan.layers.items()
-            if self.is_checkpoint and config is not None and name not in self._placed and _block_of(name) in here
+            if config is not None and name not in self._placed and _block_of(name) in here
         ]
         if missing:
             raise ValueError(
@@ -142,13 +156,14 @@ class FlexQVllmConfig(QuantizationConfig):
         names = [f"{parent}.{part}" if parent else part for part in parts]
         if self.is_checkpoint and len(parts) > 1 and not any(n in self.plan.layers for n in names):
             names = [prefix]  # merged in the checkpoint too
+        self._placed.update(names)
         if self.is_checkpoint:
-            self._placed.update(names)
             return [self.plan.layers.get(n) for n in names]
         return [self.plan.config_for(n) for n in names]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         add_fusion_pass()
+        _have_vllm_tell_plans_apart(self.plan)
         if self.plan.embeddings is not None:
             have_vllm_dequantize()
         if isinstance(layer, ParallelLMHead):
@@ -159,7 +174,7 @@ class FlexQVllmConfig(QuantizationConfig):
             return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._method_of_experts(layer, prefix) if _holds_experts(layer) else None
-        if not self.is_checkpoint and prefix.rpartition(".")[2] in _ROUTERS:
+        if not self.is_checkpoint and (prefix.rpartition(".")[2] in _ROUTERS or _ENCODERS.search(prefix)):
             return UnquantizedLinearMethod()
         configs = self._layer_configs(prefix)
         if all(config is None for config in configs):
@@ -183,7 +198,7 @@ class FlexQVllmConfig(QuantizationConfig):
         if len(names) != 1:
             return None
         self._placed |= names
-        return EmbeddingMethod(*names, _loads_sharded_state())
+        return EmbeddingMethod(*names)
 
     def _embeddings(self) -> set[str]:
         """The plan's names that may be the embedding's and are no other layer's."""
@@ -216,13 +231,59 @@ class FlexQVllmConfig(QuantizationConfig):
                 of_checkpoint=self._of_checkpoint.get(names[0], names[0]).rpartition(".")[0],
                 check=self.check_all_placed,
             )
-        config = self.plan.config_for(prefix)
-        if config is None:
+        names = [f"{prefix}.{projection}" for projection in ("gate_up_proj", "down_proj")]
+        self._experts |= dict.fromkeys(names, prefix)
+        configs = [self.plan.config_for(name, prefix) for name in names]
+        if all(config is None for config in configs):
             return None
+        if None in configs:
+            raise ValueError(f"{prefix}: the plan leaves one of {' and '.join(names)} as it is; vLLM has both or none")
         if not is_known:
             logger.info_once(f"FlexQ leaves experts in floating point: it has no activation {layer.activation}")
             return None
-        return vllm_experts.QuantizingExpertsMethod(layer.moe_config, prefix, config)
+        return vllm_experts.QuantizingExpertsMethod(layer.moe_config, prefix, *configs, check=self.check_all_placed)
+
+
+def _renamed(mapper, name: str) -> str:
+    """vLLM's name of a layer: of itself, or, as mappers of LM heads have it, of what is in it."""
+    for suffix in ("", ".weight"):
+        new = (mapper.apply_list([name + suffix]) or [name + suffix])[0]
+        if new != name + suffix:
+            return new.removesuffix(suffix)
+    return name
+
+
+def _has_all_blocks() -> bool:
+    """Whether this process has all of the model's layers, not a pipeline's part of them."""
+    vllm_config = get_current_vllm_config_or_none()
+    return vllm_config is None or vllm_config.parallel_config.pipeline_parallel_size == 1
+
+
+def _have_vllm_tell_plans_apart(plan: Plan) -> None:
+    """Puts the plan into the key of vLLM's compile cache, whose graphs have layers' settings as constants and which
+    knows a quantization by its name alone. May be called more than once."""
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None:
+        return
+    of_plan = hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+    given = vllm_config.additional_config
+    if isinstance(given, dict):
+        vllm_config.additional_config = {**given, "flexq_plan": of_plan}
+    elif not isinstance(given, _WithPlan):
+        vllm_config.additional_config = _WithPlan(given, of_plan)
+
+
+class _WithPlan:
+    """Another's additional configuration, whose hash the plan is in too."""
+
+    def __init__(self, given: Any, of_plan: str):
+        self._given, self._of_plan = given, of_plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_given"], name)
+
+    def compute_hash(self) -> str:
+        return hashlib.sha256((self._given.compute_hash() + self._of_plan).encode()).hexdigest()
 
 
 def _vocabulary() -> int | None:
@@ -262,7 +323,7 @@ class FlexQLinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         layer.flexq_k, layer.flexq_sizes, layer.flexq_dtype = k, output_partition_sizes, params_dtype
         layer.flexq_loaded = set()
-        self.is_sharded_state = _loads_sharded_state()
+        self.is_checked = not fills_parameters_itself()
         if not self.config.is_checkpoint:
             weight = torch.empty(n, k, dtype=params_dtype)
             layer.register_parameter(
@@ -277,52 +338,54 @@ class FlexQLinearMethod(LinearMethodBase):
         layer.register_parameter(
             "qweight",
             ModelWeightParameter(
-                data=planes, input_dim=1, output_dim=0, weight_loader=self._checked(layer, "qweight", planes, loader)
+                data=planes, input_dim=1, output_dim=0, weight_loader=self._checked(layer, "qweight", loader)
             ),
         )
         kind = GroupQuantScaleParameter if scheme == "group" else ChannelQuantScaleParameter
         dims = {"input_dim": 1, "output_dim": 0} if scheme == "group" else {"output_dim": 0}
         layer.register_parameter(
-            "scales", kind(data=scales, weight_loader=self._checked(layer, "scales", scales, loader), **dims)
+            "scales", kind(data=scales, weight_loader=self._checked(layer, "scales", loader), **dims)
         )
 
-    def _checked(self, layer: torch.nn.Module, tensor: str, like: torch.Tensor, loader: Callable) -> Callable:
+    def _checked(self, layer: torch.nn.Module, tensor: str, loader: Callable) -> Callable:
         """vLLM's loader, which would cast what does not fit."""
-        row_parallel = isinstance(layer, RowParallelLinear)
+        name = f"{self.prefix}.{tensor}"
+        kept = 2 if tensor == "qweight" else 0 if isinstance(layer, RowParallelLinear) else 1
 
-        def load(param, loaded, *args, **kwargs):
-            expected = like.shape[2:] if tensor == "qweight" else like.shape[1:] if not row_parallel else ()
-            given = loaded.shape[2:] if tensor == "qweight" else loaded.shape[1:] if not row_parallel else ()
-            if loaded.dtype != like.dtype or loaded.dim() != like.dim() or given != expected:
+        def load(layer, loader, param, loaded, *args, **kwargs):
+            expected, given = (t.shape[kept:] if kept else () for t in (param, loaded))
+            if loaded.dtype != param.dtype or loaded.dim() != param.dim() or given != expected:
                 raise ValueError(
-                    f"{self.prefix}.{tensor} must be {like.dtype} like {list(like.shape)}, got {loaded.dtype} "
-                    f"{list(loaded.shape)}: the checkpoint does not fit the model or its plan"
+                    f"{name} must be {param.dtype} like {list(param.shape)}, got {loaded.dtype} {list(loaded.shape)}: "
+                    "the checkpoint does not fit the model or its plan"
                 )
             try:
                 loader(param, loaded, *args, **kwargs)
             except (AssertionError, RuntimeError) as error:
                 raise ValueError(
-                    f"{self.prefix}.{tensor}: {list(loaded.shape)} does not fit {list(like.shape)} of a layer that is "
-                    f"split over {param.tp_size} devices ({error})"
+                    f"{name}: {list(loaded.shape)} does not fit {list(param.shape)} of a layer that is split over "
+                    f"{param.tp_size} devices ({error})"
                 ) from None
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
             layer.flexq_loaded.add((tensor, shard))
 
-        return load
+        return method_of(layer, load, loader)
 
     def _check_complete(self, layer: torch.nn.Module) -> None:
         for tensor in ("qweight", "scales"):
             shards = {shard for name, shard in layer.flexq_loaded if name == tensor}
-            whole = None in shards or any(isinstance(shard, tuple) for shard in shards)
-            if not whole and len(shards) < len(layer.flexq_sizes):
-                have = f" (of {len(layer.flexq_sizes)} parts only {sorted(map(str, shards))})" if shards else ""
+            parts = {part for shard in shards for part in (shard if isinstance(shard, tuple) else (shard,))}
+            if None not in parts and len(parts) < len(layer.flexq_sizes):
+                have = f" (of {len(layer.flexq_sizes)} parts only {sorted(map(str, parts))})" if parts else ""
                 raise ValueError(f"the checkpoint has no {self.prefix}.{tensor}{have}: a shard is missing")
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         begin, packed, runs = 0, [], []
         self.config.check_all_placed()
-        if self.config.is_checkpoint and not self.is_sharded_state:
+        if self.config.is_checkpoint and self.is_checked:
             self._check_complete(layer)
+        if self.config.is_checkpoint and loads_dummies():
+            layer.scales.data.abs_()
         for size, config in self._runs(layer):
             rows = slice(begin, begin + size)
             if self.config.is_checkpoint:
@@ -338,22 +401,24 @@ class FlexQLinearMethod(LinearMethodBase):
             packed.append(ops.prepack(planes, scales, layer.flexq_k, config.scheme, config.rotation))
             runs.append((size, config.act_bits, config.scheme, config.rotation, config.weight_bits))
             begin += size
+        layer.flexq_loaded.clear()
         for name in ("qweight", "scales", "weight"):
             if name in layer._parameters:
                 delattr(layer, name)
+        if getattr(layer, "_use_min_latency_gemm", False):  # DeepSeek's, of a weight in bf16
+            layer._use_min_latency_gemm = False
+        names = [_packed_name(index) for index in range(len(packed))]
+        is_first = not hasattr(layer, "flexq_runs")
         layer.flexq_runs = runs
-        for index, weight in enumerate(packed):
-            layer.register_buffer(_packed_name(index), weight, persistent=False)
+        keep_packed(layer, dict(zip(names, packed, strict=True)))
         if isinstance(layer, ParallelLMHead):
             add_stand_in(layer, packed[0].device)
-        if self.config.is_checkpoint:
+        if is_first and self.config.is_checkpoint:
             layer.register_state_dict_post_hook(_add_canonical)
 
     def _runs(self, layer: torch.nn.Module) -> list[tuple[int, LayerConfig]]:
         """Rows and settings of neighbours that are alike and so are one GEMM."""
-        configs = self.configs if len(self.configs) > 1 else self.configs * len(layer.flexq_sizes)
-        if len(configs) != len(layer.flexq_sizes):
-            raise ValueError(f"{self.prefix} has {len(layer.flexq_sizes)} parts, its plan {len(configs)}")
+        configs = self._configs_of_parts(layer)
         runs: list[tuple[int, LayerConfig]] = []
         for size, config in zip(layer.flexq_sizes, configs, strict=True):
             if runs and runs[-1][1] == config:
@@ -361,6 +426,18 @@ class FlexQLinearMethod(LinearMethodBase):
             else:
                 runs.append((size, config))
         return runs
+
+    def _configs_of_parts(self, layer: torch.nn.Module) -> list[LayerConfig]:
+        """Of each of vLLM's parts of the layer, of which the checkpoint may have several as one."""
+        parts = len(layer.flexq_sizes)
+        if len(set(self.configs)) == 1:
+            return self.configs[:1] * parts
+        if len(self.configs) != parts:
+            raise ValueError(
+                f"{self.prefix}: vLLM makes {parts} parts of {len(self.configs)} layers, to which the plan gives "
+                "different settings; give them the same"
+            )
+        return self.configs
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         outputs, begin = [], 0
@@ -385,12 +462,6 @@ def _add_canonical(layer: torch.nn.Module, state: dict[str, torch.Tensor], prefi
     ]
     for name, tensors in zip(("qweight", "scales"), zip(*parts, strict=True), strict=True):
         state[prefix + name] = torch.cat([tensor.cpu() for tensor in tensors])
-
-
-def _loads_sharded_state() -> bool:
-    """Whether vLLM copies tensors into the parameters itself, and itself sees that none is missing."""
-    vllm_config = get_current_vllm_config_or_none()
-    return vllm_config is not None and "sharded" in str(vllm_config.load_config.load_format)
 
 
 def register() -> None:

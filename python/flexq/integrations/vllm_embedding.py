@@ -16,6 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.embedding import CONFIG, canonical_of, dequantized_rows, look_up, rows_of
+from flexq.integrations.vllm_weights import fills_parameters_itself, keep_packed, loads_dummies, method_of
 
 _TENSORS = ("qweight", "scales")
 logger = init_logger(f"vllm.plugins.{__name__}")
@@ -26,11 +27,10 @@ class EmbeddingMethod(QuantizeMethodBase):
 
     Args:
         name: of the embedding in the checkpoint.
-        is_sharded_state: vLLM copies tensors into the parameters itself, and itself sees that none is missing.
     """
 
-    def __init__(self, name: str, is_sharded_state: bool = False):
-        self.name, self.is_sharded_state = name, is_sharded_state
+    def __init__(self, name: str):
+        self.name, self.is_checked = name, not fills_parameters_itself()
 
     def create_weights(
         self,
@@ -56,30 +56,35 @@ class EmbeddingMethod(QuantizeMethodBase):
     def _checked(self, layer: torch.nn.Module, tensor: str, loader: Callable) -> Callable:
         """vLLM's loader, which would cast what does not fit."""
 
-        def load(parameter: torch.nn.Parameter, loaded: torch.Tensor) -> None:
-            whole = [layer.org_vocab_size, *parameter.shape[1:]]
-            if loaded.dtype != parameter.dtype or list(loaded.shape) != whole:
+        def load(layer, loader, param, loaded):
+            whole = [layer.org_vocab_size, *param.shape[1:]]
+            if loaded.dtype != param.dtype or list(loaded.shape) != whole:
                 raise ValueError(
-                    f"{self.name}.{tensor} must be {parameter.dtype} {whole}, got {loaded.dtype} "
-                    f"{list(loaded.shape)}: the checkpoint does not fit the model or its plan"
+                    f"{self.name}.{tensor} must be {param.dtype} {whole}, got {loaded.dtype} {list(loaded.shape)}: "
+                    "the checkpoint does not fit the model or its plan"
                 )
-            loader(parameter, loaded)
+            loader(param, loaded)
             layer.flexq_loaded.add(tensor)
 
-        return load
+        return method_of(layer, load, loader)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         missing = [tensor for tensor in _TENSORS if tensor not in layer.flexq_loaded]
-        if missing and not self.is_sharded_state:
+        if missing and self.is_checked:
             raise ValueError(f"the checkpoint has no {self.name}.{missing[0]}")
+        layer.flexq_loaded.clear()
+        if loads_dummies():
+            layer.scales.data.abs_()
         planes, scales = layer.qweight.data, layer.scales.data
         ops.check_scales(scales)
         rows = rows_of(planes, scales, layer.flexq_k)
         for tensor in _TENSORS:
             delattr(layer, tensor)
-        layer.register_buffer("weight_packed", rows, persistent=False)
+        is_first = not hasattr(layer, "flexq_packed")
+        keep_packed(layer, {"weight_packed": rows})
         add_stand_in(layer, rows.device)
-        layer.register_state_dict_post_hook(_add_canonical)
+        if is_first:
+            layer.register_state_dict_post_hook(_add_canonical)
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError(f"{self.name} is quantized for lookups; an LM head has a weight of its own")

@@ -15,6 +15,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.experts import Experts
+from flexq.integrations.vllm_weights import fills_parameters_itself, loads_dummies
 from flexq.plan import LayerConfig
 from flexq.run.parallel import check_input_split
 
@@ -62,8 +63,13 @@ def _load_experts_first(get_all_weights: Callable) -> Callable:
 
     @wraps(get_all_weights)
     def get_others(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        if any(hasattr(module, "flexq_experts") for module in model.modules()):
+            raise RuntimeError("quantized experts are loaded once: start the server anew instead of reloading weights")
+        return others(get_all_weights(self, model_config, model), model)
+
+    def others(weights: Iterable[tuple[str, torch.Tensor]], model) -> Iterator[tuple[str, torch.Tensor]]:
         taken = {m.flexq_checkpoint_name: m for m in model.modules() if hasattr(m, "flexq_checkpoint_name")}
-        for name, tensor in get_all_weights(self, model_config, model):
+        for name, tensor in weights:
             stem, separator, rest = name.rpartition(".experts.")
             layer = taken.get(stem + separator[:-1])
             if layer is None:
@@ -88,6 +94,7 @@ class _ExpertsMethod(FusedMoEMethodBase):
     def __init__(self, moe, prefix: str):
         super().__init__(moe)
         self.prefix = prefix
+        _have_vllm_load_experts_first()
 
     def _finish(self, layer: torch.nn.Module, make, *args, **settings) -> None:
         """Puts `make`'s experts where vLLM's parameters were."""
@@ -112,9 +119,9 @@ class _ExpertsMethod(FusedMoEMethodBase):
 class QuantizingExpertsMethod(_ExpertsMethod):
     """Experts made of what vLLM loads in floating point."""
 
-    def __init__(self, moe, prefix: str, config: LayerConfig):
+    def __init__(self, moe, prefix: str, gate_up: LayerConfig, down: LayerConfig, check: Callable[[], None]):
         super().__init__(moe, prefix)
-        self.config = config
+        self.configs, self.check = (gate_up, down), check
 
     def create_weights(
         self,
@@ -138,6 +145,7 @@ class QuantizingExpertsMethod(_ExpertsMethod):
             set_weight_attrs(weight, extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.check()
         biases = [getattr(layer, name).data if hasattr(layer, name) else None for name in ("w13_bias", "w2_bias")]
         if biases[1] is not None and self.moe.tp_rank > 0:
             biases[1].zero_()  # the outputs of the ranks are added
@@ -147,7 +155,8 @@ class QuantizingExpertsMethod(_ExpertsMethod):
             layer.w13_weight.data,
             layer.w2_weight.data,
             *biases,
-            gate_up_config=self.config,
+            gate_up_config=self.configs[0],
+            down_config=self.configs[1],
         )
 
 
@@ -165,7 +174,7 @@ class CheckpointExpertsMethod(_ExpertsMethod):
         super().__init__(moe, prefix)
         self.configs = {"gate_up": gate_up, "down": down}
         self.of_checkpoint, self.check = of_checkpoint, check
-        _have_vllm_load_experts_first()
+        self.is_checked = not fills_parameters_itself()
 
     def create_weights(
         self,
@@ -238,7 +247,10 @@ class CheckpointExpertsMethod(_ExpertsMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.check()
-        if layer.flexq_missing:
+        if loads_dummies():
+            for projection in self.configs:
+                getattr(layer, _parameter(projection, "scales")).data.abs_()
+        if layer.flexq_missing and self.is_checked:
             raise ValueError(
                 f"{self.prefix}: {', '.join(sorted(layer.flexq_missing))} did not come: the checkpoint has no such "
                 "tensors, or its loader gives them to vLLM's class of this model, which does not know them; serve the "

@@ -1,0 +1,57 @@
+"""What FlexQ's layers in vLLM share: how their weights are loaded, held, and loaded again.
+
+vLLM records each layer's parameters before they are loaded, on the meta device and with their loaders, so that
+`reload_weights` can make the layer anew, and then copies what came out of it into the parameters that were in use
+(vllm/model_executor/model_loader/reload). So packed weights are parameters, not buffers, which it would leave as they
+were; and loaders are methods of their layers, of which vLLM's records let go, and hold no tensors.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+
+
+def method_of(layer: torch.nn.Module, load: Callable, loader: Callable) -> MethodType:
+    """A method of the layer, load(layer, loader, param, loaded, ...), where `loader` is one of vLLM's for it."""
+    is_method = isinstance(loader, MethodType) and loader.__self__ is layer
+    function = loader.__func__ if is_method else loader
+
+    def method(layer: torch.nn.Module, param: torch.nn.Parameter, loaded: torch.Tensor, *args, **kwargs) -> None:
+        load(layer, function.__get__(layer) if is_method else function, param, loaded, *args, **kwargs)
+
+    return MethodType(method, layer)
+
+
+def keep_packed(layer: torch.nn.Module, packed: dict[str, torch.Tensor]) -> None:
+    """Makes packed weights parameters of the layer, which no state has: they are one device's."""
+    for name, weight in packed.items():
+        layer.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+    if not hasattr(layer, "flexq_packed"):
+        layer.register_state_dict_post_hook(_leave_out_packed)
+    layer.flexq_packed = tuple(packed)
+
+
+def _leave_out_packed(layer: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _) -> None:
+    for name in layer.flexq_packed:
+        state.pop(prefix + name, None)
+
+
+def fills_parameters_itself() -> bool:
+    """Whether vLLM copies tensors into parameters without their loaders: sharded states, of which it itself sees that
+    none is missing, and dummies."""
+    return "sharded" in _load_format() or loads_dummies()
+
+
+def loads_dummies() -> bool:
+    """Whether weights are made up. Their scales may be negative."""
+    return _load_format() == "dummy"
+
+
+def _load_format() -> str:
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None:
+        return ""
+    load_format = vllm_config.load_config.load_format
+    return str(getattr(load_format, "value", load_format))
