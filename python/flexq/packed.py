@@ -213,6 +213,13 @@ class PackedModule(nn.Module):
             self.prepack()
 
 
+def _cannot_be_written(layer: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"the weight of a flexq.{type(layer).__name__} cannot be written to; quantize another one, or leave the layer "
+        "in floating point by skip"
+    )
+
+
 class DequantizedWeight(torch.Tensor):
     """A module's weight [N, K] as a tensor that is not there: shape, dtype and device cost nothing, any operation on it
     dequantizes the module first. What would change it is refused.
@@ -231,6 +238,17 @@ class DequantizedWeight(torch.Tensor):
     def __init__(self, layer: PackedModule):
         self._layer = layer
 
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, _) -> None:
+        raise _cannot_be_written(self._layer)
+
+    def __setitem__(self, *_) -> None:
+        raise _cannot_be_written(self._layer)
+
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"DequantizedWeight({list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -240,6 +258,15 @@ class DequantizedWeight(torch.Tensor):
             return args[0]
         if function._schema.is_mutable and isinstance(args[0], cls):
             return cls._unchanged_by(function, args, kwargs or {})
+
+        given = [
+            a
+            for a, argument in zip(args, function._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        written = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, cls)]
+        if written:
+            raise _cannot_be_written(written[0]._layer)
 
         def real(value):
             return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value
@@ -259,8 +286,5 @@ class DequantizedWeight(torch.Tensor):
         written = weight.clone()
         function(written, *args[1:], **kwargs)
         if not torch.equal(written, weight):
-            raise RuntimeError(
-                f"the weight of a flexq.{type(layer).__name__} cannot be written to; quantize another one, or leave "
-                "the layer in floating point by skip"
-            )
+            raise _cannot_be_written(layer)
         return args[0]

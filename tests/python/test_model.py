@@ -70,8 +70,10 @@ def test_code_that_looks_at_the_weight():
     assert torch.equal(weight + 0, layer.dequantize(torch.bfloat16))
     assert torch.equal(torch.ones(1, 30, dtype=torch.bfloat16) @ weight, torch.ones(1, 30).bfloat16() @ (weight + 0))
     assert weight.clamp_(-100, 100) is weight  # as Gemma 3n does in training
-    with pytest.raises(RuntimeError, match="cannot be written to"):
-        weight.zero_()
+    for write in (weight.zero_, lambda: setattr(weight, "data", weight + 1), lambda: weight.__setitem__(0, 0.0),
+                  lambda: torch._foreach_mul_([weight], 2.0)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="cannot be written to"):
+            write()
     assert torch.equal(weight + 0, layer.dequantize(torch.bfloat16))
     assert layer.to(torch.float32).weight.dtype == torch.float32
 
@@ -222,3 +224,25 @@ def test_info_of_a_gguf_reads_no_tensors(capsys):
     info = json.loads(capsys.readouterr().out)
     assert info["architecture"] == "llama" and info["weights"] > 1.3e8 and "Q4_1" in info["tensors"]
     assert time.process_time() - begin < 15
+
+
+class Scaled(torch.nn.Linear):
+    """Linear as it is made by default."""
+
+    def __init__(self, inputs, outputs, bias=True, scale=1.0):
+        super().__init__(inputs, outputs, bias)
+        self.scale = scale
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_layers_that_compute_something_else_stay():
+    """Each is asked, not its class alone."""
+    own, normed = torch.nn.Linear(96, 96), torch.nn.Linear(96, 96)
+    own.forward = lambda x: torch.nn.functional.linear(x, own.weight) * 2
+    torch.nn.utils.weight_norm(normed)
+    layers = [Scaled(96, 96), Scaled(96, 96, scale=3.0), own, normed, torch.nn.Linear(96, 96)]
+    assert [is_linear(layer) for layer in layers] == [True, False, False, False, True]
+    with pytest.raises(ValueError, match="is a linear layer itself"):
+        flexq.quantize_model(torch.nn.Linear(96, 50))

@@ -100,3 +100,9 @@ def test_fused_kernels_refuse_to_train(tiny_llama):
         assert torch.equal(model(inputs_embeds=embeddings).logits, logits)
     with pytest.raises(RuntimeError, match="pass no gradients"):
         logits.sum().backward()
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_change_the_weight_are_refused(start):
+    with pytest.raises(ValueError, match="takes the adapter's part out of the weight"):
+        for_flexq(LoraConfig(target_modules=["q_proj"], init_lora_weights=start))

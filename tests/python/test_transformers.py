@@ -9,8 +9,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 IDS = torch.arange(20).view(1, -1)
@@ -167,3 +170,50 @@ def test_embeddings_back_in_floating_point(kind, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(answer(architecture, again), answer(architecture, model))
+
+
+def test_what_was_in_floating_point_stays_as_it_is(tmp_path):
+    """Buffers of rotary embeddings are in fp32 whatever the model is in."""
+    LlamaForCausalLM(tiny_config()).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=flexq.FlexQConfig())
+    model.save_pretrained(tmp_path / "saved")  # after which the configuration's dtype is a string
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    assert frequencies.dtype == torch.float32
+    model.dequantize()
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_layers_that_were_exchanged_are_not_saved_by_another_plan(tiny_llama, tmp_path):
+    """config.json is written from the plan of the quantization."""
+    up = torch.nn.Linear(*tiny_llama.model.layers[0].mlp.up_proj.weight.shape[::-1], bias=False)
+    model = flexq.quantize_model(tiny_llama)
+    model.model.layers[0].mlp.up_proj = flexq.Linear.from_float(up, flexq.LayerConfig(rotation="none"))
+    with pytest.raises(ValueError, match=r"save it by flexq\.save_model"):
+        model.save_pretrained(tmp_path / "one")
+    flexq.save_model(model, tmp_path / "other")
+    assert torch.equal(logits(flexq.load_model(tmp_path / "other")), logits(model))
+
+
+def test_a_base_model_of_a_checkpoint_with_a_head(tmp_path):
+    model = LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).eval()
+    flexq.quantize_model(model, flexq.Plan(layers={"lm_head": flexq.LayerConfig()})).save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    assert "lm_head" not in base.flexq_plan.layers
+    base.save_pretrained(tmp_path / "base")
+    with torch.inference_mode():
+        expected, again = base(IDS), AutoModel.from_pretrained(tmp_path / "base")(IDS)
+    assert torch.equal(again.last_hidden_state, expected.last_hidden_state)
+
+
+def test_layers_that_transformers_keeps_in_fp32(tmp_path):
+    """T5's wo, by its name, in a model in fp16: not so its scales."""
+    config = T5Config(vocab_size=97, d_model=96, d_ff=200, d_kv=24, num_layers=1, num_heads=4)
+    model = flexq.quantize_model(T5ForConditionalGeneration(config).eval())
+    ids = IDS.clamp(max=96)
+    with torch.inference_mode():
+        expected = model(ids, decoder_input_ids=ids).logits
+        model.save_pretrained(tmp_path)
+        half = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+        logits = half(ids, decoder_input_ids=ids).logits.float()
+    assert (logits - expected).norm() < 0.05 * expected.norm()

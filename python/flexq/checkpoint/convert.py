@@ -257,10 +257,12 @@ class _TensorByTensor:
         head = lm_head_name(self.model)
         if head in self.resolved:
             files = {target.name: (file, name) for file, name in tensors if (target := self.targets[name]) is not None}
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
             embeddings = f"{name_of(self.model, input_embeddings(self.model))}.weight"
-            if head not in self.done and embeddings in files:
-                self._quantize(head, head, read_tensor(*files[embeddings]))
-            bias = (getattr(self.model, "all_tied_weights_keys", None) or {}).get(f"{head}.bias")
+            sources = [name for name in (tied.get(f"{head}.weight"), embeddings) if name in files]
+            if head not in self.done and sources:
+                self._quantize(head, head, read_tensor(*files[sources[0]]))
+            bias = tied.get(f"{head}.bias")
             if f"{head}.bias" not in files and bias in files:
                 self.writer.add(f"{head}.bias", read_tensor(*files[bias]))
             untie_lm_head(self.model)

@@ -31,5 +31,11 @@ def for_flexq(config: LoraConfig) -> LoraConfig:
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapters of type LORA work on quantized layers, got {type(config).__name__}")
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} takes the adapter's part out of the weight that it is on, "
+            "which quantized weights do not allow; True and 'gaussian' work"
+        )
     config._register_custom_module({Linear: FlexQLoraLinear})
     return config

@@ -26,7 +26,15 @@ from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.dequantize import dequantize_model
 from flexq.quantize.embeddings import quantize_embedding
 from flexq.quantize.experts import PROJECTIONS, kind_of, module_of, round_experts, whole_of
-from flexq.quantize.layers import as_linear, forget_ties, identities, lm_head_name, replace_module, weight_of
+from flexq.quantize.layers import (
+    as_linear,
+    forget_ties,
+    identities,
+    lm_head_name,
+    record_plan,
+    replace_module,
+    weight_of,
+)
 from flexq.quantize.model import finish_quantized, on_quantized, resolve_plan
 from flexq.run.fuse import unfuse_model
 
@@ -211,14 +219,19 @@ class FlexQHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             _prepack(model)
             keep_quantized_whole(model)
-            model.flexq_plan = self.quantization_config.plan
+            # Of the layers that are here: a base model has no head.
+            model.flexq_plan = record_plan(model, self.quantization_config.plan)
+            self.quantization_config.plan = model.flexq_plan
             return model
         head = lm_head_name(model)
         if head in self.layers:  # tied: it had no weight of its own in the checkpoint
             self.quantize(model, head, model.get_submodule(head).weight.detach())
         missing = [name for name in self.layers if not isinstance(module_of(model, name), (Linear, Experts))]
         if missing:
-            raise ValueError(f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more)")
+            raise ValueError(
+                f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more); leave a new "
+                "head, which begins at random, out by skip"
+            )
         if self.embedding is not None:  # the last: until here the LM head may be tied to it
             module = model.get_submodule(self.embedding)
             quantized, vanished = quantize_embedding(self.embedding, module)
@@ -230,6 +243,11 @@ class FlexQHfQuantizer(HfQuantizer):
         )
 
     def get_state_dict_and_metadata(self, model):
+        if record_plan(model, model.flexq_plan).fingerprint() != model.flexq_plan.fingerprint():
+            raise ValueError(
+                "layers of the model were exchanged since it was quantized or loaded, of which config.json knows "
+                "nothing; save it by flexq.save_model"
+            )
         metadata = {PLAN_HASH: model.flexq_plan.fingerprint()}
         first: dict[int, str] = {}
         again = [
@@ -243,6 +261,8 @@ class FlexQHfQuantizer(HfQuantizer):
         return {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(tuple(again))}, metadata
 
     def _dequantize(self, model, dtype=None):
+        if isinstance(dtype, str):  # as `save_pretrained` leaves a configuration's
+            dtype = getattr(torch, dtype)
         dequantize_model(unfuse_model(model), dtype)
         for name in ("flexq_plan", "_weight_conversions"):
             vars(model).pop(name, None)
@@ -272,6 +292,8 @@ def _alike(model, layers: dict[str, LayerConfig]) -> dict[str, list[str]]:
 def _prepack(model) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
+            if module.scales.dtype == torch.float32:  # of those that transformers keeps so by their names
+                module.scales = module.scales.half()
             try:
                 module.prepack()
             except ValueError as error:

@@ -17,7 +17,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
     Args:
         model: of transformers, not fused.
-        dtype: of all that is in floating point; None keeps each layer's.
+        dtype: of the weights that are dequantized; None keeps each layer's. What was in floating point stays as it is.
 
     Raises:
         ValueError: weights are not in memory; the model is left as it was.
@@ -40,7 +40,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for name, module in places.items():
         replace_module(model, name, module)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return model if dtype is None else model.to(dtype)
+    return model
 
 
 def _fill_linear(place: nn.Module, layer: Linear, dtype: torch.dtype | None) -> nn.Module:

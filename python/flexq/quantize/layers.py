@@ -48,9 +48,10 @@ def lm_head_name(model: nn.Module) -> str | None:
 
 
 def untie_lm_head(model: nn.Module) -> None:
-    """Once the LM head is quantized: it has a weight of its own, whatever the embeddings are."""
+    """Once the LM head is quantized: it has a weight of its own, whatever the embeddings are. Of encoder-decoders the
+    setting says more: that their embeddings are one, and (Switch Transformers) how hidden states are scaled."""
     config = getattr(model, "config", None)
-    if config is not None:
+    if config is not None and not getattr(config, "is_encoder_decoder", False):
         config.get_text_config(decoder=True).tie_word_embeddings = False
         config.tie_word_embeddings = False
 
@@ -69,8 +70,12 @@ def _embedding_weights(model: nn.Module) -> set[int]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b: `nn.Linear`, a class made from it that does the same (Falcon's), or
-    transformers' Conv1D (GPT-2), whose weight is [K, N]."""
-    return type(module) is nn.Linear or _is_linear_class(type(module))
+    transformers' Conv1D (GPT-2), whose weight is [K, N]. Not one whose forward or weight somebody has replaced, but for
+    accelerate, which moves tensors to where they are used."""
+    if type(module) is not nn.Linear and not (_is_linear_class(type(module)) and _is_linear_itself(module)):
+        return False
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    return not replaced and "weight" in module._parameters
 
 
 @functools.cache
@@ -91,6 +96,28 @@ def _is_linear_class(kind: type) -> bool:
             weight.copy_(torch.linspace(-1, 1, 128, dtype=weight.dtype).view(16, 8))
             small.bias.copy_(torch.linspace(1, 2, 16, dtype=weight.dtype))
             return torch.allclose(small(x), nn.functional.linear(x, weight, small.bias), atol=1e-5)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+
+
+def _is_linear_itself(module: nn.Module) -> bool:
+    """Of a module whose class is linear as it is made by default: whether this one is, whatever it was made with."""
+    small = copy.copy(module)
+    derived = isinstance(module, nn.Linear)
+    weight = torch.linspace(-1, 1, 128).view(16, 8)
+    bias = None if module._parameters.get("bias") is None else torch.linspace(1, 2, 16)
+    own = {"weight": weight if derived else weight.T.contiguous(), "bias": bias}
+    if module._parameters.keys() - own.keys() or module._buffers or module._modules:
+        return False
+    vars(small)["_parameters"] = {name: t if t is None else nn.Parameter(t) for name, t in own.items()}
+    vars(small).pop("forward", None)
+    for name, size in (("in_features", 8), ("out_features", 16), ("nx", 8), ("nf", 16)):
+        if name in vars(small):
+            vars(small)[name] = size
+    x = torch.linspace(-1, 1, 24).view(3, 8)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            return torch.allclose(small(x), nn.functional.linear(x, weight, bias), atol=1e-5)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
 
@@ -149,7 +176,7 @@ def linear_layers(
         skip: patterns; layers that match one are left alone.
         lm_head: its name, to have it among them.
     """
-    kept = _embedding_weights(model)
+    kept, tied = _embedding_weights(model), getattr(model, "all_tied_weights_keys", None) or {}
     beside = _outside_language_model(model) if include is None else ()
     routers = routers_of(model) if include is None else ()
     layers = {}
@@ -157,6 +184,10 @@ def linear_layers(
         if not is_linear(module) or name.startswith(beside) or name in routers:
             continue
         if name != lm_head and (id(module.weight) in kept or name.rpartition(".")[2] == "lm_head"):
+            continue
+        # What transformers ties once it has loaded the model.
+        source = tied.get(f"{name}.weight") if name != lm_head else None
+        if source is not None and id(model.get_parameter(source)) in kept:
             continue
         if _wanted((name,), include, skip):
             layers[name] = module
@@ -233,6 +264,14 @@ def forget_ties(model: nn.Module) -> None:
     for pair in [p for p in tied.items() if all(name.endswith(".weight") for name in p)]:
         if any(isinstance(model.get_submodule(name.removesuffix(".weight")), Linear) for name in pair):
             del tied[pair[0]]
+            _keep_own_bias(model, pair[0].removesuffix(".weight"), tied)
+
+
+def _keep_own_bias(model: nn.Module, name: str, tied: dict[str, str]) -> None:
+    """A layer's bias that was tied too (BERT's head): transformers would neither save nor tie it."""
+    layer = model.get_submodule(name)
+    if tied.pop(f"{name}.bias", None) is not None and isinstance(layer, Linear) and layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

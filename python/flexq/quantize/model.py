@@ -18,6 +18,7 @@ from flexq.quantize.layers import (
     expert_layers,
     forget_ties,
     identity,
+    is_linear,
     linear_layers,
     lm_head_name,
     matches,
@@ -68,6 +69,10 @@ def resolve_plan(
     def names_of(layer: str) -> tuple[str, ...]:
         return (layer, wholes[layer]) if layer in wholes else (layer,)
 
+    if is_linear(model):
+        raise ValueError(
+            "the model is a linear layer itself, which cannot be replaced; flexq.Linear.from_float makes one"
+        )
     every = linear_layers(model, lm_head=lm_head) | expert_layers(model)
     # With vision and audio parts, and routers.
     beside = linear_layers(model, ["*"], lm_head=lm_head) | expert_layers(model, ["*"])
