@@ -1,5 +1,6 @@
 """fuse_model: what it finds in the usual architectures, and that the model stays the same."""
 
+import copy
 import importlib.util
 
 import flexq
@@ -210,3 +211,15 @@ def test_moves_between_dtypes():
     reference = flexq.unfuse_model(flexq.quantize_model(random_model("llama"))).to(torch.bfloat16)
     difference = logits(model).float() - logits(reference).float()
     assert difference.norm() <= 0.05 * logits(reference).float().norm()
+
+
+def test_a_fused_model_is_pickled(tmp_path):
+    """Its forwards too, which are not methods of its classes."""
+    model = flexq.quantize_model(random_model("llama"))
+    flexq.fuse_model(model, kernels=True)
+    expected = model(IDS).logits
+    torch.save(model, tmp_path / "model")
+    again = torch.load(tmp_path / "model", weights_only=False)
+    assert again.flexq_fusion == model.flexq_fusion and torch.equal(again(IDS).logits, expected)
+    flexq.unfuse_model(again)
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, expected)

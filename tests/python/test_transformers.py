@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -217,3 +219,20 @@ def test_layers_that_transformers_keeps_in_fp32(tmp_path):
         half = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
         logits = half(ids, decoder_input_ids=ids).logits.float()
     assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_new_head_of_a_float_checkpoint_begins_at_random(tmp_path):
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=flexq.FlexQConfig())
+    assert type(model.score) is torch.nn.Linear and len(quantized_layers(model)) == 14
+    with torch.inference_mode():
+        assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_something_of_a_model_stays_in_floating_point():
+    """transformers asks a parameter for its dtype."""
+    sizes = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = OlmoForCausalLM(OlmoConfig(vocab_size=97, tie_word_embeddings=True, pad_token_id=0, **sizes))
+    with pytest.raises(ValueError, match="leave the embedding as it is"):
+        flexq.quantize_model(model, flexq.Plan(embeddings=8))
+    assert flexq.quantize_model(model).dtype == torch.float32

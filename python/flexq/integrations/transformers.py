@@ -15,7 +15,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexq import ops
-from flexq.checkpoint.keys import compare, keep_quantized_whole, read_quantized_whole, shapes_of, split_with
+from flexq.checkpoint.keys import (
+    compare,
+    is_own_class,
+    keep_quantized_whole,
+    read_quantized_whole,
+    shapes_of,
+    split_with,
+)
 from flexq.checkpoint.layers import insert_layers, plan_of_settings, settings_of
 from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, opened
 from flexq.checkpoint.verify import PLAN_HASH, check_plan_hash
@@ -227,6 +234,9 @@ class FlexQHfQuantizer(HfQuantizer):
         if head in self.layers:  # tied: it had no weight of its own in the checkpoint
             self.quantize(model, head, model.get_submodule(head).weight.detach())
         missing = [name for name in self.layers if not isinstance(module_of(model, name), (Linear, Experts))]
+        if not is_own_class(model) and model.base_model is not model:
+            # Of another head than the checkpoint's, which begins at random, as transformers says.
+            missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
         if missing:
             raise ValueError(
                 f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more); leave a new "

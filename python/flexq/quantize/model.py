@@ -91,6 +91,12 @@ def resolve_plan(
         quantized = sum(getattr(m, "is_flexq_layer", False) for m in model.modules())
         reason = f"{quantized} layers are quantized already" if quantized else f"its linear layers are {some(every)}"
         raise ValueError(f"no layer of the model was left to quantize; {reason}")
+    gone = {f"{name}.weight" for name in (*resolved, *([] if embedding is None else [embedding]))}
+    if embedding is not None and hasattr(model, "config") and all(n in gone for n, _ in model.named_parameters()):
+        raise ValueError(
+            "with the embedding quantized nothing of the model is left in floating point, from which transformers "
+            "takes its dtype and device; leave the embedding as it is"
+        )
     return Resolved(resolved, embedding)
 
 

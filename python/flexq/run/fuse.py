@@ -11,6 +11,7 @@ produced it and what becomes of their outputs; no class or attribute name is ask
 Each step is kept only if the model's logits stay what they were; a model that is not understood runs as it did.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -120,7 +121,7 @@ def fuse_model(model: nn.Module, kernels: bool | None = None) -> Fusion:
     if not any(isinstance(m, Linear) for m in model.modules()):
         return fusion
     if kernels is None:
-        kernels = next(model.parameters()).device.type != "cpu"
+        kernels = next(itertools.chain(model.parameters(), model.buffers())).device.type != "cpu"
     try:
         before = result(model)
         tolerance = _tolerance(model, before)

@@ -1,7 +1,7 @@
 """Operations between the GEMMs that become one kernel with the quantization after them, found by what modules compute:
 SiLU products, RMS norms, and the sum with the residual before a norm."""
 
-import types
+import functools
 
 import torch
 from torch import nn
@@ -90,7 +90,7 @@ def fuse_mlps(calls: dict[str, Call], fused: list[str]) -> None:
             continue
         module = call.module
         module.__dict__.update(flexq_gate_up=merged, flexq_down=downs[0].module, flexq_gate_first=order)
-        module.forward = types.MethodType(_mlp_forward, module)
+        module.forward = functools.partial(_mlp_forward, module)
         fused.append(name)
 
 
@@ -132,7 +132,7 @@ def fuse_norms(model: nn.Module, calls: dict[str, Call], fused: list[str]) -> No
             continue
         norm = call.module
         norm.__dict__.update(flexq_fed=fed[0], flexq_eps=eps, flexq_poisoned=False)
-        norm.forward = types.MethodType(_norm_forward, norm)
+        norm.forward = functools.partial(_norm_forward, norm)
         fed[0].fed = True
         fused.append(name)
     _drop_unsound(model, fused)
@@ -180,7 +180,7 @@ def fuse_residuals(calls: dict[str, Call], fused: list[str]) -> None:
         layer = call.module
         order = (attention[0].module, first.module, second.module, mlp[0].module)
         layer.__dict__.update(flexq_order=order, flexq_returns_tuple=isinstance(call.output, tuple))
-        layer.forward = types.MethodType(_layer_forward, layer)
+        layer.forward = functools.partial(_layer_forward, layer)
         fused.append(name)
 
 
