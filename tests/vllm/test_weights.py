@@ -94,8 +94,8 @@ def test_plans_have_compiled_graphs_of_their_own():
         for plan in plans:
             config = VllmConfig(**options)
             with set_current_vllm_config(config):
-                plugin._have_vllm_tell_plans_apart(plan)
-                plugin._have_vllm_tell_plans_apart(plan)
+                for _ in range(2):
+                    plugin._have_vllm_tell_plans_apart(plugin.FlexQVllmConfig(plan)._hash_of_plan)
             found.append(config.compute_hash())
         return found
 
@@ -183,3 +183,11 @@ def test_plans_that_name_what_is_not_there(monkeypatch, tmp_path, name):
     config.get_quant_method(FusedMoEOfATest(), "model.layers.0.mlp.experts")
     with pytest.raises(ValueError, match="matches no linear layer of the model"):
         config.check_all_placed()
+
+
+def test_plans_may_name_what_stays_anyway(monkeypatch, tmp_path):
+    """As a plan that was recorded from a model does."""
+    names = ("model.layers.0.mlp.gate", "model.visual.blocks.0.mlp.fc1", "lm_head")
+    config = config_of(monkeypatch, tmp_path, layers=dict.fromkeys(names))
+    config.get_quant_method(linear(), "model.layers.0.mlp.down_proj")
+    config.check_all_placed()

@@ -11,6 +11,7 @@ Environment:
     FLEXQ_FUSE: 0 to leave norms and SiLU products apart from the quantization that follows them.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -73,9 +74,8 @@ class FlexQVllmConfig(QuantizationConfig):
         self.is_checkpoint = plan is not None
         self.plan = Plan.of(os.environ.get("FLEXQ_PLAN", DEFAULT_RECIPE)) if plan is None else plan
         self._of_checkpoint: dict[str, str] = {}  # its names of the plan's layers, where vLLM's are others
-        self._placed: set[str] = (
-            set()
-        )  # of the plan's layers, those that the model has; of all it could have, on the way
+        # Of the plan's layers those that the model has; on the way, all of the model's.
+        self._placed: set[str] = set()
         self._experts: dict[str, str] = {}  # projections of experts -> the experts
         self._are_all_placed = False
         if self.plan.embeddings is not None and not self.is_checkpoint:
@@ -133,7 +133,8 @@ class FlexQVllmConfig(QuantizationConfig):
             return
         if not self.is_checkpoint:
             if _has_all_blocks():
-                self.plan.resolve(self._placed | self._experts.keys(), self._experts)
+                asked = {name: c for name, c in self.plan.layers.items() if c is not None or not _stays_anyway(name)}
+                replace(self.plan, layers=asked).resolve(self._placed | self._experts.keys(), self._experts)
             self._are_all_placed = True
             return
         here = {_block_of(name) for name in self._placed} - {None}
@@ -149,6 +150,10 @@ class FlexQVllmConfig(QuantizationConfig):
             )
         self._are_all_placed = True
 
+    @functools.cached_property
+    def _hash_of_plan(self) -> str:
+        return hashlib.sha256(json.dumps(self.plan.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
         parent, _, name = prefix.rpartition(".")
@@ -163,7 +168,7 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         add_fusion_pass()
-        _have_vllm_tell_plans_apart(self.plan)
+        _have_vllm_tell_plans_apart(self._hash_of_plan)
         if self.plan.embeddings is not None:
             have_vllm_dequantize()
         if isinstance(layer, ParallelLMHead):
@@ -174,7 +179,7 @@ class FlexQVllmConfig(QuantizationConfig):
             return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._method_of_experts(layer, prefix) if _holds_experts(layer) else None
-        if not self.is_checkpoint and (prefix.rpartition(".")[2] in _ROUTERS or _ENCODERS.search(prefix)):
+        if not self.is_checkpoint and _stays_anyway(prefix):
             return UnquantizedLinearMethod()
         configs = self._layer_configs(prefix)
         if all(config is None for config in configs):
@@ -259,13 +264,17 @@ def _has_all_blocks() -> bool:
     return vllm_config is None or vllm_config.parallel_config.pipeline_parallel_size == 1
 
 
-def _have_vllm_tell_plans_apart(plan: Plan) -> None:
-    """Puts the plan into the key of vLLM's compile cache, whose graphs have layers' settings as constants and which
-    knows a quantization by its name alone. May be called more than once."""
+def _stays_anyway(name: str) -> bool:
+    """Whether a layer is left in floating point on the way, so that a plan that says so need not find it."""
+    return name.rpartition(".")[2] in (*_ROUTERS, "lm_head") or _ENCODERS.search(name) is not None
+
+
+def _have_vllm_tell_plans_apart(of_plan: str) -> None:
+    """Puts a plan's hash into the key of vLLM's compile cache, whose graphs have layers' settings as constants, and
+    which knows a quantization by its name alone. May be called more than once."""
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None:
         return
-    of_plan = hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
     given = vllm_config.additional_config
     if isinstance(given, dict):
         vllm_config.additional_config = {**given, "flexq_plan": of_plan}
