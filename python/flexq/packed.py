@@ -220,6 +220,13 @@ def _cannot_be_written(layer: nn.Module) -> RuntimeError:
     )
 
 
+def _written_by(function, args, kwargs) -> list[torch.Tensor]:
+    """The tensors that an operator writes to, in lists too."""
+    given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
+    writes = (a for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return torch.utils._pytree.tree_leaves([given.get(a.name) for a in writes])
+
+
 class DequantizedWeight(torch.Tensor):
     """A module's weight [N, K] as a tensor that is not there: shape, dtype and device cost nothing, any operation on it
     dequantizes the module first. What would change it is refused.
@@ -256,22 +263,18 @@ class DequantizedWeight(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.detach.default:
             return args[0]
-        if function._schema.is_mutable and isinstance(args[0], cls):
-            return cls._unchanged_by(function, args, kwargs or {})
-
-        given = [
-            a
-            for a, argument in zip(args, function._schema.arguments, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        written = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, cls)]
-        if written:
-            raise _cannot_be_written(written[0]._layer)
+        kwargs = kwargs or {}
+        written = _written_by(function, args, kwargs)
+        if any(t is args[0] for t in written if args and isinstance(t, cls)):
+            return cls._unchanged_by(function, args, kwargs)
+        for tensor in written:
+            if isinstance(tensor, cls):
+                raise _cannot_be_written(tensor._layer)
 
         def real(value):
             return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value
 
-        args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map(real, (args, kwargs))
         return function(*args, **kwargs)
 
     @classmethod

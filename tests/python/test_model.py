@@ -71,10 +71,13 @@ def test_code_that_looks_at_the_weight():
     assert torch.equal(torch.ones(1, 30, dtype=torch.bfloat16) @ weight, torch.ones(1, 30).bfloat16() @ (weight + 0))
     assert weight.clamp_(-100, 100) is weight  # as Gemma 3n does in training
     for write in (weight.zero_, lambda: setattr(weight, "data", weight + 1), lambda: weight.__setitem__(0, 0.0),
-                  lambda: torch._foreach_mul_([weight], 2.0)):  # fmt: skip
+                  lambda: torch._foreach_mul_([weight], 2.0),
+                  lambda: torch.add(weight + 0, 1, out=weight)):  # fmt: skip
         with pytest.raises(RuntimeError, match="cannot be written to"):
             write()
     assert torch.equal(weight + 0, layer.dequantize(torch.bfloat16))
+    doubled = torch.empty(30, 100, dtype=torch.bfloat16)
+    assert torch.mul(weight, 2, out=doubled) is doubled and torch.equal(doubled, (weight + 0) * 2)
     assert layer.to(torch.float32).weight.dtype == torch.float32
 
 

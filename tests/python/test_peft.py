@@ -106,3 +106,11 @@ def test_fused_kernels_refuse_to_train(tiny_llama):
 def test_adapters_that_change_the_weight_are_refused(start):
     with pytest.raises(ValueError, match="takes the adapter's part out of the weight"):
         for_flexq(LoraConfig(target_modules=["q_proj"], init_lora_weights=start))
+
+
+def test_a_model_with_an_adapter_saves_it(tmp_path):
+    """By transformers' own functions: the adapter alone."""
+    model = flexq.quantize_model(random_model("llama"))
+    model.add_adapter(for_flexq(LoraConfig(r=4, target_modules=["q_proj", "down_proj"])))
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}

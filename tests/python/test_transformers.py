@@ -184,6 +184,9 @@ def test_what_was_in_floating_point_stays_as_it_is(tmp_path):
     model.dequantize()
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dequantize(torch.float16)
+    assert torch.equal(half.model.rotary_emb.inv_freq, frequencies)
+    assert {p.dtype for p in half.parameters()} == {torch.float16} and torch.isfinite(logits(half)).all()
 
 
 def test_layers_that_were_exchanged_are_not_saved_by_another_plan(tiny_llama, tmp_path):

@@ -1,5 +1,6 @@
 """How vLLM holds FlexQ's weights: nothing twice, loaded again in place, made up; and which layers a plan is for."""
 
+import copy
 import gc
 from types import SimpleNamespace
 
@@ -102,8 +103,13 @@ def test_plans_have_compiled_graphs_of_their_own():
     for options in ({}, {"additional_config": {"of": "another"}}):
         eight, six, again = keys(**options)
         assert eight == again != six
-    hashed = plugin._WithPlan(SimpleNamespace(compute_hash=lambda: "x", of="another"), "plan")
-    assert hashed.of == "another" and hashed.compute_hash() != plugin._WithPlan(hashed._given, "other").compute_hash()
+    config, hashes = VllmConfig(), set()
+    config.additional_config = SimpleNamespace(compute_hash=lambda: "x", of="another")
+    with set_current_vllm_config(config):
+        for plan in plans:
+            plugin._have_vllm_tell_plans_apart(plugin.FlexQVllmConfig(plan)._hash_of_plan)
+            hashes.add(copy.deepcopy(config.additional_config).compute_hash())
+    assert len(hashes) == 2 and config.additional_config.of == "another"
 
 
 # ---- Which layers a plan is for --------------------------------------------------------------------------------------
@@ -157,7 +163,8 @@ def test_names_that_mappers_know_by_what_is_in_them():
 def test_encoders_of_images_and_sound_stay(monkeypatch, tmp_path):
     config = config_of(monkeypatch, tmp_path)
     for name in ("vision_tower.blocks.0.fc1", "model.visual.blocks.3.attn.qkv", "audio_tower.layers.1.fc2",
-                 "multi_modal_projector.linear_1"):  # fmt: skip
+                 "multi_modal_projector.linear_1", "vpm.encoder.layers.0.mlp.fc1", "resampler.kv_proj",
+                 "model.connector.modality_projection"):  # fmt: skip
         assert isinstance(config.get_quant_method(linear(), name), UnquantizedLinearMethod)
     name = "language_model.model.layers.0.mlp.down_proj"
     assert isinstance(config.get_quant_method(linear(), name), plugin.FlexQLinearMethod)
@@ -176,18 +183,39 @@ def test_projections_of_experts_have_settings_of_their_own(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.downproj", "*.nothing"])
 def test_plans_that_name_what_is_not_there(monkeypatch, tmp_path, name):
-    config = config_of(
-        monkeypatch, tmp_path, layers={name: None, "*.up_proj": None, "model.layers.0.mlp.experts": None}
-    )
+    layers = {name: flexq.LayerConfig(act_bits=6), "*.up_proj": None, "model.layers.0.mlp.experts": None}
+    config = config_of(monkeypatch, tmp_path, layers=layers)
     config.get_quant_method(linear(), "model.layers.0.mlp.down_proj")
     config.get_quant_method(FusedMoEOfATest(), "model.layers.0.mlp.experts")
     with pytest.raises(ValueError, match="matches no linear layer of the model"):
         config.check_all_placed()
 
 
-def test_plans_may_name_what_stays_anyway(monkeypatch, tmp_path):
-    """As a plan that was recorded from a model does."""
-    names = ("model.layers.0.mlp.gate", "model.visual.blocks.0.mlp.fc1", "lm_head")
-    config = config_of(monkeypatch, tmp_path, layers=dict.fromkeys(names))
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate", "*visual*", "*gate", "lm_head", "*lm_head",
+     "model.layers.0.mlp.downproj"],
+)  # fmt: skip
+def test_what_plans_leave_as_it_is_may_be_missing(monkeypatch, tmp_path, name):
+    """As in a plan that was recorded from a model, whose routers vLLM asks no method for."""
+    config = config_of(monkeypatch, tmp_path, layers={name: None})
     config.get_quant_method(linear(), "model.layers.0.mlp.down_proj")
+    config.check_all_placed()
+
+
+def test_experts_by_the_names_of_transformers(monkeypatch, tmp_path):
+    """vLLM calls the module around Mixtral's otherwise."""
+    six, eight = flexq.LayerConfig(), flexq.LayerConfig(weight_bits=8)
+    names = [f"model.layers.0.mlp.experts.{projection}" for projection in ("gate_up_proj", "down_proj")]
+    config = config_of(monkeypatch, tmp_path, layers=dict(zip(names, (six, eight), strict=True)))
+    method = config.get_quant_method(FusedMoEOfATest(), "model.layers.0.block_sparse_moe.experts")
+    assert method.configs == (six, eight)
+    config.check_all_placed()
+
+
+def test_encoders_that_are_named(monkeypatch, tmp_path):
+    name = "visual.blocks.0.attn.qkv"
+    config = config_of(monkeypatch, tmp_path, layers={name: flexq.LayerConfig(act_bits=6)})
+    assert isinstance(config.get_quant_method(linear(), name), plugin.FlexQLinearMethod)
+    assert isinstance(config.get_quant_method(linear(), "visual.blocks.1.attn.qkv"), UnquantizedLinearMethod)
     config.check_all_placed()

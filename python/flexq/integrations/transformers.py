@@ -253,7 +253,8 @@ class FlexQHfQuantizer(HfQuantizer):
         )
 
     def get_state_dict_and_metadata(self, model):
-        if record_plan(model, model.flexq_plan).fingerprint() != model.flexq_plan.fingerprint():
+        here = {name.replace(".base_layer", ""): c for name, c in record_plan(model, Plan()).layers.items() if c}
+        if here != {name: c for name, c in model.flexq_plan.layers.items() if c}:
             raise ValueError(
                 "layers of the model were exchanged since it was quantized or loaded, of which config.json knows "
                 "nothing; save it by flexq.save_model"

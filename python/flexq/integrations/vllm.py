@@ -41,7 +41,16 @@ from flexq.checkpoint.source import CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
 from flexq.embedding import CONFIG as EMBEDDING
 from flexq.integrations.vllm_embedding import EmbeddingMethod, add_stand_in, have_vllm_dequantize
-from flexq.integrations.vllm_weights import fills_parameters_itself, keep_packed, loads_dummies, method_of
+from flexq.integrations.vllm_weights import (
+    fills_parameters_itself,
+    is_processed,
+    keep_packed,
+    loads_dummies,
+    loads_sharded_state,
+    mark_processed,
+    method_of,
+    quantize_while_loading,
+)
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 from flexq.run.parallel import check_input_split
@@ -50,7 +59,9 @@ QUANT_METHOD = "flexq"
 # Layers that choose experts stay in floating point.
 _ROUTERS = ("gate", "router")
 # So do the parts beside a language model: names that are or contain one of these.
-_ENCODERS = re.compile(r"(^|\.)[^.]*(vision|visual|image|audio|speech|multi_modal|multimodal)[^.]*\.")
+_ENCODERS = re.compile(
+    r"(^|\.)([^.]*(vision|visual|image|audio|speech|multi_modal|multimodal)[^.]*|vpm|apm|resampler|connector)(\.|$)"
+)
 logger = init_logger(f"vllm.plugins.{__name__}")  # vLLM shows what its own loggers say
 
 try:
@@ -133,8 +144,7 @@ class FlexQVllmConfig(QuantizationConfig):
             return
         if not self.is_checkpoint:
             if _has_all_blocks():
-                asked = {name: c for name, c in self.plan.layers.items() if c is not None or not _stays_anyway(name)}
-                replace(self.plan, layers=asked).resolve(self._placed | self._experts.keys(), self._experts)
+                self._require_known()
             self._are_all_placed = True
             return
         here = {_block_of(name) for name in self._placed} - {None}
@@ -150,16 +160,39 @@ class FlexQVllmConfig(QuantizationConfig):
             )
         self._are_all_placed = True
 
+    def _require_known(self) -> None:
+        """Refuses settings for what the model has not. What a plan leaves as it is may be missing."""
+        names, unknown = self._placed | self._experts.keys(), []
+        settings = {name: config for name, config in self.plan.layers.items() if config is not None}
+        replace(self.plan, layers=settings).resolve(names, self._experts)
+        for name in self.plan.layers.keys() - settings.keys():
+            try:
+                Plan(layers={name: None}).resolve(names, self._experts)
+            except ValueError:
+                unknown.append(name)
+        unknown = sorted(name for name in unknown if not _stays_anyway(name))
+        if unknown:
+            logger.warning_once(f"FlexQ's plan leaves {some(unknown)} as it is, and vLLM asks for no such layer")
+
     @functools.cached_property
     def _hash_of_plan(self) -> str:
-        return hashlib.sha256(json.dumps(self.plan.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+        plan = self.plan.to_dict() | {"produced_by": {}}
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+    def _is_named(self, prefix: str) -> bool:
+        """Whether the plan has settings for a layer, or a part of it, by its very name."""
+        return any(self.plan.layers.get(name) is not None for name in self._parts(prefix))
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Names of the layers that are one in vLLM."""
+        parent, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}.{part}" if parent else part for part in parts]
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
-        parent, _, name = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(name, [name])
-        names = [f"{parent}.{part}" if parent else part for part in parts]
-        if self.is_checkpoint and len(parts) > 1 and not any(n in self.plan.layers for n in names):
+        names = self._parts(prefix)
+        if self.is_checkpoint and len(names) > 1 and not any(n in self.plan.layers for n in names):
             names = [prefix]  # merged in the checkpoint too
         self._placed.update(names)
         if self.is_checkpoint:
@@ -179,7 +212,7 @@ class FlexQVllmConfig(QuantizationConfig):
             return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._method_of_experts(layer, prefix) if _holds_experts(layer) else None
-        if not self.is_checkpoint and _stays_anyway(prefix):
+        if not self.is_checkpoint and _stays_anyway(prefix) and not self._is_named(prefix):
             return UnquantizedLinearMethod()
         configs = self._layer_configs(prefix)
         if all(config is None for config in configs):
@@ -236,9 +269,10 @@ class FlexQVllmConfig(QuantizationConfig):
                 of_checkpoint=self._of_checkpoint.get(names[0], names[0]).rpartition(".")[0],
                 check=self.check_all_placed,
             )
-        names = [f"{prefix}.{projection}" for projection in ("gate_up_proj", "down_proj")]
-        self._experts |= dict.fromkeys(names, prefix)
-        configs = [self.plan.config_for(name, prefix) for name in names]
+        whole = vllm_experts.name_in(self.plan.layers, prefix)
+        names = [f"{whole}.{projection}" for projection in ("gate_up_proj", "down_proj")]
+        self._experts |= dict.fromkeys(names, whole)
+        configs = [self.plan.config_for(name, whole) for name in names]
         if all(config is None for config in configs):
             return None
         if None in configs:
@@ -278,8 +312,8 @@ def _have_vllm_tell_plans_apart(of_plan: str) -> None:
     given = vllm_config.additional_config
     if isinstance(given, dict):
         vllm_config.additional_config = {**given, "flexq_plan": of_plan}
-    elif not isinstance(given, _WithPlan):
-        vllm_config.additional_config = _WithPlan(given, of_plan)
+    else:
+        vllm_config.additional_config = _WithPlan(given._given if isinstance(given, _WithPlan) else given, of_plan)
 
 
 class _WithPlan:
@@ -289,7 +323,9 @@ class _WithPlan:
         self._given, self._of_plan = given, of_plan
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_given"], name)
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._given, name)
 
     def compute_hash(self) -> str:
         return hashlib.sha256((self._given.compute_hash() + self._of_plan).encode()).hexdigest()
@@ -334,10 +370,14 @@ class FlexQLinearMethod(LinearMethodBase):
         layer.flexq_loaded = set()
         self.is_checked = not fills_parameters_itself()
         if not self.config.is_checkpoint:
-            weight = torch.empty(n, k, dtype=params_dtype)
+            # An LM head may be tied to what is loaded elsewhere.
+            is_streamed = not isinstance(layer, ParallelLMHead) and not loads_sharded_state()
+            weight = torch.empty(n, k, dtype=params_dtype, device="meta" if is_streamed else None)
             layer.register_parameter(
                 "weight", ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
             )
+            if is_streamed:
+                quantize_while_loading(self, layer)
             return
         if k != input_size:
             check_input_split(self.prefix, input_size, input_size // k)
@@ -389,6 +429,8 @@ class FlexQLinearMethod(LinearMethodBase):
                 raise ValueError(f"the checkpoint has no {self.prefix}.{tensor}{have}: a shard is missing")
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if is_processed(layer):
+            return
         begin, packed, runs = 0, [], []
         self.config.check_all_placed()
         if self.config.is_checkpoint and self.is_checked:
@@ -424,6 +466,7 @@ class FlexQLinearMethod(LinearMethodBase):
             add_stand_in(layer, packed[0].device)
         if is_first and self.config.is_checkpoint:
             layer.register_state_dict_post_hook(_add_canonical)
+        mark_processed(layer)
 
     def _runs(self, layer: torch.nn.Module) -> list[tuple[int, LayerConfig]]:
         """Rows and settings of neighbours that are alike and so are one GEMM."""

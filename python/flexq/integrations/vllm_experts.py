@@ -1,6 +1,6 @@
 """Mixture-of-experts layers in vLLM, each device with its part of each expert or with some of the experts.
 
-Experts of a floating point checkpoint are quantized once vLLM has loaded them; a FlexQ checkpoint's projections, all
+Experts of a floating point checkpoint are quantized once their tensors have been read; a FlexQ checkpoint's projections, all
 experts in one tensor, are loaded and sliced here.
 """
 
@@ -15,7 +15,14 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.experts import Experts
-from flexq.integrations.vllm_weights import fills_parameters_itself, loads_dummies
+from flexq.integrations.vllm_weights import (
+    fills_parameters_itself,
+    is_processed,
+    loads_dummies,
+    loads_sharded_state,
+    mark_processed,
+    quantize_while_loading,
+)
 from flexq.plan import LayerConfig
 from flexq.run.parallel import check_input_split
 
@@ -34,6 +41,8 @@ _PROJECTIONS = {
     "gate_up_proj": "gate_up", "w13": "gate_up", "w13_weight": "gate_up",
     "down_proj": "down", "w2": "down", "w2_weight": "down",
 }  # fmt: skip
+
+_LOADED_ONCE = "quantized experts are loaded once: start the server anew instead of reloading weights"
 
 
 def activation_of(layer: torch.nn.Module) -> dict[str, object] | None:
@@ -58,13 +67,20 @@ def names_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tupl
     return (found["gate_up"], found["down"]) if len(found) == 2 else None
 
 
+def name_in(layers: dict[str, LayerConfig | None], prefix: str) -> str:
+    """What a plan calls the experts `prefix`, by a name that is no pattern."""
+    stem = re.escape(prefix.removesuffix(".experts").rpartition(".")[0])
+    names = (re.fullmatch(rf"({stem}\.[^.*?[]+\.experts)(\.({'|'.join(_PROJECTIONS)}))?", name) for name in layers)
+    return next((match[1] for match in names if match), prefix)
+
+
 def _load_experts_first(get_all_weights: Callable) -> Callable:
     """vLLM's iterator over a checkpoint's tensors, without those that quantized experts take."""
 
     @wraps(get_all_weights)
     def get_others(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if any(hasattr(module, "flexq_experts") for module in model.modules()):
-            raise RuntimeError("quantized experts are loaded once: start the server anew instead of reloading weights")
+            raise RuntimeError(_LOADED_ONCE)
         return others(get_all_weights(self, model_config, model), model)
 
     def others(weights: Iterable[tuple[str, torch.Tensor]], model) -> Iterator[tuple[str, torch.Tensor]]:
@@ -98,6 +114,8 @@ class _ExpertsMethod(FusedMoEMethodBase):
 
     def _finish(self, layer: torch.nn.Module, make, *args, **settings) -> None:
         """Puts `make`'s experts where vLLM's parameters were."""
+        if hasattr(layer, "flexq_experts"):
+            raise RuntimeError(_LOADED_ONCE)
         settings |= activation_of(layer)
         settings["weights_on_input"] = bool(getattr(layer, "apply_router_weight_on_input", False))
         try:
@@ -139,12 +157,18 @@ class QuantizingExpertsMethod(_ExpertsMethod):
         }
         if getattr(self.moe, "has_bias", False):
             shapes |= {"w13_bias": (num_experts, rows), "w2_bias": (num_experts, hidden_size)}
+        is_streamed = not loads_sharded_state()
         for name, shape in shapes.items():
-            weight = torch.nn.Parameter(torch.zeros(shape, dtype=params_dtype), requires_grad=False)
+            zeros = torch.zeros(shape, dtype=params_dtype, device="meta" if is_streamed else None)
+            weight = torch.nn.Parameter(zeros, requires_grad=False)
             layer.register_parameter(name, weight)
             set_weight_attrs(weight, extra_weight_attrs)
+        if is_streamed:
+            quantize_while_loading(self, layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if is_processed(layer):
+            return
         self.check()
         biases = [getattr(layer, name).data if hasattr(layer, name) else None for name in ("w13_bias", "w2_bias")]
         if biases[1] is not None and self.moe.tp_rank > 0:
@@ -158,6 +182,7 @@ class QuantizingExpertsMethod(_ExpertsMethod):
             gate_up_config=self.configs[0],
             down_config=self.configs[1],
         )
+        mark_processed(layer)
 
 
 class CheckpointExpertsMethod(_ExpertsMethod):

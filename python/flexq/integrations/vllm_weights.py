@@ -11,6 +11,9 @@ from types import MethodType
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+_PROCESSED = "_already_called_process_weights_after_loading"
 
 
 def method_of(layer: torch.nn.Module, load: Callable, loader: Callable) -> MethodType:
@@ -22,6 +25,22 @@ def method_of(layer: torch.nn.Module, load: Callable, loader: Callable) -> Metho
         load(layer, function.__get__(layer) if is_method else function, param, loaded, *args, **kwargs)
 
     return MethodType(method, layer)
+
+
+def quantize_while_loading(method, layer: torch.nn.Module) -> None:
+    """Has vLLM give memory to the layer's parameters, which are on the meta device, once their tensors have been read,
+    and process them at once: the model in floating point is never whole in memory."""
+    method.uses_meta_device = True  # as vLLM asks methods
+    initialize_online_processing(layer)
+
+
+def is_processed(layer: torch.nn.Module) -> bool:
+    """Whether that has happened: vLLM processes every layer again at the end. It takes the mark away to reload."""
+    return getattr(layer, _PROCESSED, False)
+
+
+def mark_processed(layer: torch.nn.Module) -> None:
+    setattr(layer, _PROCESSED, True)
 
 
 def keep_packed(layer: torch.nn.Module, packed: dict[str, torch.Tensor]) -> None:
@@ -39,9 +58,13 @@ def _leave_out_packed(layer: torch.nn.Module, state: dict[str, torch.Tensor], pr
 
 
 def fills_parameters_itself() -> bool:
-    """Whether vLLM copies tensors into parameters without their loaders: sharded states, of which it itself sees that
-    none is missing, and dummies."""
-    return "sharded" in _load_format() or loads_dummies()
+    """Whether vLLM fills parameters without their loaders: sharded states, of which it itself sees that none is
+    missing, and dummies."""
+    return loads_sharded_state() or loads_dummies()
+
+
+def loads_sharded_state() -> bool:
+    return "sharded" in _load_format()
 
 
 def loads_dummies() -> bool:

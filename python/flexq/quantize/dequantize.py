@@ -17,7 +17,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
     Args:
         model: of transformers, not fused.
-        dtype: of the weights that are dequantized; None keeps each layer's. What was in floating point stays as it is.
+        dtype: of the weights, and of the parameters that are in the layers' own now; None keeps each layer's. Buffers,
+            and what is kept in another dtype on purpose, stay as they are.
 
     Raises:
         ValueError: weights are not in memory; the model is left as it was.
@@ -25,6 +26,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     with torch.device("meta"):
         empty = type(model)(copy.deepcopy(model.config))
     done: dict[int, nn.Module] = {}
+    done_layers: list[nn.Module] = []
     places: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (Linear, Embedding, Experts)):
@@ -32,6 +34,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                 raise ValueError(f"layer {name}: its weight is not in memory")
             place = empty.get_submodule(name).train(module.training)
             if id(module) not in done:
+                done_layers.append(module.down_proj if isinstance(module, Experts) else module)
                 fill = next(fill for kind, fill in _FILLS.items() if isinstance(module, kind))
                 done[id(module)] = fill(place, module, dtype)
             for key, parameter in done[id(module)].named_parameters(recurse=False):  # shared where layers are tied
@@ -40,6 +43,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for name, module in places.items():
         replace_module(model, name, module)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if dtype is not None:
+        before = {getattr(layer, "weight_dtype", None) for layer in done_layers}
+        for parameter in model.parameters():
+            if parameter.dtype in before:
+                parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -85,39 +85,36 @@ def _is_linear_class(kind: type) -> bool:
         return False
     if kind.__module__.startswith("torch."):
         return False  # a part of something that does not call it, such as nn.MultiheadAttention
-    # By what it does: a small one of that class is asked.
     try:
         with torch.device("cpu"), torch.no_grad():
             small = kind(8, 16) if derived else kind(16, 8)
-            weight = small.weight if derived else small.weight.T
-            if tuple(weight.shape) != (16, 8):
-                return False
-            x = torch.linspace(-1, 1, 24, dtype=weight.dtype).view(3, 8)
-            weight.copy_(torch.linspace(-1, 1, 128, dtype=weight.dtype).view(16, 8))
-            small.bias.copy_(torch.linspace(1, 2, 16, dtype=weight.dtype))
-            return torch.allclose(small(x), nn.functional.linear(x, weight, small.bias), atol=1e-5)
+            return small.bias is not None and _computes_linear(small)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
 
 
 def _is_linear_itself(module: nn.Module) -> bool:
     """Of a module whose class is linear as it is made by default: whether this one is, whatever it was made with."""
-    small = copy.copy(module)
-    derived = isinstance(module, nn.Linear)
-    weight = torch.linspace(-1, 1, 128).view(16, 8)
-    bias = None if module._parameters.get("bias") is None else torch.linspace(1, 2, 16)
-    own = {"weight": weight if derived else weight.T.contiguous(), "bias": bias}
-    if module._parameters.keys() - own.keys() or module._buffers or module._modules:
+    if module._parameters.keys() - {"weight", "bias"} or module._buffers or module._modules:
         return False
-    vars(small)["_parameters"] = {name: t if t is None else nn.Parameter(t) for name, t in own.items()}
-    vars(small).pop("forward", None)
+    small = copy.copy(module)
     for name, size in (("in_features", 8), ("out_features", 16), ("nx", 8), ("nf", 16)):
         if name in vars(small):
             vars(small)[name] = size
-    x = torch.linspace(-1, 1, 24).view(3, 8)
+    return _computes_linear(small)
+
+
+def _computes_linear(small: nn.Module) -> bool:
+    """By what it does: a module is given a weight for 8 inputs and 16 outputs, and, if it has one, a bias. Its hooks
+    are not asked."""
     try:
         with torch.device("cpu"), torch.no_grad():
-            return torch.allclose(small(x), nn.functional.linear(x, weight, bias), atol=1e-5)
+            weight = torch.linspace(-1, 1, 128, dtype=torch.float32).view(16, 8)
+            bias = None if small._parameters.get("bias") is None else torch.linspace(1, 2, 16, dtype=torch.float32)
+            own = {"weight": weight if isinstance(small, nn.Linear) else weight.T.contiguous(), "bias": bias}
+            vars(small)["_parameters"] = {name: t if t is None else nn.Parameter(t) for name, t in own.items()}
+            x = torch.linspace(-1, 1, 24, dtype=torch.float32).view(3, 8)
+            return torch.allclose(type(small).forward(small, x), nn.functional.linear(x, weight, bias), atol=1e-5)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
 
