@@ -1,7 +1,7 @@
 """Mixture-of-experts layers in vLLM, each device with its part of each expert or with some of the experts.
 
-Experts of a floating point checkpoint are quantized once their tensors have been read; a FlexQ checkpoint's projections, all
-experts in one tensor, are loaded and sliced here.
+Experts of a floating point checkpoint are quantized once their tensors have been read; a FlexQ checkpoint's
+projections, all experts in one tensor, are loaded and sliced here.
 """
 
 import re
