@@ -150,6 +150,18 @@ def test_parts_that_the_checkpoint_has_as_one():
         plugin.FlexQLinearMethod(method.config, "x.in_proj_qkvz", [one, other])._runs(layer)
 
 
+def test_layers_that_are_not_read_are_refused():
+    """They are on the meta device until their loaders are called."""
+    from flexq.integrations.vllm_weights import require_read
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    layer = torch.nn.Module()
+    with pytest.raises(ValueError, match=r"x\.up_proj: no weight was read into it"):
+        require_read(layer, "x.up_proj")
+    get_layerwise_info(layer).loaded_weights.append(("weight", None))
+    require_read(layer, "x.up_proj")
+
+
 def test_names_that_mappers_know_by_what_is_in_them():
     mapper = WeightsMapper(
         orig_to_new_prefix={"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}

@@ -50,6 +50,7 @@ from flexq.integrations.vllm_weights import (
     mark_processed,
     method_of,
     quantize_while_loading,
+    require_read,
 )
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
@@ -351,6 +352,8 @@ def _holds_experts(layer: torch.nn.Module) -> bool:
 class FlexQLinearMethod(LinearMethodBase):
     """A linear layer of quantized weights; of several in one, each keeps its own activation bits and rotation."""
 
+    uses_meta_device = False  # vLLM's word for what is quantized while it is read
+
     def __init__(self, config: FlexQVllmConfig, prefix: str, configs: list[LayerConfig]):
         self.config, self.prefix, self.configs = config, prefix, configs
 
@@ -433,6 +436,8 @@ class FlexQLinearMethod(LinearMethodBase):
             return
         begin, packed, runs = 0, [], []
         self.config.check_all_placed()
+        if self.uses_meta_device:
+            require_read(layer, self.prefix)
         if self.config.is_checkpoint and self.is_checked:
             self._check_complete(layer)
         if self.config.is_checkpoint and loads_dummies():

@@ -1,7 +1,7 @@
 """Mixture-of-experts layers in vLLM, each device with its part of each expert or with some of the experts.
 
-Experts of a floating point checkpoint are quantized once their tensors have been read; a FlexQ checkpoint's
-projections, all experts in one tensor, are loaded and sliced here.
+Experts of a floating point checkpoint are quantized once vLLM has read it; a FlexQ checkpoint's projections, all
+experts in one tensor, are loaded and sliced here.
 """
 
 import re
@@ -15,14 +15,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.experts import Experts
-from flexq.integrations.vllm_weights import (
-    fills_parameters_itself,
-    is_processed,
-    loads_dummies,
-    loads_sharded_state,
-    mark_processed,
-    quantize_while_loading,
-)
+from flexq.integrations.vllm_weights import fills_parameters_itself, loads_dummies
 from flexq.plan import LayerConfig
 from flexq.run.parallel import check_input_split
 
@@ -157,18 +150,13 @@ class QuantizingExpertsMethod(_ExpertsMethod):
         }
         if getattr(self.moe, "has_bias", False):
             shapes |= {"w13_bias": (num_experts, rows), "w2_bias": (num_experts, hidden_size)}
-        is_streamed = not loads_sharded_state()
+        # Not while they are read, as linears are: some classes (gpt-oss) copy into them without their loaders.
         for name, shape in shapes.items():
-            zeros = torch.zeros(shape, dtype=params_dtype, device="meta" if is_streamed else None)
-            weight = torch.nn.Parameter(zeros, requires_grad=False)
+            weight = torch.nn.Parameter(torch.zeros(shape, dtype=params_dtype), requires_grad=False)
             layer.register_parameter(name, weight)
             set_weight_attrs(weight, extra_weight_attrs)
-        if is_streamed:
-            quantize_while_loading(self, layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        if is_processed(layer):
-            return
         self.check()
         biases = [getattr(layer, name).data if hasattr(layer, name) else None for name in ("w13_bias", "w2_bias")]
         if biases[1] is not None and self.moe.tp_rank > 0:
@@ -182,7 +170,6 @@ class QuantizingExpertsMethod(_ExpertsMethod):
             gate_up_config=self.configs[0],
             down_config=self.configs[1],
         )
-        mark_processed(layer)
 
 
 class CheckpointExpertsMethod(_ExpertsMethod):

@@ -11,7 +11,7 @@ from types import MethodType
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 
 _PROCESSED = "_already_called_process_weights_after_loading"
 
@@ -32,6 +32,20 @@ def quantize_while_loading(method, layer: torch.nn.Module) -> None:
     and process them at once: the model in floating point is never whole in memory."""
     method.uses_meta_device = True  # as vLLM asks methods
     initialize_online_processing(layer)
+
+
+def require_read(layer: torch.nn.Module, name: str) -> None:
+    """That a layer that is quantized while it is read was read: what is copied into a parameter on the meta device,
+    past its loader, is lost.
+
+    Raises:
+        ValueError: nothing came by the loader.
+    """
+    if not loads_dummies() and not any(tensor == "weight" for tensor, _ in get_layerwise_info(layer).loaded_weights):
+        raise ValueError(
+            f"{name}: no weight was read into it; the checkpoint has none, or vLLM's class of this model reads it in a "
+            "way that --quantization flexq does not know: serve what `flexq quantize` writes"
+        )
 
 
 def is_processed(layer: torch.nn.Module) -> bool:
