@@ -91,7 +91,7 @@ def use_cores(size: int, monkeypatch) -> None:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(rank) for rank in range(size)))
 
 
-@pytest.mark.parametrize(("kind", "size"), [("mixtral", 1), ("qwen3_moe", 2)])
+@pytest.mark.parametrize(("kind", "size"), [("mixtral", 1), ("qwen3_moe", 2), ("gpt_oss", 1)])
 def test_quantizes_experts_on_the_way(mixtures, tmp_path, kind, size, monkeypatch):
     """Each device quantizes its part of each expert."""
     use_cores(size, monkeypatch)
