@@ -264,12 +264,11 @@ class DequantizedWeight(torch.Tensor):
         if function is torch.ops.aten.detach.default:
             return args[0]
         kwargs = kwargs or {}
-        written = _written_by(function, args, kwargs)
-        if any(t is args[0] for t in written if args and isinstance(t, cls)):
+        written = [tensor for tensor in _written_by(function, args, kwargs) if isinstance(tensor, cls)]
+        if written and args and written[0] is args[0]:
             return cls._unchanged_by(function, args, kwargs)
-        for tensor in written:
-            if isinstance(tensor, cls):
-                raise _cannot_be_written(tensor._layer)
+        if written:
+            raise _cannot_be_written(written[0]._layer)
 
         def real(value):
             return value._layer.dequantize(value.dtype) if isinstance(value, cls) else value

@@ -96,7 +96,7 @@ def test_plans_have_compiled_graphs_of_their_own():
             config = VllmConfig(**options)
             with set_current_vllm_config(config):
                 for _ in range(2):
-                    plugin._have_vllm_tell_plans_apart(plugin.FlexQVllmConfig(plan)._hash_of_plan)
+                    plugin.have_vllm_tell_plans_apart(plugin.FlexQVllmConfig(plan)._hash_of_plan)
             found.append(config.compute_hash())
         return found
 
@@ -107,7 +107,7 @@ def test_plans_have_compiled_graphs_of_their_own():
     config.additional_config = SimpleNamespace(compute_hash=lambda: "x", of="another")
     with set_current_vllm_config(config):
         for plan in plans:
-            plugin._have_vllm_tell_plans_apart(plugin.FlexQVllmConfig(plan)._hash_of_plan)
+            plugin.have_vllm_tell_plans_apart(plugin.FlexQVllmConfig(plan)._hash_of_plan)
             hashes.add(copy.deepcopy(config.additional_config).compute_hash())
     assert len(hashes) == 2 and config.additional_config.of == "another"
 

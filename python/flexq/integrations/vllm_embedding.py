@@ -80,11 +80,8 @@ class EmbeddingMethod(QuantizeMethodBase):
         rows = rows_of(planes, scales, layer.flexq_k)
         for tensor in _TENSORS:
             delattr(layer, tensor)
-        is_first = not hasattr(layer, "flexq_packed")
-        keep_packed(layer, {"weight_packed": rows})
+        keep_packed(layer, {"weight_packed": rows}, _add_canonical)
         add_stand_in(layer, rows.device)
-        if is_first:
-            layer.register_state_dict_post_hook(_add_canonical)
 
     def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise RuntimeError(f"{self.name} is quantized for lookups; an LM head has a weight of its own")

@@ -57,12 +57,20 @@ def mark_processed(layer: torch.nn.Module) -> None:
     setattr(layer, _PROCESSED, True)
 
 
-def keep_packed(layer: torch.nn.Module, packed: dict[str, torch.Tensor]) -> None:
-    """Makes packed weights parameters of the layer, which no state has: they are one device's."""
+def keep_packed(
+    layer: torch.nn.Module, packed: dict[str, torch.Tensor], add_canonical: Callable[..., None] | None = None
+) -> None:
+    """Makes packed weights parameters of the layer, which no state has: they are one device's.
+
+    Args:
+        add_canonical: a state-dict hook of PyTorch that adds what the layer was loaded from.
+    """
     for name, weight in packed.items():
         layer.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
-    if not hasattr(layer, "flexq_packed"):
+    if not hasattr(layer, "flexq_packed"):  # the first time, not when it is reloaded
         layer.register_state_dict_post_hook(_leave_out_packed)
+        if add_canonical is not None:
+            layer.register_state_dict_post_hook(add_canonical)
     layer.flexq_packed = tuple(packed)
 
 

@@ -26,7 +26,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     with torch.device("meta"):
         empty = type(model)(copy.deepcopy(model.config))
     done: dict[int, nn.Module] = {}
-    done_layers: list[nn.Module] = []
+    own_dtypes: set[torch.dtype] = set()
     places: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (Linear, Embedding, Experts)):
@@ -34,7 +34,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                 raise ValueError(f"layer {name}: its weight is not in memory")
             place = empty.get_submodule(name).train(module.training)
             if id(module) not in done:
-                done_layers.append(module.down_proj if isinstance(module, Experts) else module)
+                own_dtypes.add((module.down_proj if isinstance(module, Experts) else module).weight_dtype)
                 fill = next(fill for kind, fill in _FILLS.items() if isinstance(module, kind))
                 done[id(module)] = fill(place, module, dtype)
             for key, parameter in done[id(module)].named_parameters(recurse=False):  # shared where layers are tied
@@ -44,9 +44,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         replace_module(model, name, module)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     if dtype is not None:
-        before = {getattr(layer, "weight_dtype", None) for layer in done_layers}
         for parameter in model.parameters():
-            if parameter.dtype in before:
+            if parameter.dtype in own_dtypes:
                 parameter.data = parameter.data.to(dtype)
     return model
 
