@@ -138,7 +138,8 @@ def test_parts_that_the_checkpoint_has_as_one():
     one, other = flexq.LayerConfig(), flexq.LayerConfig(act_bits=6)
     names = ["in_proj_qkv", "in_proj_z"]
     layer = SimpleNamespace(flexq_sizes=[128, 128, 256, 256], flexq_loaded=set())
-    method = plugin.FlexQLinearMethod(plugin.FlexQVllmConfig(flexq.Plan()), "x.in_proj_qkvz", [one] * len(names))
+    config = plugin.FlexQVllmConfig(flexq.Plan())
+    method = config._method_of_linear("x.in_proj_qkvz", [one] * len(names))
     assert method._runs(layer) == [(768, one)]
     for tensor in ("qweight", "scales"):
         layer.flexq_loaded.add((tensor, (0, 1, 2)))
@@ -147,7 +148,7 @@ def test_parts_that_the_checkpoint_has_as_one():
     layer.flexq_loaded |= {("qweight", 3), ("scales", 3)}
     method._check_complete(layer)
     with pytest.raises(ValueError, match="vLLM makes 4 parts of 2 layers"):
-        plugin.FlexQLinearMethod(method.config, "x.in_proj_qkvz", [one, other])._runs(layer)
+        config._method_of_linear("x.in_proj_qkvz", [one, other])._runs(layer)
 
 
 def test_layers_that_are_not_read_are_refused():

@@ -189,7 +189,7 @@ class FlexQVllmConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             config = self.plan.layers.get(prefix)
             self._placed.add(prefix)
-            return None if config is None else FlexQLinearMethod(self, prefix, [config])
+            return None if config is None else self._method_of_linear(prefix, [config])
         if isinstance(layer, VocabParallelEmbedding):
             return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):
@@ -206,7 +206,10 @@ class FlexQVllmConfig(QuantizationConfig):
                 "one scheme and weight_bits, and none of them may be left unquantized while others are not; it gives "
                 + ", ".join("none" if c is None else f"{c.scheme} {c.weight_bits} bits" for c in configs)
             )
-        return FlexQLinearMethod(self, prefix, configs)
+        return self._method_of_linear(prefix, configs)
+
+    def _method_of_linear(self, prefix: str, configs: list[LayerConfig]) -> FlexQLinearMethod:
+        return FlexQLinearMethod(prefix, configs, self.is_checkpoint, check=self.check_all_placed)
 
     def _method_of_embedding(self, layer: VocabParallelEmbedding, prefix: str) -> EmbeddingMethod | None:
         """Of the token embedding, which some of vLLM's classes give no name."""

@@ -1,7 +1,6 @@
 """Linear layers in vLLM: their tensors as they are read, and then as the kernels read them."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.linear import (
@@ -28,18 +27,23 @@ from flexq.integrations.vllm_weights import (
 from flexq.plan import LayerConfig
 from flexq.run.parallel import check_input_split
 
-if TYPE_CHECKING:
-    from flexq.integrations.vllm import FlexQVllmConfig
-
 
 @register_weight_loader_v2_supported_method
 class FlexQLinearMethod(LinearMethodBase):
-    """A linear layer of quantized weights; of several in one, each keeps its own activation bits and rotation."""
+    """A linear layer of quantized weights; of several in one, each keeps its own activation bits and rotation.
+
+    Args:
+        prefix: the layer's name.
+        configs: settings of each layer that is part of it.
+        is_checkpoint: whether its tensors are a FlexQ checkpoint's, not floating point ones to quantize.
+        check: refuses a plan that does not fit the model; called once all layers exist.
+    """
 
     uses_meta_device = False  # vLLM's word for what is quantized while it is read
 
-    def __init__(self, config: "FlexQVllmConfig", prefix: str, configs: list[LayerConfig]):
-        self.config, self.prefix, self.configs = config, prefix, configs
+    def __init__(self, prefix: str, configs: list[LayerConfig], is_checkpoint: bool, check: Callable[[], None]):
+        self.prefix, self.configs = prefix, configs
+        self.is_checkpoint, self.check = is_checkpoint, check
 
     def create_weights(
         self,
@@ -56,7 +60,7 @@ class FlexQLinearMethod(LinearMethodBase):
         layer.flexq_k, layer.flexq_sizes, layer.flexq_dtype = k, output_partition_sizes, params_dtype
         layer.flexq_loaded = set()
         self.is_checked = not fills_parameters_itself()
-        if not self.config.is_checkpoint:
+        if not self.is_checkpoint:
             # An LM head may be tied to what is loaded elsewhere.
             is_streamed = not isinstance(layer, ParallelLMHead) and not loads_sharded_state()
             weight = torch.empty(n, k, dtype=params_dtype, device="meta" if is_streamed else None)
@@ -119,16 +123,16 @@ class FlexQLinearMethod(LinearMethodBase):
         if is_processed(layer):
             return
         begin, packed, runs = 0, [], []
-        self.config.check_all_placed()
+        self.check()
         if self.uses_meta_device:
             require_read(layer, self.prefix)
-        if self.config.is_checkpoint and self.is_checked:
+        if self.is_checkpoint and self.is_checked:
             self._check_complete(layer)
-        if self.config.is_checkpoint and loads_dummies():
+        if self.is_checkpoint and loads_dummies():
             layer.scales.data.abs_()
         for size, config in self._runs(layer):
             rows = slice(begin, begin + size)
-            if self.config.is_checkpoint:
+            if self.is_checkpoint:
                 planes, scales = layer.qweight.data[rows], layer.scales.data[rows]
             else:
                 try:
@@ -149,7 +153,7 @@ class FlexQLinearMethod(LinearMethodBase):
             layer._use_min_latency_gemm = False
         layer.flexq_runs = runs
         by_name = {_packed_name(index): weight for index, weight in enumerate(packed)}
-        keep_packed(layer, by_name, _add_canonical if self.config.is_checkpoint else None)
+        keep_packed(layer, by_name, _add_canonical if self.is_checkpoint else None)
         if isinstance(layer, ParallelLMHead):
             add_stand_in(layer, packed[0].device)
         mark_processed(layer)
