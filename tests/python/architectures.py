@@ -28,7 +28,7 @@ OTHER_NAMES = {
     "n_embd": 128, "n_layer": 2, "n_head": 4, "n_layers": 2, "head_dim": 32, "num_experts": 4, "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "d_model": 128, "d_ff": 256, "d_kv": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256,
-    "decoder_ffn_dim": 256, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_layers": 2,
+    "decoder_ffn_dim": 256, "ffn_dim": 256, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_layers": 2,
     "num_decoder_layers": 2, "num_heads": 4, "dim": 128, "hidden_dim": 256, "embedding_size": 128,
     "max_source_positions": 32, "max_target_positions": 64, "num_mel_bins": 16,
 }  # fmt: skip

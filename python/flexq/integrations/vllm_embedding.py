@@ -136,7 +136,7 @@ def _dequantize_on_the_way(get_all_weights: Callable) -> Callable:
 def _without_place(model: torch.nn.Module) -> set[str]:
     """Names in the checkpoint of the quantized embeddings that the model has no method for."""
     for module in model.modules():
-        config = getattr(getattr(module, "quant_method", None), "config", None)
+        config = getattr(module, "quant_config", None)  # of linear layers
         if hasattr(config, "embeddings_without_place"):
             return config.embeddings_without_place()
     return set()
