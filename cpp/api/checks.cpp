@@ -17,15 +17,19 @@ constexpr int64_t kMaxElements = int64_t{1} << 46;
 constexpr int64_t max_channel_k(int bits) { return std::numeric_limits<int32_t>::max() / (code_offset(bits) * 127); }
 constexpr int kFewestBits = 4;
 
-void check_bits(int32_t weight_bits) {
-  if (!is_weight_bits(weight_bits)) fail(FLEXQ_UNSUPPORTED, "weight_bits must be 4, 5, 6 or 8, got ", weight_bits);
+// of: what the fields are of, as "gate_up.", or nothing.
+void check_bits(const char* of, int32_t weight_bits) {
+  if (!is_weight_bits(weight_bits)) {
+    fail(FLEXQ_UNSUPPORTED, of, "weight_bits must be 4, 5, 6 or 8, got ", weight_bits);
+  }
 }
 
 // bits: the weight's, or the fewest there are for an activation by itself.
-void check_format(int bits, const char* k_name, int64_t k, flexq_scheme scheme, flexq_rotation rotation) {
-  require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL,
+void check_format(const char* of, int bits, const char* k_name, int64_t k, flexq_scheme scheme,
+                  flexq_rotation rotation) {
+  require(scheme == FLEXQ_SCHEME_GROUP || scheme == FLEXQ_SCHEME_CHANNEL, of,
           "scheme must be 0 (group) or 1 (channel), got ", scheme);
-  require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128,
+  require(rotation == FLEXQ_ROTATION_NONE || rotation == FLEXQ_ROTATION_HADAMARD128, of,
           "rotation must be 0 (none) or 1 (hadamard128), got ", rotation);
   if (scheme == FLEXQ_SCHEME_CHANNEL && padded_k(k) > max_channel_k(bits)) {
     fail(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32: with weights of ", bits, " bits, ", k_name,
@@ -40,11 +44,11 @@ void check_shape(int bits, int64_t rows, const char* rows_name, int64_t k, flexq
   require(k <= kMaxElements, "k must be at most 2^46, got ", k);
   require(rows <= kMaxElements / padded_k(k), rows_name, " * k is too large: ", rows, " * ", k,
           " (at most 2^46 elements)");
-  check_format(bits, "k", k, scheme, rotation);
+  check_format("", bits, "k", k, scheme, rotation);
 }
 
-void check_act_bits(int32_t act_bits) {
-  if (act_bits != 6 && act_bits != 8) fail(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got ", act_bits);
+void check_act_bits(const char* of, int32_t act_bits) {
+  if (act_bits != 6 && act_bits != 8) fail(FLEXQ_UNSUPPORTED, of, "act_bits must be 6 or 8, got ", act_bits);
 }
 
 void check_alignment(const void* p, const char* name, size_t alignment) {
@@ -82,7 +86,8 @@ size_t struct_size_of(const void* given, const char* name, size_t known) {
 Target target_of(const flexq_stream* given) {
   const flexq_stream stream = read_struct(given, "stream");
   if (stream.device == FLEXQ_CPU) {
-    require(stream.handle == nullptr, "stream.handle must be null for the CPU");
+    require(stream.handle == nullptr, "stream.handle must be null for the CPU, got ",
+            static_cast<const void*>(stream.handle));
     if (stream.executor != nullptr) {
       const flexq_executor executor = read_struct(stream.executor, "executor");
       check_reserved(executor.reserved, "executor");
@@ -95,8 +100,9 @@ Target target_of(const flexq_stream* given) {
             " on this CPU, got ", stream.kernel == nullptr ? "" : stream.kernel);
     return {stream, cpu_backend()};
   }
-  require(stream.device == FLEXQ_CUDA, "stream.device must be 0 (cpu) or 1 (cuda), got ", stream.device);
-  require(stream.executor == nullptr, "stream.executor must be null for CUDA");
+  require(stream.device == FLEXQ_CUDA, "device must be 0 (cpu) or 1 (cuda), got ", stream.device);
+  require(stream.executor == nullptr, "stream.executor must be null for CUDA, got ",
+          static_cast<const void*>(stream.executor));
   const Backend* cuda = cuda_backend();
   if (cuda == nullptr) fail(FLEXQ_UNAVAILABLE, "this build of libflexq has no CUDA; build it with FLEXQ_CUDA=ON");
   cuda->check_available(stream.device_index);
@@ -114,7 +120,7 @@ flexq_stream cpu_stream_of(const flexq_stream* stream, const char* function) {
 flexq_weight_desc weight_of(const flexq_weight_desc* given) {
   const flexq_weight_desc desc = read_struct(given, "desc");
   check_reserved(desc.reserved, "desc");
-  check_bits(desc.weight_bits);
+  check_bits("", desc.weight_bits);
   check_shape(desc.weight_bits, desc.n, "n", desc.k, desc.scheme, desc.rotation);
   return desc;
 }
@@ -123,7 +129,7 @@ flexq_activation_desc activation_of(const flexq_activation_desc* given) {
   const flexq_activation_desc desc = read_struct(given, "activation desc");
   check_reserved(desc.reserved, "activation desc");
   check_shape(kFewestBits, desc.m, "m", desc.k, desc.scheme, desc.rotation);
-  check_act_bits(desc.act_bits);
+  check_act_bits("", desc.act_bits);
   return desc;
 }
 
@@ -151,16 +157,16 @@ flexq_experts_desc experts_of(const flexq_experts_desc* given) {
   for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
     const bool up = projection == FLEXQ_GATE_UP;
     const flexq_projection_format& format = format_of(desc, projection);
-    check_bits(format.weight_bits);
-    check_format(format.weight_bits, up ? "hidden" : "intermediate", up ? desc.hidden : desc.intermediate,
+    const char* of = up ? "gate_up." : "down.";
+    check_bits(of, format.weight_bits);
+    check_format(of, format.weight_bits, up ? "hidden" : "intermediate", up ? desc.hidden : desc.intermediate,
                  format.scheme, format.rotation);
-    check_act_bits(format.act_bits);
+    check_act_bits(of, format.act_bits);
   }
   require(desc.layout == FLEXQ_GATE_UP_CONCATENATED || desc.layout == FLEXQ_GATE_UP_INTERLEAVED,
           "layout must be 0 (concatenated) or 1 (interleaved), got ", desc.layout);
-  if (desc.function != FLEXQ_GATE_SILU && desc.function != FLEXQ_GATE_GELU && desc.function != FLEXQ_GATE_GELU_TANH) {
-    fail(FLEXQ_UNSUPPORTED, "function must be 0 (silu), 1 (gelu) or 2 (gelu_tanh), got ", desc.function);
-  }
+  require(desc.function == FLEXQ_GATE_SILU || desc.function == FLEXQ_GATE_GELU || desc.function == FLEXQ_GATE_GELU_TANH,
+          "function must be 0 (silu), 1 (gelu) or 2 (gelu_tanh), got ", desc.function);
   require(std::isfinite(desc.alpha), "alpha must be finite, got ", desc.alpha);
   require(desc.limit >= 0.0f, "limit must be 0 (none) or more, got ", desc.limit);
   require(std::isfinite(desc.up_offset), "up_offset must be finite, got ", desc.up_offset);
@@ -202,9 +208,8 @@ void check_output_shape(int64_t m, int64_t n) {
 }
 
 void check_dtype(flexq_dtype dtype, const char* name) {
-  if (dtype != FLEXQ_F32 && dtype != FLEXQ_F16 && dtype != FLEXQ_BF16) {
-    fail(FLEXQ_UNSUPPORTED, name, " must be 0 (f32), 1 (f16) or 2 (bf16), got ", dtype);
-  }
+  require(dtype == FLEXQ_F32 || dtype == FLEXQ_F16 || dtype == FLEXQ_BF16, name,
+          " must be 0 (f32), 1 (f16) or 2 (bf16), got ", dtype);
 }
 
 void check_matrix(const void* p, const char* name, int64_t rows, int64_t cols, int64_t ld, const char* ld_name,

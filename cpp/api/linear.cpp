@@ -1,5 +1,6 @@
 // Activations and linear layers.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -69,7 +70,7 @@ flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_act
     if (residual != nullptr) check_matrix(residual, "residual", act.m, act.k, ld_residual, "ld_residual", element);
     if (sum != nullptr) check_matrix(sum, "sum", act.m, act.k, ld_sum, "ld_sum", element);
     check_array(weight, "weight", static_cast<size_t>(act.k), element);
-    require(eps >= 0.0f, "eps must be 0 or more, got ", eps);
+    require(eps >= 0.0f && std::isfinite(eps), "eps must be 0 or more and finite, got ", eps);
     check_buffer(quantized, "quantized", bytes, on.backend.activation_size(act));
     const ActivationSource source{.kind = ActivationSource::kRmsNorm,
                                   .dtype = dtype,

@@ -29,9 +29,11 @@ FLEXQ_INLINE float to_float(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Scaling by 2^112 moves fp16's exponent range onto fp32's and makes subnormals normal, exactly.
-  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
+  if (magnitude >= 0x400u) return std::bit_cast<float>(sign | (magnitude + 0x1c000u) << 13);
+  // A subnormal m * 2^-24 is 2^-14 + m * 2^-24 less 2^-14: no step has a subnormal float, which callers may have told
+  // the FPU to take for zero.
+  const float value = std::bit_cast<float>((magnitude + 0x1c400u) << 13) - 0x1p-14f;
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
 }
 
 template <typename T>

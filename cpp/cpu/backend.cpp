@@ -18,9 +18,8 @@ namespace {
 class CpuBackend final : public Backend {
  public:
   void check_available(int32_t device_index) const override {
-    if (device_index != 0) {
-      fail(FLEXQ_INVALID_ARGUMENT, "device_index must be 0 for the CPU, got ", device_index);
-    }
+    if (device_index != 0) fail(FLEXQ_UNAVAILABLE, "device_index must be 0 for the CPU, got ", device_index);
+    require_wanted_isa();
   }
   const char* isa(int32_t) const override { return kernels().isa; }
 

@@ -1,6 +1,8 @@
 #include <cstdlib>
+#include <string>
 #include <string_view>
 
+#include "core/error.h"
 #include "cpu/kernels.h"
 
 #if defined(__linux__) && defined(__aarch64__)
@@ -16,7 +18,12 @@ struct Candidate {
   bool runs_here;
 };
 
-const Kernels& choose() {
+struct Choice {
+  const Kernels* kernels;
+  std::string refusal;  // of FLEXQ_CPU_ISA; empty if there is none
+};
+
+Choice choose() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -40,21 +47,31 @@ const Kernels& choose() {
 #else
   const Candidate candidates[] = {{portable_kernels(), true}};
 #endif
-  const char* wanted = std::getenv("FLEXQ_CPU_ISA");
-  for (const bool any : {false, true}) {
-    for (const auto& [kernels, runs_here] : candidates) {
-      if (kernels == nullptr || !runs_here) continue;
-      if (any || (wanted != nullptr && std::string_view(wanted) == kernels->isa)) return *kernels;
-    }
+  const char* variable = std::getenv("FLEXQ_CPU_ISA");
+  const std::string_view wanted = variable == nullptr ? "" : variable;
+  const Kernels* best = nullptr;
+  std::string names;
+  for (const auto& [kernels, runs_here] : candidates) {
+    if (kernels == nullptr || !runs_here) continue;
+    if (wanted == kernels->isa) return {kernels, {}};
+    if (best == nullptr) best = kernels;
+    names.append(names.empty() ? "" : ", ").append(kernels->isa);
   }
-  return *portable_kernels();
+  if (wanted.empty()) return {best, {}};
+  return {best, "FLEXQ_CPU_ISA must be one of those that this machine and build have, " + names + "; got " + variable};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
 }
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+const Kernels& kernels() { return *choice().kernels; }
+
+void require_wanted_isa() {
+  if (!choice().refusal.empty()) fail(FLEXQ_UNAVAILABLE, choice().refusal);
 }
 
 }  // namespace flexq::cpu

@@ -51,6 +51,8 @@ struct Kernels {
 
 // The best kernels this machine runs, or those named by the environment variable FLEXQ_CPU_ISA.
 const Kernels& kernels();
+// Throws FLEXQ_UNAVAILABLE where it names none that run here.
+void require_wanted_isa();
 
 // One per instruction set; null where this build or architecture has none.
 const Kernels* portable_kernels();

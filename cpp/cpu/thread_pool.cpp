@@ -5,6 +5,9 @@
 #endif
 
 #include <new>
+#include <system_error>
+
+#include "core/error.h"
 
 // Changes where fork() is: there a child has none of the threads.
 static int64_t process_id() {
@@ -24,6 +27,11 @@ flexq_thread_pool::flexq_thread_pool(int32_t num_threads) : process_(process_id(
   };
   try {
     for (int32_t i = 1; i < num_threads; ++i) workers_.emplace_back([this] { worker(); });
+  } catch (const std::system_error& e) {
+    const size_t started = workers_.size();
+    stop();
+    flexq::fail(FLEXQ_OUT_OF_MEMORY, "num_threads is ", num_threads, ", and the system started only ", started,
+                " threads beside this one: ", e.what());
   } catch (...) {
     stop();  // those that did start
     throw;

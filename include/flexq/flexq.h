@@ -71,7 +71,7 @@ enum {
   FLEXQ_UNSUPPORTED = 2,      /* well formed, but not something this version does (weight_bits 7, ...) */
   FLEXQ_BAD_VALUE = 3,        /* data that cannot be quantized: NaN, Inf, a scale beyond fp16's range */
   FLEXQ_UNAVAILABLE = 4,      /* the device or backend is missing from this build or machine */
-  FLEXQ_OUT_OF_MEMORY = 5,    /* only from functions that create objects */
+  FLEXQ_OUT_OF_MEMORY = 5,    /* no memory or threads are left; only from functions that create objects */
   FLEXQ_DEVICE_ERROR = 6,     /* the device's driver reported an error */
   FLEXQ_INTERNAL = 7          /* a bug in this library */
 };
@@ -158,7 +158,8 @@ typedef struct flexq_stream {
 /* The CPU, on the calling thread. */
 #define FLEXQ_STREAM_INIT {sizeof(flexq_stream), FLEXQ_CPU, 0, NULL, NULL, NULL}
 
-/* FLEXQ_OK if `device` can be used in this build on this machine, else FLEXQ_UNAVAILABLE with the reason. */
+/* FLEXQ_OK if `device` can be used in this build on this machine, else FLEXQ_UNAVAILABLE; flexq_last_error() has the
+ * reason. */
 FLEXQ_API flexq_status flexq_device_available(flexq_device device, int32_t device_index);
 
 /* The instruction set or architecture that `device` runs on here, e.g. "avx2" or "sm_90". A static string. */
@@ -224,9 +225,10 @@ FLEXQ_API flexq_status flexq_unprepack(const flexq_stream* stream, const flexq_w
 FLEXQ_API flexq_status flexq_activation_size(const flexq_stream* stream, const flexq_activation_desc* desc,
                                              size_t* bytes);
 
-/* scale = absmax / qmax in fp32 per token and group (or token), code = clamp(rint(x / scale), -qmax, qmax), after the
- * rotation; qmax is 31 or 127. Where scale would be below the smallest normal float, scale and codes are 0. A NaN or
- * Inf makes every output of its token NaN.
+/* scale = absmax / qmax per token and group (or token), code = clamp(rint(x * (qmax / absmax)), -qmax, qmax), all in
+ * fp32 and after the rotation, of which codes do without the 1 / sqrt(128); qmax is 31 or 127. Where scale would be
+ * below the smallest normal float, scale and codes are 0. A NaN or Inf makes every output of its token NaN, and so do
+ * values that the rotation adds up to an Inf (of 2.6e36 and more).
  *   x: [m][k] of `dtype`, rows ldx apart.  quantized: private layout, written. */
 FLEXQ_API flexq_status flexq_quantize_activation(const flexq_stream* stream, const flexq_activation_desc* desc,
                                                  const void* x, flexq_dtype dtype, int64_t ldx, void* quantized,
@@ -235,7 +237,7 @@ FLEXQ_API flexq_status flexq_quantize_activation(const flexq_stream* stream, con
 /* flexq_quantize_activation of what comes before a linear layer in a transformer, in one pass; each step is rounded to
  * `dtype` where separate operations would store it.
  *   rms_norm: h = x + residual (or x if `residual` is NULL), quantized is h / sqrt(mean(h^2) + eps) * weight. `sum`
- * gets h, or is NULL; it may be x or residual. weight: [k] of `dtype`; eps >= 0.  silu_mul: quantized is
+ * gets h, or is NULL; it may be x or residual. weight: [k] of `dtype`; eps >= 0, finite.  silu_mul: quantized is
  * silu(gate) * up. x, residual, sum, gate, up: [m][k] of `dtype`, rows ld* apart. */
 FLEXQ_API flexq_status flexq_rms_norm_quantize(const flexq_stream* stream, const flexq_activation_desc* desc,
                                                const void* x, int64_t ldx, const void* residual, int64_t ld_residual,

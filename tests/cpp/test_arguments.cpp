@@ -82,8 +82,9 @@ void test_linear() {
   refuses(kInvalid, "rotation must be 0 (none) or 1 (hadamard128), got 5", [](Setup& s) { s.desc.rotation = 5; });
   refuses(FLEXQ_UNSUPPORTED, "act_bits must be 6 or 8, got 7", [](Setup& s) { s.act_bits = 7; });
   refuses(FLEXQ_UNSUPPORTED, "weight_bits must be 4, 5, 6 or 8, got 7", [](Setup& s) { s.desc.weight_bits = 7; });
-  refuses(FLEXQ_UNSUPPORTED, "x_dtype must be 0 (f32), 1 (f16) or 2 (bf16), got 3", [](Setup& s) { s.x_dtype = 3; });
-  refuses(FLEXQ_UNSUPPORTED, "y_dtype must be", [](Setup& s) { s.y_dtype = 77; });
+  refuses(FLEXQ_INVALID_ARGUMENT, "x_dtype must be 0 (f32), 1 (f16) or 2 (bf16), got 3",
+          [](Setup& s) { s.x_dtype = 3; });
+  refuses(FLEXQ_INVALID_ARGUMENT, "y_dtype must be", [](Setup& s) { s.y_dtype = 77; });
   refuses(FLEXQ_UNSUPPORTED, "scheme channel sums all of K in int32", [](Setup& s) {
     s.desc.scheme = FLEXQ_SCHEME_CHANNEL;
     s.desc.k = s.ldx = 600000;
@@ -93,8 +94,8 @@ void test_linear() {
     s.desc.weight_bits = 8;
     s.desc.k = s.ldx = 140000;
   });
-  refuses(kInvalid, "stream.device must be", [](Setup& s) { s.stream.device = 4; });
-  refuses(kInvalid, "device_index must be 0", [](Setup& s) { s.stream.device_index = 1; });
+  refuses(kInvalid, "device must be 0 (cpu) or 1 (cuda), got 4", [](Setup& s) { s.stream.device = 4; });
+  refuses(FLEXQ_UNAVAILABLE, "device_index must be 0", [](Setup& s) { s.stream.device_index = 1; });
   refuses(kInvalid, "stream.handle must be null", [](Setup& s) { s.stream.handle = &s; });
   refuses(kInvalid, "executor.num_threads must be 1 or more, got 0", [](Setup& s) {
     static const flexq_executor none{sizeof(flexq_executor), nullptr, 0, 0, nullptr};
@@ -109,6 +110,9 @@ void test_cuda_request() {
   CHECK(flexq_prepack_size(&cuda, &desc, &bytes) == FLEXQ_UNAVAILABLE);
   CHECK(bytes == 77 && std::strlen(flexq_last_error()) > 10);
   CHECK(flexq_device_available(FLEXQ_CUDA, 12345) == FLEXQ_UNAVAILABLE);
+  CHECK(flexq_device_available(FLEXQ_CPU, 3) == FLEXQ_UNAVAILABLE);
+  CHECK(flexq_device_available(9, 0) == FLEXQ_INVALID_ARGUMENT);
+  CHECK(std::strcmp(flexq_last_error(), "device must be 0 (cpu) or 1 (cuda), got 9") == 0);
 }
 
 void test_quantize_refuses() {

@@ -4,6 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include "check.h"
 
 namespace {
@@ -344,6 +348,50 @@ void test_planes(const flexq::Stream& stream) {
   }
 }
 
+#if defined(__SSE__)
+// The mode of -ffast-math's start-up code and torch.set_flush_denormal, in which subnormal floats are zeros.
+class WithoutSubnormals {
+ public:
+  WithoutSubnormals() { _mm_setcsr(before_ | 0x8040u); }
+  ~WithoutSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_ = _mm_getcsr();
+};
+#else
+struct WithoutSubnormals {};
+#endif
+
+void test_callers_without_subnormals(const flexq::Stream& stream) {
+  std::mt19937 rng(6);
+  for (const int32_t bits : kWeightBits) {
+    const flexq::WeightDesc desc(17, 300, FLEXQ_SCHEME_GROUP, FLEXQ_ROTATION_NONE, bits);
+    std::vector<float> w(17 * 300), x = random_values(3 * 300, rng);
+    for (float& v : w) v = static_cast<float>(rng() % 2001) * 2e-7f - 2e-4f;  // scales are subnormal in fp16
+    const auto all = [&] {
+      const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data());
+      std::vector<float> back(17 * 300), y(3 * 17);
+      flexq::check(flexq_dequantize_weight(&stream, &desc, weight.planes().data(), weight.scales().data(), back.data(),
+                                           FLEXQ_F32, 300));
+      size_t bytes = 0;
+      flexq::check(flexq_prepack_size(&stream, &desc, &bytes));
+      flexq::Buffer packed, workspace;
+      packed.reserve(bytes);
+      flexq::check(flexq_prepack(&stream, &desc, weight.planes().data(), weight.scales().data(), packed.data(), bytes));
+      flexq::check(flexq_linear_workspace_size(&stream, &desc, 8, 3, &bytes));
+      workspace.reserve(bytes);
+      flexq::check(flexq_linear(&stream, &desc, packed.data(), packed.size(), 8, 3, x.data(), FLEXQ_F32, 300, nullptr,
+                                FLEXQ_F32, y.data(), FLEXQ_F32, 17, workspace.data(), workspace.size()));
+      back.insert(back.end(), y.begin(), y.end());
+      for (const uint16_t scale : weight.scales()) CHECK(scale > 0 && scale < 0x400);
+      return back;
+    };
+    const std::vector<float> expected = all();
+    const WithoutSubnormals mode;
+    CHECK(all() == expected);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -355,6 +403,7 @@ int main() {
     test_error_by_width(stream);
     test_zero_and_tiny(stream);
     test_vanishing_scales(stream);
+    test_callers_without_subnormals(stream);
     test_extreme_codes(stream);
     test_not_finite(stream);
     test_shapes(stream);

@@ -1,9 +1,11 @@
 // A pool in a forked child, which has none of its threads: work is done, and destroying it returns.
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cstring>
 #include <thread>
 
 #include "check.h"
@@ -82,10 +84,30 @@ void test_busy_pool() {
   flexq_thread_pool_destroy(pool);
 }
 
+// Sanitizers map more than any limit.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
+// The stacks of 1,024 threads do not fit in the memory that this child may map.
+void test_too_few_threads() {
+  if (kSanitized) return;
+  CHECK(child_succeeds([] {
+    const rlimit limit{400u << 20, 400u << 20};
+    CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
+    flexq_thread_pool* pool = nullptr;
+    CHECK(flexq_thread_pool_create(1024, &pool) == FLEXQ_OUT_OF_MEMORY && pool == nullptr);
+    CHECK(std::strstr(flexq_last_error(), "num_threads is 1024, and the system started only ") != nullptr);
+  }));
+}
+
 }  // namespace
 
 int main() {
   const Layer layer;
+  test_too_few_threads();
   test_idle_pool(layer);
   test_busy_pool();
   return 0;
