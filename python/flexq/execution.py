@@ -32,12 +32,19 @@ def resolve_device(device: str) -> str:
     """ "auto" as "cuda" where a GPU can be used by this build, else "cpu"; anything else as it is.
 
     Raises:
+        ValueError: it names no device of FlexQ.
         RuntimeError: a device that was named cannot be used; with the reason.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() and _usable("cuda") else "cpu"
     if device != "cpu":
-        _core.check_device(torch.device(device).type)
+        try:
+            kind = torch.device(device).type
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu, cuda, cuda:N or auto, got {device!r}")
+        _core.check_device(kind)
     return device
 
 

@@ -3,6 +3,7 @@
 import getpass
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,39 @@ def test_calibration_that_cannot_be_done(model, text, tmp_path, arguments, code,
     got, _, errors = run("quantize", model, "-o", out, *arguments, "--quiet")
     assert got == code and message in errors
     assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ("quantize MODEL -o OUT --resume parts", "--resume is of calibration"),
+        ("quantize MODEL -o OUT --calibration-windows 3", "--calibration-windows is of calibration"),
+        ("quantize MODEL -o OUT --window-length 7", "--window-length is for --compare and --calibrate"),
+        ("quantize MODEL -o OUT --device tpu", "device must be cpu, cuda, cuda:N or auto, got 'tpu'"),
+        ("quantize MODEL -o= --act-bits 8", "--output names a new folder"),
+        (
+            "quantize MODEL -o OUT --calibrate TEXT --window-length 32 --size 1e-7",
+            "GB or more with all that is stored; got 1e-07",
+        ),
+        ("quantize NO-TOKENIZER -o OUT --generate hi", "cannot read the tokenizer"),
+        ("eval MODEL --plot curve.txt", "--plot writes .png, .svg, .pdf, got curve.txt"),
+        ("eval MODEL --plot OUT/curve.png", "must be a file in a folder that is there"),
+        ("sensitivity MODEL -o OUT/ranking.json", "must be a file in a folder that is there"),
+        ("generate MODEL hi --top-p 3", "must be a share from 0 to 1"),
+    ),
+)
+def test_what_cannot_be_done_is_said_first(model, text, tmp_path, capsys, arguments, message):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=lambda _, names: [n for n in names if "token" in n])
+    out = tmp_path / "out"
+    places = {"MODEL": str(model), "NO-TOKENIZER": str(bare), "TEXT": text}
+    arguments = [places.get(a, a).replace("OUT", str(out)) for a in arguments.split()]
+    try:
+        assert main([*arguments, "--quiet"]) in (1, 2)
+    except SystemExit as stopped:  # argparse's own
+        assert stopped.code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_bug_report(monkeypatch, capsys, tmp_path):

@@ -57,6 +57,36 @@ def test_weights_that_are_split_and_left_are_written_whole(tmp_path):
     assert disk.keys() == memory.keys() and all(torch.equal(disk[name], memory[name]) for name in memory)
 
 
+def test_biases_that_are_split(tmp_path):
+    """TIPSv2's q, k and v have a bias in files, and so do they once they are quantized."""
+    if "tipsv2_vision_model" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no TIPSv2")
+    settings = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("tipsv2_vision_model", **settings)
+    model = transformers.AutoModel.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "float")
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk")
+    quantized = flexq.quantize_model(model)
+    quantized.save_pretrained(tmp_path / "saved")
+    flexq.save_model(quantized, tmp_path / "model")
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.inference_mode():
+        expected = quantized(pixels).last_hidden_state
+        for folder in ("disk", "saved", "model"):
+            assert names_in(tmp_path / folder) == names_in(tmp_path / "disk")
+            assert torch.equal(flexq.load_model(tmp_path / folder)(pixels).last_hidden_state, expected), folder
+
+
 def test_weights_under_other_names_than_their_layers(tmp_path, monkeypatch):
     """`mlp.to_up` is `mlp.up_proj.weight`, and `mlp.gates.weight` is `mlp.gate_proj.weight`, by rules for these tensors
     alone."""

@@ -7,9 +7,11 @@ import flexq
 import pytest
 import torch
 from flexq.checkpoint.source import find_model, load_tokenizer
+from flexq.run import fusing
 from flexq.run.merging import MergedLinear
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 SHAPE = {
     "vocab_size": 128,
@@ -90,6 +92,35 @@ def test_norms_whose_layers_read_a_masked_tensor_are_left(kind):
     fusion = flexq.fuse_model(model, kernels=True)
     assert len(fusion.norms) == (3 if kind == "bamba" else 0)  # all but those before Mamba
     assert (logits(model) - before).norm() <= 0.02 * before.norm()
+    assert torch.equal(greedy(model), tokens)
+
+
+class Renaming(LlamaDecoderLayer):
+    """Hands its cache to the attention by another name, as Kimi-Linear's and Bailing's layers do."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        attend = self.self_attn.forward
+        self.self_attn.forward = lambda *args, cache=None, **kwargs: attend(
+            *args, **(kwargs | {"past_key_values": cache})
+        )
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), cache=past_key_values, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_layers_that_rename_what_they_are_given(monkeypatch, is_checked):
+    """Without a cache nothing shows. The rule leaves them, and where it would not, the step after a cache does."""
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaDecoderLayer", Renaming)
+    model = flexq.quantize_model(random_model("llama"), "w6a8")
+    tokens = greedy(model)
+    if not is_checked:
+        monkeypatch.setattr(fusing, "_gets_what_the_layer_got", lambda attention, layer: True)
+    fusion = flexq.fuse_model(model, kernels=True)
+    assert counts(fusion) == (4, 2, 4, 0)
     assert torch.equal(greedy(model), tokens)
 
 

@@ -49,7 +49,7 @@ def test_target(models, ranking):
     at_8, reached = planning.for_target(model, divergence.mean, ranking, target)
     assert reached <= target and 0 < len(at_8) < len(ranking)
     assert planning.for_target(model, divergence.mean, ranking, 2 * worst)[0] == []
-    with pytest.raises(ValueError, match="cannot be met: with A8 in every layer it is"):
+    with pytest.raises(ValueError, match="cannot be met: with A8 in every layer the model has"):
         planning.for_target(model, divergence.mean, ranking, best / 10)
 
 
@@ -77,7 +77,7 @@ def test_better_layers_for_a_target(models):
     worst = sensitivity.estimate(model, reference, windows(), of="quantization")
     floats = {layer.name: reference.get_submodule(layer.name) for layer in worst}
     before = sensitivity.quantized_layers(model)
-    with pytest.raises(ValueError, match="cannot be met: at best it is"):
+    with pytest.raises(ValueError, match="cannot be met: at best the model has"):
         planning.replace_for_target(model, floats, divergence.mean, worst, -1)
     assert sensitivity.quantized_layers(model) == before  # left as it was
     left, reached = planning.replace_for_target(model, floats, divergence.mean, worst, best / 2)

@@ -189,6 +189,20 @@ def test_what_was_in_floating_point_stays_as_it_is(tmp_path):
     assert {p.dtype for p in half.parameters()} == {torch.float16} and torch.isfinite(logits(half)).all()
 
 
+def test_classes_that_ask_their_configuration_for_a_dtype(tmp_path):
+    """Apertus's activation, whose class cannot be made from what `save_pretrained` leaves."""
+    settings = tiny_config().to_diff_dict() | {"hidden_act": "xielu"}
+    settings.pop("model_type")
+    config = AutoConfig.for_model("apertus", **settings)
+    model = flexq.quantize_model(AutoModelForCausalLM.from_config(config).eval())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    assert isinstance(loaded.config.dtype, str)
+    expected = flexq.load_model(tmp_path).model.layers[0].mlp.up_proj.dequantize()
+    assert torch.equal(loaded.dequantize().model.layers[0].mlp.up_proj.weight, expected)
+
+
 def test_layers_that_were_exchanged_are_not_saved_by_another_plan(tiny_llama, tmp_path):
     """config.json is written from the plan of the quantization."""
     up = torch.nn.Linear(*tiny_llama.model.layers[0].mlp.up_proj.weight.shape[::-1], bias=False)

@@ -230,6 +230,9 @@ def _add_tensors(model, writer: ShardWriter, read: Callable[[str], torch.Tensor]
         for name, tensor in tensors.items():
             where = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tuple(tensor.shape))
             if getattr(module, "is_flexq_layer", False):
+                if name == f"{prefix}.bias":  # files may have several layers' in one
+                    others[name] = tensor
+                    continue
                 writer.add(name_on_disk(model, name), _in_memory(name, tensor, read))
                 continue
             if tensor.numel() and where in held:  # tied, as transformers ties it again: one name, the one that it saves

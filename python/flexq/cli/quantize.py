@@ -12,6 +12,7 @@ from flexq.cli.generate import generate_text
 from flexq.cli.options import UsageError, mean_bits, positive, positive_float, share
 from flexq.cli.output import megabytes, note, peak_gpu_memory, peak_memory, progress, where_it_ran
 
+_WINDOWS = 16  # of calibration
 HELP = "Quantize a model into a folder that transformers loads after `import flexq`."
 
 
@@ -27,7 +28,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help=dtype_help)
     calibrate_help = "round with a text in view (recipe best); without a file, the shipped excerpt of WikiText-2"
     p.add_argument("--calibrate", nargs="?", const="", metavar="TEXT", help=calibrate_help)
-    p.add_argument("--calibration-windows", type=positive, default=16, metavar="N", help="of it (default: 16)")
+    p.add_argument("--calibration-windows", type=positive, metavar="N", help=f"of it (default: {_WINDOWS})")
     bits = p.add_mutually_exclusive_group()
     bits.add_argument("--budget", type=share, metavar="SHARE", help="A8 for this share of the parameters, else A6")
     bits.add_argument("--target-kl", type=positive_float, metavar="KL", help="A8 where it takes to reach this KL")
@@ -96,9 +97,16 @@ def _check(args: argparse.Namespace) -> None:
         for option in (*chosen, "equalize", "head_bits"):
             if getattr(args, option) is not None:
                 raise UsageError(f"--{option.replace('_', '-')} looks at a text: give one with --calibrate")
+        for option in ("resume", "calibration_windows"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')} is of calibration: ask for it with --calibrate")
+        for option in () if args.compare else ("text", "window_length", "plot"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')} is for --compare and --calibrate; give one of them")
         for option in ("low_memory", "offload_folder"):
             if getattr(args, option):
                 raise UsageError(f"--{option.replace('_', '-')} is of calibration; plain rounding takes little memory")
+    args.calibration_windows = args.calibration_windows or _WINDOWS
     args.low_memory = args.low_memory or args.offload_folder is not None
     args.measures_whole = [o.replace("_", "-") for o in (*chosen, "compare") if getattr(args, o)]
     if args.low_memory and args.measures_whole:
@@ -121,12 +129,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexq.checkpoint.convert import Conversion, convert
     from flexq.checkpoint.folder import require_free
     from flexq.checkpoint.read import load_model
-    from flexq.checkpoint.source import find_model, require_float
+    from flexq.checkpoint.source import find_model, load_tokenizer, require_float
 
     begin = time.perf_counter()
     _check(args)
     plan, source = _plan(args), find_model(args.model)
     require_float(source)
+    if args.output == "":
+        raise UsageError("--output names a new folder, got ''")
+    if args.compare or args.generate is not None:
+        load_tokenizer(source)  # what they need, before the long work
     name = source.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
     output = Path(args.output or f"{name}-flexq")
     require_free(output, args.overwrite, source.folder)

@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexq.quantize.layers import shared_copy
     from flexq.quantize.model import quantize_model
 
+    if args.output is not None:
+        options.require_writable("--output", args.output)
     if args.scheme is not None and not args.weights:
         raise UsageError("--scheme is for --weights; a model's own scheme is measured else")
     source = find_model(args.model)
@@ -71,12 +73,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if earlier is not None:
         about["rank_agreement"] = sensitivity.rank_agreement(ranking, earlier)
         note(args, f"rank agreement with {args.agreement}: {about['rank_agreement']:.3f} (Spearman, 1 is the same)")
+    if not args.json:
+        _print(args, ranking, about)
     if args.output:
         sensitivity.FILE.save(ranking, args.output, **about)
     if args.plot:
         sensitivity.plot(ranking, args.plot, title=f"{source.name}, {about['kind']}, {len(windows)} windows")
-    if not args.json:
-        _print(args, ranking, about)
     return {**about, "layers": [vars(layer) for layer in ranking]}
 
 
@@ -110,10 +112,6 @@ def _weights(args: argparse.Namespace, source, reference, windows, tokenizer) ->
     about = {"model": source.name, **options.about_windows(windows, tokenizer), "scheme": scheme}
     about |= {"kind": "estimated, rounded to nearest", "device": where_it_ran(args.device)}
     points = [{"bits": bits, "kl": mixed.at_bits(bits).kl} for bits in _MEAN_BITS]
-    if args.output:
-        widths.FILE.save(mixed.ranking, args.output, **about)
-    if args.plot:
-        width_plots.plot(mixed.ranking, mixed.groups, args.plot, title=f"{source.name}, {len(windows)} windows")
     if not args.json:
         ranking = sorted(mixed.ranking, key=lambda layer: -layer.kl[6] / layer.parameters)
         shown = ranking if args.all else ranking[:_SHOWN]
@@ -130,4 +128,8 @@ def _weights(args: argparse.Namespace, source, reference, windows, tokenizer) ->
         uniform = {bits: sum(layer.kl[bits] for layer in ranking) for bits in widths.WEIGHT_BITS}
         print("all layers at " + ", ".join(f"{bits} bits: KL {kl:.4f}" for bits, kl in uniform.items()))
         print("bits by layer: " + ", ".join(f"{p['bits']:g} in the mean: {p['kl']:.4f}" for p in points))
+    if args.output:
+        widths.FILE.save(mixed.ranking, args.output, **about)
+    if args.plot:
+        width_plots.plot(mixed.ranking, mixed.groups, args.plot, title=f"{source.name}, {len(windows)} windows")
     return {**about, "frontier": points, "layers": [vars(layer) for layer in mixed.ranking]}

@@ -24,7 +24,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         ValueError: weights are not in memory; the model is left as it was.
     """
     with torch.device("meta"):
-        empty = type(model)(copy.deepcopy(model.config))
+        empty = type(model)(_as_loaded(copy.deepcopy(model.config)))
     done: dict[int, nn.Module] = {}
     own_dtypes: set[torch.dtype] = set()
     places: dict[str, nn.Module] = {}
@@ -48,6 +48,16 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             if parameter.dtype in own_dtypes:
                 parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _as_loaded(config):
+    """A configuration whose dtypes are what they were before `save_pretrained`, which makes them strings."""
+    if isinstance(config.dtype, str):
+        config.dtype = getattr(torch, config.dtype)
+    for name in getattr(config, "sub_configs", ()):
+        if getattr(config, name, None) is not None:
+            _as_loaded(getattr(config, name))
+    return config
 
 
 def _fill_linear(place: nn.Module, layer: Linear, dtype: torch.dtype | None) -> nn.Module:

@@ -52,6 +52,24 @@ def result(model: nn.Module) -> torch.Tensor:
         return run(model, probe_ids(model)).float()
 
 
+# What models call what they keep from one call to the next.
+_CACHES = ("past_key_values", "cache_params", "state", "mems")
+
+
+def cached_result(model: nn.Module) -> torch.Tensor | None:
+    """The same for the probe's last token alone, after a cache of the others; None for a model that keeps none."""
+    with torch.inference_mode():
+        given = arguments(model, probe_ids(model))
+        if "use_cache" not in given:
+            return None
+        given["use_cache"] = True
+        side = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
+        ids = given.pop(side)
+        output = model(**given, **{side: ids[:, :-1]})
+        caches = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
+        return result_of(model(**given, **caches, **{side: ids[:, -1:]})).float() if caches else None
+
+
 def padded_result(model: nn.Module) -> torch.Tensor:
     """The same for a batch of two, the first of them padded on the left."""
     ids = probe_ids(model).repeat(2, 1)

@@ -8,7 +8,8 @@ produced it and what becomes of their outputs; no class or attribute name is ask
 - gate/up/down MLPs with a SiLU quantize `silu(gate) * up` in one kernel (fusing.py);
 - RMS norms, and the sum with the residual before them, are one kernel with the quantization of what they feed.
 
-Each step is kept only if the model's logits stay what they were; a model that is not understood runs as it did.
+Each step is kept only if the model's logits stay what they were, with and without a cache; a model that is not
+understood runs as it did.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from torch import nn
 
 from flexq.linear import Linear
 from flexq.quantize.layers import input_embeddings
-from flexq.quantize.tracing import Call, once, result, watch
+from flexq.quantize.tracing import Call, once, watch
 from flexq.run import fusing
 from flexq.run.merging import merge, unmerge
 
@@ -80,20 +81,23 @@ _STEPS = (
 )
 
 
-def _tolerance(model: nn.Module, logits: torch.Tensor) -> float:
+def _tolerance(model: nn.Module, answers: list[torch.Tensor]) -> float:
     def nudge(module, args, output):
         return output * (1.0 + torch.finfo(output.dtype).eps)
 
     handle = input_embeddings(model).register_forward_hook(nudge)
     try:
-        noise = _distance(logits, result(model))
+        noise = _distance(answers, fusing.answers(model))
         return min(max(_LEAST_TOLERANCE, 3.0 * noise), _MOST_TOLERANCE)
     finally:
         handle.remove()
 
 
-def _distance(before: torch.Tensor, after: torch.Tensor) -> float:
-    return float((after - before).norm() / before.norm().clamp(min=torch.finfo(before.dtype).tiny))
+def _distance(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    """The largest, of their norms; NaN if any is."""
+    tiny = torch.finfo(torch.float32).tiny
+    distances = [(b - a).norm() / a.norm().clamp(min=tiny) for a, b in zip(before, after, strict=True)]
+    return float(torch.stack(distances).max())
 
 
 def fuse_model(model: nn.Module, kernels: bool | None = None) -> Fusion:
@@ -123,14 +127,14 @@ def fuse_model(model: nn.Module, kernels: bool | None = None) -> Fusion:
     if kernels is None:
         kernels = next(itertools.chain(model.parameters(), model.buffers())).device.type != "cpu"
     try:
-        before = result(model)
+        before = fusing.answers(model)
         tolerance = _tolerance(model, before)
     except _NOT_UNDERSTOOD:
         return fusion  # no text model, or one that needs more than token ids
     for step in _STEPS if kernels else _STEPS[:1]:
         try:
             step.take(model, once(watch(model)), fusion)
-            kept = _distance(before, result(model)) <= tolerance  # NaN is not
+            kept = _distance(before, fusing.answers(model)) <= tolerance  # NaN is not
         except _NOT_UNDERSTOOD:
             kept = False
         if not kept:
