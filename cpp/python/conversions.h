@@ -26,7 +26,8 @@ inline void check(flexq_status status) {
     case FLEXQ_BAD_VALUE:
       throw std::invalid_argument(flexq_last_error());
     case FLEXQ_OUT_OF_MEMORY:
-      throw std::bad_alloc();
+      PyErr_SetString(PyExc_MemoryError, flexq_last_error());
+      throw nb::python_error();
     default:
       throw std::runtime_error(std::string(flexq_status_name(status)) + ": " + flexq_last_error());
   }

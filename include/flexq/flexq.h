@@ -158,8 +158,8 @@ typedef struct flexq_stream {
 /* The CPU, on the calling thread. */
 #define FLEXQ_STREAM_INIT {sizeof(flexq_stream), FLEXQ_CPU, 0, NULL, NULL, NULL}
 
-/* FLEXQ_OK if `device` can be used in this build on this machine, else FLEXQ_UNAVAILABLE; flexq_last_error() has the
- * reason. */
+/* FLEXQ_OK if `device` can be used in this build on this machine, else FLEXQ_UNAVAILABLE, or FLEXQ_INVALID_ARGUMENT
+ * if it is no flexq_device; flexq_last_error() has the reason. */
 FLEXQ_API flexq_status flexq_device_available(flexq_device device, int32_t device_index);
 
 /* The instruction set or architecture that `device` runs on here, e.g. "avx2" or "sm_90". A static string. */
@@ -228,7 +228,7 @@ FLEXQ_API flexq_status flexq_activation_size(const flexq_stream* stream, const f
 /* scale = absmax / qmax per token and group (or token), code = clamp(rint(x * (qmax / absmax)), -qmax, qmax), all in
  * fp32 and after the rotation, of which codes do without the 1 / sqrt(128); qmax is 31 or 127. Where scale would be
  * below the smallest normal float, scale and codes are 0. A NaN or Inf makes every output of its token NaN, and so do
- * values that the rotation adds up to an Inf (of 2.6e36 and more).
+ * values that the rotation adds up to an Inf (of 2.66e36 and more).
  *   x: [m][k] of `dtype`, rows ldx apart.  quantized: private layout, written. */
 FLEXQ_API flexq_status flexq_quantize_activation(const flexq_stream* stream, const flexq_activation_desc* desc,
                                                  const void* x, flexq_dtype dtype, int64_t ldx, void* quantized,

@@ -236,6 +236,7 @@ def test_several_prompts_and_choices(model, tmp_path):
         (["--calibrate", "TEXT", "--window-length", "5000"], 1, "fewer than one window"),
         (["--calibrate", "TEXT", "--window-length", "32", "--target-ppl", "1.001"], 1, "cannot be met"),
         (["--calibrate", "TEXT", "--window-length", "32", "--budget", "2"], 2, "must be a share from 0 to 1"),
+        (["--calibrate", "TEXT", "--window-length", "32", "--size", "1e-7"], 1, "with all that is stored, got 1e-07"),
     ),
 )
 def test_calibration_that_cannot_be_done(model, text, tmp_path, arguments, code, message):
@@ -247,35 +248,34 @@ def test_calibration_that_cannot_be_done(model, text, tmp_path, arguments, code,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     (
-        ("quantize MODEL -o OUT --resume parts", "--resume is of calibration"),
-        ("quantize MODEL -o OUT --calibration-windows 3", "--calibration-windows is of calibration"),
-        ("quantize MODEL -o OUT --window-length 7", "--window-length is for --compare and --calibrate"),
-        ("quantize MODEL -o OUT --device tpu", "device must be cpu, cuda, cuda:N or auto, got 'tpu'"),
-        ("quantize MODEL -o= --act-bits 8", "--output names a new folder"),
-        (
-            "quantize MODEL -o OUT --calibrate TEXT --window-length 32 --size 1e-7",
-            "GB or more with all that is stored; got 1e-07",
-        ),
-        ("quantize NO-TOKENIZER -o OUT --generate hi", "cannot read the tokenizer"),
-        ("eval MODEL --plot curve.txt", "--plot writes .png, .svg, .pdf, got curve.txt"),
-        ("eval MODEL --plot OUT/curve.png", "must be a file in a folder that is there"),
-        ("sensitivity MODEL -o OUT/ranking.json", "must be a file in a folder that is there"),
-        ("generate MODEL hi --top-p 3", "must be a share from 0 to 1"),
+        ("quantize MODEL -o OUT --resume parts", 2, "--resume is of calibration"),
+        ("quantize MODEL -o OUT --calibration-windows 3", 2, "--calibration-windows is of calibration"),
+        ("quantize MODEL -o OUT --window-length 7", 2, "--window-length is for --compare and --calibrate"),
+        ("quantize MODEL -o OUT --calibrate TEXT --text TEXT", 2, "--text is for --compare"),
+        ("quantize MODEL -o OUT --calibrate TEXT --plot a.png", 2, "--plot is for --compare"),
+        ("quantize MODEL -o OUT --device tpu", 1, "device must be cpu, cuda, cuda:N or auto, got 'tpu'"),
+        ("quantize MODEL -o= --act-bits 8", 2, "--output names a new folder"),
+        ("quantize NO-TOKENIZER -o OUT --generate hi", 1, "cannot read the tokenizer"),
+        ("eval MODEL --plot curve.txt", 2, "got curve.txt"),
+        ("eval MODEL --plot OUT/curve.png", 2, "must be a file in a folder that is there"),
+        ("eval MODEL --plot curve.png", 2, "give one, and no --choices"),
+        ("sensitivity MODEL -o OUT/ranking.json", 2, "must be a file in a folder that is there"),
+        ("generate MODEL hi --top-p 3", 2, "must be a share from 0 to 1"),
     ),
 )
-def test_what_cannot_be_done_is_said_first(model, text, tmp_path, capsys, arguments, message):
+def test_what_cannot_be_done_is_said_first(model, text, tmp_path, capsys, arguments, code, message):
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=lambda _, names: [n for n in names if "token" in n])
     out = tmp_path / "out"
     places = {"MODEL": str(model), "NO-TOKENIZER": str(bare), "TEXT": text}
     arguments = [places.get(a, a).replace("OUT", str(out)) for a in arguments.split()]
     try:
-        assert main([*arguments, "--quiet"]) in (1, 2)
+        got = main([*arguments, "--quiet"])
     except SystemExit as stopped:  # argparse's own
-        assert stopped.code == 2
-    assert message in capsys.readouterr().err
+        got = stopped.code
+    assert (got, message in (errors := capsys.readouterr().err)) == (code, True), errors
     assert not out.exists()
 
 

@@ -124,6 +124,21 @@ def test_layers_that_rename_what_they_are_given(monkeypatch, is_checked):
     assert torch.equal(greedy(model), tokens)
 
 
+def test_modules_that_something_else_has_changed_stay():
+    """accelerate's hooks, of models on several devices, are a `forward` of the module's own."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = flexq.quantize_model(random_model("llama"), "w6a8")
+    before, layer = logits(model), model.model.layers[0]
+    hooked = (layer, layer.input_layernorm, layer.mlp)
+    for module in hooked:
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    forwards = [vars(module)["forward"] for module in hooked]
+    assert counts(flexq.fuse_model(model, kernels=True)) == (4, 1, 3, 1)
+    flexq.unfuse_model(model)
+    assert [vars(module).get("forward") for module in hooked] == forwards
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("kind", ("llama", "phi3", "gemma2"))
 def test_merging_alone_gives_the_same_bits(kind):
     model = flexq.quantize_model(random_model(kind, torch.bfloat16), "w6a6")

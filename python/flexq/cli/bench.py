@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from flexq.cli import options
 from flexq.cli.options import UsageError, add_device, positive, positive_float, shape
 from flexq.cli.output import note, progress, table, where_it_ran
 
@@ -61,11 +62,11 @@ def run_linear(args: argparse.Namespace) -> dict[str, Any]:
             print(report.linear_table(points), flush=True)
         raise
     isa = _core.device_isa(torch.device(args.device).type)
-    if args.plot:
-        report.plot_linear(points, args.plot)
     if not args.json:
         print(report.linear_table(points))
         print(f"{isa}, {where}, x and y in {points[0].dtype}")
+    if args.plot:
+        report.plot_linear(points, args.plot)
     return {"isa": isa, "device": where, "points": [p.to_dict() for p in points]}
 
 
@@ -79,6 +80,7 @@ def _fit(args: argparse.Namespace, where: str, bar) -> dict[str, Any]:
 
     from flexq.bench import explain, fit
 
+    options.require_writable("--fit", args.fit)
     if args.device == "cpu":
         raise UsageError("--fit is for a GPU: the CPU has one kernel for each shape")
     configs = ((8, "group"), (8, "channel"))

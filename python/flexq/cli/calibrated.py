@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
 import sys
 import warnings
@@ -201,7 +202,7 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
     from flexq.evaluate.text import spread
     from flexq.planning.mixed import Mixed, bytes_beside, summary
     from flexq.planning.sensitivity import Divergence
-    from flexq.planning.widths import frontier, in_bytes
+    from flexq.planning.widths import covers, frontier, in_bytes
 
     costs = _width_costs(args, floats, plan) if args.budget_of == "time" else None
     mixed = Mixed.of(
@@ -222,10 +223,9 @@ def _mixed(args: argparse.Namespace, source, reference, floats, plan, windows, p
         if args.size is not None:
             beside = bytes_beside(floats, mixed.plan, mixed.resolved, _stored_dtype(args, source)) + mixed.fixed_bytes
             least = beside + next(frontier(mixed.ranking, mixed.groups, in_bytes)).price
-            if 1e9 * args.size < least:
-                raise ValueError(
-                    f"--size must be {least / 1e9:.6g} GB or more with all that is stored; got {args.size:g}"
-                )
+            if not covers(1e9 * args.size, least):
+                enough = math.ceil(least / 1e3) / 1e6
+                raise ValueError(f"--size must be {enough:g} or more with all that is stored, got {args.size:g}")
             chosen = mixed.at_bytes(1e9 * args.size - beside)
             how = {"size": args.size}
         else:

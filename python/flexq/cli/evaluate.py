@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sources = [find_model(model) for model in args.models]
     named = dict(zip(args.models, sources, strict=True))
     reference_source = _reference(args, named)
+    if args.plot is not None and (reference_source is None or args.choices):
+        raise UsageError("--plot compares perplexity and KL with an unquantized model's; give one, and no --choices")
     reference = load_model(reference_source, args.dtype, args.device) if reference_source is not None else None
     models = {
         name: load_model(source, args.dtype, args.device)

@@ -38,18 +38,18 @@ def _installation() -> dict[str, Any]:
 
     from flexq import __version__, _core
 
-    cuda = None
-    if torch.cuda.is_available():
+    def isa_of(device: str) -> str:
         try:
-            cuda = _core.device_isa("cuda")
+            return _core.device_isa(device)
         except RuntimeError as error:
-            cuda = str(error)
+            return str(error)
+
     return {
         "flexq": __version__,
         "torch": torch.__version__,
-        "cpu": _core.device_isa("cpu"),
+        "cpu": isa_of("cpu"),
         "threads": torch.get_num_threads(),
-        "cuda": cuda,
+        "cuda": isa_of("cuda") if torch.cuda.is_available() else None,
     }
 
 

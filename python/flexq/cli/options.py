@@ -86,22 +86,23 @@ def resolve(args: argparse.Namespace) -> None:
         _check_plot(args.plot)
 
 
-_PLOTS = (".png", ".svg", ".pdf")
-
-
 def _check_plot(path: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install 'flexq[plot]'")
-    if Path(path).suffix.lower() not in _PLOTS:
-        raise UsageError(f"--plot writes {', '.join(_PLOTS)}, got {path}")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix, known = Path(path).suffix.lower().removeprefix("."), FigureCanvasBase.get_supported_filetypes()
+    if suffix and suffix not in known:
+        raise UsageError(f"--plot writes {', '.join(sorted(known))}, got {path}")
     require_writable("--plot", path)
 
 
 def require_writable(option: str, path: str) -> None:
     """UsageError for a file that cannot be written where the option says."""
-    folder = Path(path).parent
-    if not path or Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{option} {path!r} cannot be written: it must be a file in a folder that is there")
+    file = Path(path)
+    place = file if file.exists() else file.parent
+    if not path or file.is_dir() or not place.exists() or not os.access(place, os.W_OK):
+        raise UsageError(f"{option} cannot write {path!r}: it must be a file in a folder that is there")
 
 
 def evaluation_windows(args: argparse.Namespace, tokenizer, model):

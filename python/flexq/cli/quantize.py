@@ -91,6 +91,11 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses what does not go together, and says in `args.best` whether the recipe best is meant, in
     `args.measures_whole` which options need all of the model in memory."""
     chosen = ("budget", "target_kl", "target_ppl", "bits", "size")
+    if args.output == "":
+        raise UsageError("--output names a new folder, got ''")
+    for option in () if args.compare else ("text", "plot"):
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option} is for --compare; ask for it, or leave it out")
     if args.calibrate is None:
         if args.plan == "best":
             raise UsageError("recipe best rounds with a text in view: give one with --calibrate")
@@ -100,9 +105,8 @@ def _check(args: argparse.Namespace) -> None:
         for option in ("resume", "calibration_windows"):
             if getattr(args, option) is not None:
                 raise UsageError(f"--{option.replace('_', '-')} is of calibration: ask for it with --calibrate")
-        for option in () if args.compare else ("text", "window_length", "plot"):
-            if getattr(args, option) is not None:
-                raise UsageError(f"--{option.replace('_', '-')} is for --compare and --calibrate; give one of them")
+        if args.window_length is not None and not args.compare:
+            raise UsageError("--window-length is for --compare and --calibrate; give one of them")
         for option in ("low_memory", "offload_folder"):
             if getattr(args, option):
                 raise UsageError(f"--{option.replace('_', '-')} is of calibration; plain rounding takes little memory")
@@ -135,8 +139,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     plan, source = _plan(args), find_model(args.model)
     require_float(source)
-    if args.output == "":
-        raise UsageError("--output names a new folder, got ''")
     if args.compare or args.generate is not None:
         load_tokenizer(source)  # what they need, before the long work
     name = source.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")

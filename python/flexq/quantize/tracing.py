@@ -53,11 +53,12 @@ def result(model: nn.Module) -> torch.Tensor:
 
 
 # What models call what they keep from one call to the next.
-_CACHES = ("past_key_values", "cache_params", "state", "mems")
+_CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
+_CACHED_TOKENS = 4
 
 
 def cached_result(model: nn.Module) -> torch.Tensor | None:
-    """The same for the probe's last token alone, after a cache of the others; None for a model that keeps none."""
+    """The same for the probe's last tokens one by one after a cache of the others; None of a model that has none."""
     with torch.inference_mode():
         given = arguments(model, probe_ids(model))
         if "use_cache" not in given:
@@ -65,9 +66,14 @@ def cached_result(model: nn.Module) -> torch.Tensor | None:
         given["use_cache"] = True
         side = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
         ids = given.pop(side)
-        output = model(**given, **{side: ids[:, :-1]})
-        caches = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
-        return result_of(model(**given, **caches, **{side: ids[:, -1:]})).float() if caches else None
+        output, results = model(**given, **{side: ids[:, :_CACHED_TOKENS]}), []
+        for step in ids[:, _CACHED_TOKENS:].split(1, dim=1):
+            caches = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
+            if not caches:
+                return None
+            output = model(**given, **caches, **{side: step})
+            results.append(result_of(output).float())
+        return torch.cat(results, dim=1)
 
 
 def padded_result(model: nn.Module) -> torch.Tensor:

@@ -8,8 +8,8 @@ produced it and what becomes of their outputs; no class or attribute name is ask
 - gate/up/down MLPs with a SiLU quantize `silu(gate) * up` in one kernel (fusing.py);
 - RMS norms, and the sum with the residual before them, are one kernel with the quantization of what they feed.
 
-Each step is kept only if the model's logits stay what they were, with and without a cache; a model that is not
-understood runs as it did.
+Each step is kept only if the model's logits stay what they were, of models that return a cache also token by token
+after one; a model that is not understood runs as it did.
 """
 
 import itertools
@@ -28,8 +28,6 @@ from flexq.run.merging import merge, unmerge
 # How far a sound step may move the logits, of their norm: three times as far as the embeddings' last bit does, which a
 # deep W6A6 model answers with other codes in all later layers. A step that is wrong moves them by their own size.
 _LEAST_TOLERANCE, _MOST_TOLERANCE = 0.02, 0.3
-# What a model that is not as a step took it to be may answer with.
-_NOT_UNDERSTOOD = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
 @dataclass
@@ -81,23 +79,22 @@ _STEPS = (
 )
 
 
-def _tolerance(model: nn.Module, answers: list[torch.Tensor]) -> float:
+def _tolerances(model: nn.Module, answers: list[torch.Tensor]) -> list[float]:
     def nudge(module, args, output):
         return output * (1.0 + torch.finfo(output.dtype).eps)
 
     handle = input_embeddings(model).register_forward_hook(nudge)
     try:
-        noise = _distance(answers, fusing.answers(model))
-        return min(max(_LEAST_TOLERANCE, 3.0 * noise), _MOST_TOLERANCE)
+        noise = _distances(answers, fusing.answers(model))
+        return [min(max(_LEAST_TOLERANCE, 3.0 * n), _MOST_TOLERANCE) for n in noise]
     finally:
         handle.remove()
 
 
-def _distance(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
-    """The largest, of their norms; NaN if any is."""
+def _distances(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[float]:
+    """Of each answer, of its norm."""
     tiny = torch.finfo(torch.float32).tiny
-    distances = [(b - a).norm() / a.norm().clamp(min=tiny) for a, b in zip(before, after, strict=True)]
-    return float(torch.stack(distances).max())
+    return [float((b - a).norm() / a.norm().clamp(min=tiny)) for a, b in zip(before, after, strict=True)]
 
 
 def fuse_model(model: nn.Module, kernels: bool | None = None) -> Fusion:
@@ -128,14 +125,15 @@ def fuse_model(model: nn.Module, kernels: bool | None = None) -> Fusion:
         kernels = next(itertools.chain(model.parameters(), model.buffers())).device.type != "cpu"
     try:
         before = fusing.answers(model)
-        tolerance = _tolerance(model, before)
-    except _NOT_UNDERSTOOD:
+        tolerances = _tolerances(model, before)
+    except fusing.NOT_UNDERSTOOD:
         return fusion  # no text model, or one that needs more than token ids
     for step in _STEPS if kernels else _STEPS[:1]:
         try:
             step.take(model, once(watch(model)), fusion)
-            kept = _distance(before, fusing.answers(model)) <= tolerance  # NaN is not
-        except _NOT_UNDERSTOOD:
+            moved = _distances(before, fusing.answers(model))
+            kept = all(by <= most for by, most in zip(moved, tolerances, strict=True))  # NaN is not
+        except fusing.NOT_UNDERSTOOD:
             kept = False
         if not kept:
             step.take_back(model, fusion)

@@ -10,6 +10,9 @@ from flexq.linear import Linear
 from flexq.quantize.tracing import Call, cached_result, once, padded_result, result, watch
 from flexq.run.merging import MergedLinear, MergedPart, gemm, merged_at, without_gradient
 
+# What a model that is not as it was taken to be may answer with.
+NOT_UNDERSTOOD = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
 # ---- What takes the place of modules' forward ------------------------------------------------------------------------
 
 
@@ -37,11 +40,11 @@ def _mlp_forward(mlp: nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tens
     return without_gradient(output.view(*x.shape[:-1], down.out_features), x)
 
 
-def _layer_forward(layer: nn.Module, hidden_states: torch.Tensor, *args, **kwargs):
+def _layer_forward(layer: nn.Module, hidden_states: torch.Tensor, **kwargs):
     """x + attention(norm(x)), then the same with the MLP, the first sum inside the second norm's kernel."""
     attention, first, second, mlp = layer.flexq_order
     normed = first(hidden_states)
-    attended = attention(*args, hidden_states=normed, **kwargs)
+    attended = attention(hidden_states=normed, **kwargs)
     attended = attended[0] if isinstance(attended, tuple) else attended
     total = _norm_forward(second, attended, hidden_states)
     output = total + mlp(total)
@@ -49,15 +52,20 @@ def _layer_forward(layer: nn.Module, hidden_states: torch.Tensor, *args, **kwarg
 
 
 def answers(model: nn.Module) -> list[torch.Tensor]:
-    """What a fused model must give as before: for a probe, and for a token after a cache if it keeps one."""
+    """What a fused model must give as before: for a probe, and token by token after a cache if it returns one."""
     try:
         cached = cached_result(model)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+    except NOT_UNDERSTOOD:
         cached = None  # its caches are made otherwise
     return [result(model)] if cached is None else [result(model), cached]
 
 
 # ---- Finding them ----------------------------------------------------------------------------------------------------
+
+
+def _has_own_forward(call: Call) -> bool:
+    """Whether something has changed this very module, as accelerate does where a model is on several devices."""
+    return "forward" in call.module.__dict__
 
 
 def _silu_order(gate: torch.Tensor, up: torch.Tensor, product: torch.Tensor) -> bool | None:
@@ -89,6 +97,8 @@ def fuse_mlps(calls: dict[str, Call], fused: list[str]) -> None:
         parts = [c for c in inside if isinstance(c.module, MergedPart)]
         downs = [c for c in inside if isinstance(c.module, Linear) and not isinstance(c.module, MergedLinear)]
         if len(downs) != 1 or not 1 <= len(parts) <= 2 or downs[0].y is not call.y or call.x is None:
+            continue
+        if _has_own_forward(call):
             continue
         merged = parts[0].module.merged
         if len(merged.sizes) != len(parts) or any(p.x is not call.x for p in parts):
@@ -132,7 +142,7 @@ def fuse_norms(model: nn.Module, calls: dict[str, Call], fused: list[str]) -> No
         padded = {}
     for name, call in calls.items():
         eps = rms_eps(call)
-        if eps is None:
+        if eps is None or _has_own_forward(call):
             continue
         fed = _fed_by(calls, call)
         if not fed or any(m is not fed[0] for m in fed):
@@ -171,9 +181,12 @@ def _drop_unsound(model: nn.Module, names: list[str]) -> None:
 
 
 def _gets_what_the_layer_got(attention: Call, layer: Call) -> bool:
-    """Whether a layer hands on its keyword arguments, each by its name."""
-    given = {key: value for key, value in layer.kwargs.items() if key != "hidden_states"}
-    return all(attention.kwargs.get(key, layer) is value for key, value in given.items())
+    """Whether a layer hands on its keyword arguments, each by its name. It may keep some to itself, or add its own, but
+    if it does both, one may be the other by another name."""
+    given, got = (call.kwargs.keys() - {"hidden_states"} for call in (layer, attention))
+    if given - got and got - given:
+        return False
+    return all(attention.kwargs[key] is layer.kwargs[key] for key in given & got)
 
 
 def fuse_residuals(calls: dict[str, Call], fused: list[str]) -> None:
@@ -181,7 +194,7 @@ def fuse_residuals(calls: dict[str, Call], fused: list[str]) -> None:
     for name, call in calls.items():
         children = [calls[n] for n in (f"{name}.{child}" for child, _ in call.module.named_children()) if n in calls]
         norms = [c for c in children if "flexq_fed" in c.module.__dict__]
-        if len(norms) != 2 or call.x is None or call.y is None:
+        if len(norms) != 2 or call.x is None or call.y is None or len(call.inputs) > 1 or _has_own_forward(call):
             continue
         first, second = norms
         others = [c for c in children if c not in norms]
