@@ -12,6 +12,7 @@ from pathlib import Path
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[2]
+NOTE = re.compile(r"^> As a file this page lacks.*\n", re.MULTILINE)  # not so on the site
 MARK = re.compile(r"^<!-- from: (?P<kind>[\w-]+) -->$", re.MULTILINE)
 
 
@@ -59,4 +60,4 @@ def on_page_markdown(markdown: str, page, **_) -> str:
         except ValueError as error:
             raise PluginError(f"{page.file.src_path}: {error}") from error
 
-    return MARK.sub(made, markdown)
+    return MARK.sub(made, NOTE.sub("", markdown))
