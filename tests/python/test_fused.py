@@ -72,7 +72,7 @@ def test_bad_arguments():
         flexq.rms_norm_quantize(x, None, weight[:32])
     with pytest.raises(ValueError, match="residual must be like x"):
         flexq.rms_norm_quantize(x, x[:1], weight)
-    with pytest.raises(ValueError, match="eps must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="eps must be 0 or more and finite, got -1"):
         flexq.rms_norm_quantize(x, None, weight, -1.0)
     with pytest.raises(ValueError, match="up must be like gate"):
         flexq.silu_mul_quantize(x, x.half())
