@@ -58,6 +58,7 @@ def test_parts_of_each_expert(scheme, weight_bits, activation):
     experts = whole(scheme, activation, weight_bits)
     x, weights, ids = routing()
     parts = [part(experts, tensors_of(experts), activation, rank, 2) for rank in range(2)]
+    assert not any(list(p.parameters()) for p in parts)  # what sleep of level 2 would lose, and no reload brings back
     y = sum(p.flexq_method.apply(p, x, weights, ids) for p in parts)
     expected, exact = experts(x, ids, weights), experts.float_forward(x, ids, weights)
     if scheme == "group":

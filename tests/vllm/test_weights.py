@@ -20,17 +20,17 @@ PROMPTS = ["The capital of France is", "Water boils at"]
 
 @pytest.fixture(scope="module")
 def folders(random_float, tmp_path_factory):
-    """Two models of one architecture with other weights, in floating point and quantized, embeddings too."""
+    """Two models of one architecture with other weights and biases, in floating point and quantized, embeddings too."""
     tokenizer, folder = AutoTokenizer.from_pretrained(random_float), tmp_path_factory.mktemp("weights")
-    model, plan = random_model("llama", len(tokenizer)), flexq.Plan(MIXED.defaults, MIXED.layers, {}, 8)
+    model, plan = random_model("qwen2", len(tokenizer)), flexq.Plan(MIXED.defaults, MIXED.layers, {}, 8)
     made = {}
     for which in ("first", "second"):
         made[which] = folder / which, folder / f"{which}-quantized"
         model.save_pretrained(made[which][0])
         tokenizer.save_pretrained(made[which][0])
         flexq.quantize_checkpoint(*made[which], plan)
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 or name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
     return made
 
@@ -38,7 +38,7 @@ def folders(random_float, tmp_path_factory):
 def canonical_tensors(_) -> int:
     """How many tensors like a checkpoint's planes are in memory."""
     gc.collect()
-    tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
     return sum(t.dtype == torch.uint8 and t.dim() == 4 and t.shape[-1] == 16 and not t.is_meta for t in tensors)
 
 

@@ -44,6 +44,8 @@ _ROUTERS = ("gate", "router")
 _ENCODERS = re.compile(
     r"(^|\.)([^.]*(vision|visual|image|audio|speech|multi_modal|multimodal)[^.]*|vpm|apm|resampler|connector)(\.|$)"
 )
+# What vLLM calls the files of sharded states, which have no checksums; with several devices in a pipeline, the second.
+_SHARDED_STATES = ("model-rank-*", "model-pp-*")
 logger = init_logger(f"vllm.plugins.{__name__}")  # vLLM shows what its own loggers say
 
 try:
@@ -107,7 +109,7 @@ class FlexQVllmConfig(QuantizationConfig):
             raise
         except ModelError:
             return  # where vLLM finds models that we do not
-        if folder is not None and not any(folder.glob("model-rank-*")):  # vLLM's sharded states have no checksums
+        if folder is not None and not any(any(folder.glob(names)) for names in _SHARDED_STATES):
             verify_files(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:

@@ -117,6 +117,11 @@ class _ExpertsMethod(FusedMoEMethodBase):
             raise ValueError(f"{self.prefix}: {error}") from None
         for name in [name for name in layer._parameters if name.startswith(("w13_", "w2_"))]:
             delattr(layer, name)
+        for projection in (layer.flexq_experts.gate_up_proj, layer.flexq_experts.down_proj):
+            if projection.bias is not None:  # like the weights a buffer, which vLLM's sleep of level 2 keeps
+                bias = projection.bias.data
+                del projection.bias
+                projection.register_buffer("bias", bias)
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module):
         return None  # of vLLM's own kernels

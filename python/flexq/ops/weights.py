@@ -50,7 +50,7 @@ def _fake_dequantize_weight(planes, scales, k, scheme, rotation, dtype):
 )
 def _dequantize_weight(planes, scales, k, scheme, rotation, dtype):
     bits = _check_canonical(planes, scales, k, scheme)
-    weight = torch.empty((planes.shape[0], k), dtype=dtype)
+    weight = torch.empty((planes.shape[0], k), dtype=dtype, device="cpu")
     desc = weight_desc(planes.shape[0], k, scheme, rotation, bits)
     host = [t.cpu().contiguous() for t in (planes, scales)]
     _core.dequantize_weight(stream_for(weight.device), desc, *host, weight)
@@ -93,7 +93,7 @@ def unpack_codes(planes: torch.Tensor) -> torch.Tensor:
         f"planes must be uint8 [N, G, b, 16], b being 4, 5, 6 or 8, got {planes.dtype} {list(planes.shape)}",
     )
     n, k, bits = planes.shape[0], planes.shape[1] * GROUP_SIZE, planes.shape[2]
-    codes = torch.empty((n, k), dtype=torch.int8)
+    codes = torch.empty((n, k), dtype=torch.int8, device="cpu")
     _core.unpack_codes(stream_for(planes.device), weight_desc(n, k, "group", "none", bits), planes.contiguous(), codes)
     return codes
 
