@@ -370,15 +370,7 @@ void test_callers_without_subnormals(const flexq::Stream& stream) {
       std::vector<float> back(17 * 300), y(3 * 17);
       flexq::check(flexq_dequantize_weight(&stream, &desc, weight.planes().data(), weight.scales().data(), back.data(),
                                            FLEXQ_F32, 300));
-      size_t bytes = 0;
-      flexq::check(flexq_prepack_size(&stream, &desc, &bytes));
-      flexq::Buffer packed, workspace;
-      packed.reserve(bytes);
-      flexq::check(flexq_prepack(&stream, &desc, weight.planes().data(), weight.scales().data(), packed.data(), bytes));
-      flexq::check(flexq_linear_workspace_size(&stream, &desc, 8, 3, &bytes));
-      workspace.reserve(bytes);
-      flexq::check(flexq_linear(&stream, &desc, packed.data(), packed.size(), 8, 3, x.data(), FLEXQ_F32, 300, nullptr,
-                                FLEXQ_F32, y.data(), FLEXQ_F32, 17, workspace.data(), workspace.size()));
+      flexq::Linear(stream, weight)(stream, x.data(), 3, y.data());
       back.insert(back.end(), y.begin(), y.end());
       for (const uint16_t scale : weight.scales()) CHECK(scale > 0 && scale < 0x400);
       return back;

@@ -9,6 +9,7 @@ MAY_IMPORT = {
     "_core": (),
     "_imports": (),
     "checksum": (),
+    "plots": (),
     "progress": (),
     "plan": (),
     "execution": ("_core",),
@@ -19,12 +20,12 @@ MAY_IMPORT = {
     "experts": ("packed", "ops", "plan"),
     "quantize": ("embedding", "experts", "linear", "packed", "ops", "plan", "checksum", "progress"),
     "run": ("quantize", "linear", "ops", "plan"),
-    "bench": ("experts", "run", "quantize", "linear", "execution", "ops", "plan", "progress", "_core"),
-    "evaluate": ("quantize", "plan", "progress"),
-    "planning": ("bench", "quantize", "embedding", "experts", "linear", "ops", "plan", "progress"),
+    "bench": ("experts", "run", "quantize", "linear", "execution", "ops", "plan", "plots", "progress", "_core"),
+    "evaluate": ("quantize", "plan", "plots", "progress"),
+    "planning": ("bench", "quantize", "embedding", "experts", "linear", "ops", "plan", "plots", "progress"),
     "checkpoint": ("quantize", "embedding", "experts", "linear", "execution", "ops", "plan", "checksum", "progress"),
     "integrations": ("checkpoint", "run", "quantize", "embedding", "experts", "linear", "packed", "ops", "plan"),
-    "cli": ("checkpoint", "planning", "evaluate", "bench", "run", "quantize", "execution", "plan", "_core"),
+    "cli": ("checkpoint", "planning", "evaluate", "bench", "run", "quantize", "execution", "plan", "plots", "_core"),
 }
 # Imported for what they register, by names of the importing and the imported module.
 REGISTRATIONS = {("flexq.checkpoint.read", "flexq.integrations.transformers")}

@@ -7,6 +7,7 @@ from pathlib import Path
 from flexq.bench.decode import DecodePoint
 from flexq.bench.experts import ExpertsPoint
 from flexq.bench.linear import Point
+from flexq.plots import pyplot
 
 
 def linear_table(points: Sequence[Point]) -> str:
@@ -33,15 +34,9 @@ def linear_table(points: Sequence[Point]) -> str:
 
 def plot_linear(points: Sequence[Point], path: str | Path) -> None:
     """Throughput against M, a panel for each shape, to an image file."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'") from None
     shapes = list(dict.fromkeys((p.n, p.k) for p in points))
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 4), squeeze=False, layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 4), squeeze=False, layout="constrained")
     for axis, (n, k) in zip(axes[0], shapes, strict=True):
         for kernel in dict.fromkeys(p.kernel for p in points):
             line = [(p.m, p.gops) for p in points if p.kernel == kernel and (p.n, p.k) == (n, k)]
@@ -52,7 +47,7 @@ def plot_linear(points: Sequence[Point], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def experts_table(points: Sequence[ExpertsPoint]) -> str:

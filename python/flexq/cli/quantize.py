@@ -82,9 +82,13 @@ def _plan_of_layers(args: argparse.Namespace):
     if args.best:
         return Plan.uniform(**({"scheme": "channel"} | settings))
     if args.plan is not None and settings:
-        option = "--" + next(iter(settings)).replace("_", "-")
-        raise UsageError(f"{option} and --plan exclude each other; edit the plan instead")
+        raise UsageError(f"{_flag(next(iter(settings)))} and --plan exclude each other; edit the plan instead")
     return Plan.uniform(**settings) if settings else Plan.of(args.plan or DEFAULT_RECIPE)
+
+
+def _flag(option: str) -> str:
+    """As it stands on the command line."""
+    return "--" + option.replace("_", "-")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -101,20 +105,20 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError("recipe best rounds with a text in view: give one with --calibrate")
         for option in (*chosen, "equalize", "head_bits"):
             if getattr(args, option) is not None:
-                raise UsageError(f"--{option.replace('_', '-')} looks at a text: give one with --calibrate")
+                raise UsageError(f"{_flag(option)} looks at a text: give one with --calibrate")
         for option in ("resume", "calibration_windows"):
             if getattr(args, option) is not None:
-                raise UsageError(f"--{option.replace('_', '-')} is of calibration: ask for it with --calibrate")
+                raise UsageError(f"{_flag(option)} is of calibration: ask for it with --calibrate")
         if args.window_length is not None and not args.compare:
             raise UsageError("--window-length is for --compare and --calibrate; give one of them")
         for option in ("low_memory", "offload_folder"):
             if getattr(args, option):
-                raise UsageError(f"--{option.replace('_', '-')} is of calibration; plain rounding takes little memory")
+                raise UsageError(f"{_flag(option)} is of calibration; plain rounding takes little memory")
     args.calibration_windows = args.calibration_windows or _WINDOWS
     args.low_memory = args.low_memory or args.offload_folder is not None
-    args.measures_whole = [o.replace("_", "-") for o in (*chosen, "compare") if getattr(args, o)]
+    args.measures_whole = [_flag(o) for o in (*chosen, "compare") if getattr(args, o)]
     if args.low_memory and args.measures_whole:
-        raise UsageError(f"--{args.measures_whole[0]} measures the whole model, which --low-memory never holds")
+        raise UsageError(f"{args.measures_whole[0]} measures the whole model, which --low-memory never holds")
     if args.weights and args.target_kl is None:
         raise UsageError("--weights says what --target-kl chooses; without one there is nothing to choose")
     of_weights = args.bits is not None or args.size is not None or args.weights

@@ -8,6 +8,7 @@ from torch import nn
 from flexq.evaluate.int8 import quantize_model_int8
 from flexq.evaluate.perplexity import Evaluation
 from flexq.plan import RECIPES
+from flexq.plots import pyplot
 from flexq.progress import Progress
 from flexq.quantize.layers import shared_copy
 from flexq.quantize.model import quantize_model
@@ -38,17 +39,11 @@ def with_recipe(model: nn.Module, recipe: str, progress: Progress | None = None)
 
 def plot(results: Iterable[Evaluation], path: str | Path) -> None:
     """Perplexity change and KL of each format as bars, to an image file."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'") from None
+    plt = pyplot()
     compared = [r for r in results if r.kl is not None]
     if not compared:
         raise ValueError("a plot compares models with a reference; give one")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(compared) + 1.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.6 * len(compared) + 1.6), sharey=True, layout="constrained")
     names = [r.name for r in compared]
     panels = (
         (
@@ -67,4 +62,4 @@ def plot(results: Iterable[Evaluation], path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from flexq.plots import pyplot
+
 
 @contextmanager
 def heat_map(
@@ -23,19 +25,13 @@ def heat_map(
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'flexq[plot]'") from None
     block_of = block_of or (lambda name: next((int(part) for part in name.split(".") if part.isdigit()), 0))
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(values)))
     grid = torch.zeros(len(kinds), max(map(block_of, values)) + 1)
     for name, value in values.items():
         grid[kinds.index(name.rpartition(".")[2]), block_of(name)] = max(value, 0.0)
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), width_ratios=(2, 1), layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4), width_ratios=(2, 1), layout="constrained")
     image = axes[0].imshow(grid.sqrt(), aspect="auto", cmap="viridis")
     axes[0].set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="block", title=what)
     figure.colorbar(image, ax=axes[0])
@@ -44,4 +40,4 @@ def heat_map(
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)
