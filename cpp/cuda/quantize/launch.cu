@@ -5,6 +5,7 @@
 #include "cuda/launch.h"
 #include "cuda/quantize/groups.cuh"
 #include "cuda/quantize/norms.cuh"
+#include "cuda/quantize/pairs.cuh"
 #include "cuda/quantize/schedule.h"
 #include "cuda/quantize/tokens.cuh"
 
@@ -45,8 +46,21 @@ bool launch_norms(cudaStream_t stream, const Device& device, Params params) {
 }
 
 template <typename T, ActivationSource::Kind kKind>
+void launch_pairs(cudaStream_t stream, const Device& device, const Params& params) {
+  Launch how{.overlapped = device.has_sm90};
+  how.grid = checked_grid("quantize_activation", ceil_div(params.m, int64_t{kPairTokens}));
+  how.block = dim3(static_cast<unsigned>(32 * ceil_div(params.groups, int64_t{kPairWarpGroups})));
+  launch(stream, "quantize_activation", quantize_pairs<T, kKind>, how, params);
+}
+
+template <typename T, ActivationSource::Kind kKind>
 void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
   constexpr int kInputs = inputs_of(kKind);
+  if constexpr (sizeof(T) == 2) {
+    if (params.k % Part<4>::kCount == 0 && takes_pairs(device, params)) {
+      return launch_pairs<T, kKind>(stream, device, params);
+    }
+  }
   const bool tiles = takes_tiles(device, params, true);
   if constexpr (kKind == ActivationSource::kRmsNorm) {
     if (tiles && launch_norms<T>(stream, device, params)) return;

@@ -13,6 +13,13 @@ constexpr int kWarps = 8;              // of a CTA, where nothing of the whole t
 constexpr int kMaxTokenThreads = 512;  // of a CTA, where the whole token decides
 constexpr int kMaxCluster = 16;
 
+// Where a CTA has two tokens: the least whose codes fill sectors of 32 bytes. 4 lanes have a group, half a warp a
+// token.
+constexpr int kPairTokens = 2;
+constexpr int kPairWarpGroups = 32 / kPairTokens / 4;
+constexpr int kMaxPairThreads = 1024;
+constexpr int kMaxPairGroups = kMaxPairThreads / 32 * kPairWarpGroups;
+
 // Matrices that a source reads, a norm's weight aside.
 constexpr int inputs_of(ActivationSource::Kind kind) { return kind == ActivationSource::kPlain ? 1 : 2; }
 

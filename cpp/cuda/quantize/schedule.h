@@ -19,6 +19,19 @@ inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
   return p.m > max_single_tokens(of_tokens);
 }
 
+// Where the whole token decides: two tokens a CTA rather than a tile of 8, or one, by clusters. From as many values on
+// as give each SM something to do. Rows so long that an SM has room for one such CTA only are for it while there are
+// few rounds of them, or where something is fused in: nothing hides what its threads wait for.
+inline bool takes_pairs(const Device& device, const Params& p) {
+  constexpr int64_t kLeastValues = 12288, kMostOfPlain = 65536;  // for each SM
+  constexpr int64_t kLeastGroups = 8;
+  const int64_t values = p.m * p.k;
+  const bool alone = p.groups > kMaxPairGroups / 2;
+  return p.vectors && p.groups >= kLeastGroups && p.groups <= kMaxPairGroups &&
+         values > kLeastValues * device.num_sms &&
+         (!alone || p.source.kind != ActivationSource::kPlain || values <= kMostOfPlain * device.num_sms);
+}
+
 struct ClusterShape {
   int ctas, warps;
 };

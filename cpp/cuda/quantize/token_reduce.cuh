@@ -30,13 +30,13 @@ __device__ int join_cluster(int cluster, Tables (&... tables)[2]) {
 // its value to every CTA, whose mbarrier counts the bytes: a cluster barrier would first wait for the codes of the tile
 // before. Two tables alternate for each statistic: a warp sends a tile's value after it has read the table of the tile
 // before, so that none is overwritten.
-template <int kLanes, int kMaxThreads = kMaxTokenThreads>
+template <int kLanes, int kMaxThreads = kMaxTokenThreads, int kCtas = kMaxCluster>
 class TokenReduce {
  public:
   static constexpr int kTokens = 32 / kLanes;  // of a warp, a CTA and a cluster alike
   struct Table {
     uint64_t arrived;
-    uint32_t of_warp[kMaxCluster * kMaxThreads / 32][kTokens];
+    uint32_t of_warp[kCtas * kMaxThreads / 32][kTokens];
   };
 
   // `rank` of join_cluster().
