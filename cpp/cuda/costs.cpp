@@ -16,7 +16,6 @@ namespace flexq::cuda {
 namespace {
 
 // Fitted on an H100 80GB HBM3 to whole linear layers, in which GEMMs overlap with quantizers (`cuda_linear --kernels`).
-// H200 differs in its memory only.
 constexpr CostTable kSm90 = {
     .bandwidth_share = 0.94,
     .mma_only_tokens = 8,
@@ -90,7 +89,7 @@ constexpr CostTable kSm90 = {
                   .row_us = 0.009714,
                   .split_us = 2.748},
 };
-constexpr double kSm90BytesPerClock = 12.8;  // theoretical, of memory, a clock and SM of that H100
+constexpr double kSm90BytesPerClock = 3.352e6 / (1980.0 * 132);  // theoretical, of memory, a clock and SM of that H100
 
 // int8 operations a clock and SM by mma.sync. Measured on sm_90; vendors' figures for full-rate architectures; guesses,
 // on the safe side, where mma.sync is slow (sm_100) or int8 nearly gone (sm_103).
@@ -196,8 +195,7 @@ NamedCostTable cost_table_for(const DeviceTraits& device) {
   const Override& o = override_table();
   if (o.error) throw *o.error;
   if (o.table) return {"FLEXQ_COSTS", *o.table};
-  if (device.sm == 90) return {"sm_90", kSm90};
-  return {cat("sm_", device.sm, " derived"), derived(device)};
+  return {cat("sm_", device.sm, device.sm == 90 ? "" : " derived"), derived(device)};
 }
 
 std::string cost_table_text(const CostTable& table) {
