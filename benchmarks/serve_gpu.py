@@ -131,17 +131,21 @@ class Served:
     """An engine and what is asked of it."""
 
     def __init__(self, engine, vocabulary: int):
-        self.engine, self.vocabulary, self.asked = engine, vocabulary, 0
-        self.failed = 0
+        self.engine, self.vocabulary = engine, vocabulary
+        self.asked, self.requests, self.failed = 0, 0, 0
 
-    async def request(self, prompt: int, output: int, streamed: bool = False) -> list[float]:
+    def prompt(self, tokens: int) -> list[int]:
+        """One that was not asked before."""
+        self.asked += 1
+        chosen = random.Random(self.asked)
+        return [chosen.randrange(10, self.vocabulary) for _ in range(tokens)]
+
+    async def request(self, prompt: list[int], output: int, streamed: bool = False) -> list[float]:
         """When each of the new tokens came, if streamed; else when the last one did."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self.asked += 1
-        chosen = random.Random(self.asked)
-        ids = [chosen.randrange(10, self.vocabulary) for _ in range(prompt)]
+        self.requests += 1
         params = SamplingParams(
             temperature=0,
             max_tokens=output,
@@ -151,7 +155,9 @@ class Served:
         )
         times: list[float] = []
         try:
-            async for answer in self.engine.generate({"prompt_token_ids": ids}, params, request_id=str(self.asked)):
+            async for answer in self.engine.generate(
+                {"prompt_token_ids": prompt}, params, request_id=str(self.requests)
+            ):
                 times += [time.perf_counter()] * max(1, len(answer.outputs[0].token_ids) if streamed else 1)
         except Exception as error:
             print(f"a request failed: {error}", file=sys.stderr)
@@ -162,8 +168,9 @@ class Served:
         """Of a whole batch, the fastest of some."""
         least = float("inf")
         for _ in range(repeats):
+            prompts = [self.prompt(prompt) for _ in range(batch)]
             begin = time.perf_counter()
-            await asyncio.gather(*(self.request(prompt, output) for _ in range(batch)))
+            await asyncio.gather(*(self.request(ids, output) for ids in prompts))
             least = min(least, time.perf_counter() - begin)
         return least
 
@@ -179,7 +186,8 @@ class Served:
             return min(most, max(4, round(median * chosen.lognormvariate(0, spread))))
 
         sizes = [(length(120, 1.1, 1024), length(110, 0.9, 512)) for _ in range(4 * clients)]
-        waiting, first, between, tokens = list(reversed(sizes)), [], [], 0
+        waiting = [(self.prompt(prompt), output) for prompt, output in reversed(sizes)]
+        first, between, tokens = [], [], 0
 
         async def client() -> None:
             nonlocal tokens
