@@ -84,7 +84,7 @@ struct DeviceTraits {
 };
 
 struct NamedCostTable {
-  std::string name;  // "sm_90", "sm_89 derived", or "FLEXQ_COSTS"
+  std::string name;  // "sm_90" (L2 in proportion to memory), "sm_89 derived", or "FLEXQ_COSTS"
   CostTable table;
 };
 

@@ -12,7 +12,7 @@ namespace flexq::cuda {
 // Prepacked weights are records of 16 rows x 128 k (records.cuh says what is in them), in tiles of 128 rows,
 // [N / 128][G][8], the last tile with as many as there are: a tile's groups are contiguous, for bulk copies. Scales are
 // fp16, 16 to a record. In scheme group they follow their 8 records (a separate stream of 64 bytes at a time would cost
-// more than its share of bandwidth); in scheme channel, [N / 16], they follow the last tile.
+// more than its share of bandwidth); in scheme channel, [N / 16], they follow the last tile and its gap.
 inline constexpr int kRecordRows = 16;
 inline constexpr int kRecordScaleBytes = kRecordRows * 2;
 constexpr int record_bytes(int bits) { return kRecordRows * group_bytes(bits); }
@@ -34,9 +34,9 @@ constexpr int record_and_scale_bytes(int bits, bool per_group) {
   return record_bytes(bits) + (per_group ? kRecordScaleBytes : 0);
 }
 
-// Between tiles. A group of a tile is 10 KB with 5 bits, so that tiles at multiples of 5 times a power of two would be
-// read from the same of an H100's five stacks of memory at the same time: up to 6% slower with few tokens. 1 to 5 KB
-// help, 5 KB most, and only long rows; scales between groups do as well, and other widths never need it.
+// Between tiles. A group of a tile is 10 KB with 5 bits, so that tiles would begin at multiples of 5 times a high power
+// of two, probably in the same of an H100's five stacks of memory: up to 6% slower with few tokens. 2 to 5 KB help,
+// with long rows; scales between groups do as well, and on an H100 other widths do not need it.
 constexpr int64_t tile_gap_bytes(int64_t groups, int bits, bool per_group) {
   return bits == 5 && !per_group && groups >= 32 ? 5120 : 0;
 }

@@ -290,7 +290,8 @@ FLEXQ_API flexq_status flexq_linear(const flexq_stream* stream, const flexq_weig
                                     flexq_dtype y_dtype, int64_t ldy, void* workspace, size_t workspace_bytes);
 
 /* The cost table by which the device's GEMM kernels are chosen.
- *   name: "sm_90" for one fitted on such a device, "sm_89 derived" for one derived from the device's properties,
+ *   name: "sm_90" for one fitted on an H100 (on others of the kind L2's costs are in proportion to their memory's
+ * bandwidth), "sm_89 derived" for one derived from the device's properties,
  * "FLEXQ_COSTS" for the file that this environment variable names, "none" where there is nothing to choose.
  *   text: lines `name = value`, the format of such a file. Both strings are the library's. */
 FLEXQ_API flexq_status flexq_cost_table(const flexq_stream* stream, const char** name, const char** text);

@@ -67,7 +67,7 @@ void test_choices() {
   }
 }
 
-// Its memory is faster, its L2 is not: reading weights from there again, for further tokens, weighs more.
+// An H200's memory is faster, its L2 is not: reading weights from there again, for further tokens, weighs more.
 void test_l2_in_proportion_to_memory() {
   const CostTable h100 = cost_table_for(kH100).table, h200 = cost_table_for(kH200).table;
   CHECK(std::abs(h200.wgmma_l2 / h100.wgmma_l2 - kH200.memory_bytes_per_us / kH100.memory_bytes_per_us) < 1e-9);

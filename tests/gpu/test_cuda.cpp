@@ -290,16 +290,18 @@ void test_quantize_weight(const Gpu& gpu) {
   CHECK(std::strstr(flexq_last_error(), "codes[1][77] is 16; 5-bit codes are -16 to 15") != nullptr);
 }
 
+enum class SumAt { kApart, kX, kResidual };
 struct FusedCase {
   flexq::ActivationDesc act;
   flexq_dtype dtype;
   int64_t ld;
-  bool with_residual, in_place;
+  bool with_residual;
+  SumAt sum_at;
 };
 
 // The fused quantizers against the CPU's: the same sums, and codes and scales but for roundings of the norm.
 void check_fused(const Gpu& gpu, const FusedCase& c, std::mt19937& rng) {
-  const auto& [act, dtype, ld, with_residual, in_place] = c;
+  const auto& [act, dtype, ld, with_residual, sum_at] = c;
   const int64_t m = act.m, k = act.k;
   const auto count = static_cast<size_t>(m * ld);
   const std::vector<uint8_t> x = as_bytes(test::random_values(count, rng), dtype);
@@ -326,7 +328,9 @@ void check_fused(const Gpu& gpu, const FusedCase& c, std::mt19937& rng) {
     const DeviceArray<uint8_t> device_x(x), device_other(other), device_weight(weight), device_sum(x.size());
     flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
     const DeviceArray<uint8_t> quantized(bytes);
-    const DeviceArray<uint8_t>& out = in_place ? device_x : device_sum;
+    const DeviceArray<uint8_t>& out = sum_at == SumAt::kX          ? device_x
+                                      : sum_at == SumAt::kResidual ? device_other
+                                                                   : device_sum;
     run(gpu.cuda, device_x.data(), device_other.data(), device_weight.data(), out.data(), quantized.data(), bytes);
     const DeviceArray<int8_t> device_codes(codes.size());
     const DeviceArray<float> device_scales(num_scales);
@@ -363,16 +367,40 @@ void test_fused(const Gpu& gpu) {
     const flexq::ActivationDesc act(m, k, rng() % 2 ? 8 : 6, static_cast<flexq_scheme>(rng() % 2),
                                     static_cast<flexq_rotation>(rng() % 2));
     const int64_t ld = k + (rng() % 2 ? 0 : 5);
-    const bool with_residual = rng() % 2, in_place = rng() % 2;
-    check_fused(gpu, {act, dtype, ld, with_residual, in_place}, rng);
+    const bool with_residual = rng() % 2;
+    check_fused(gpu, {act, dtype, ld, with_residual, static_cast<SumAt>(rng() % (with_residual ? 3 : 2))}, rng);
   }
-  // Norms by tiles: by single CTAs and by clusters, of one tile and of several, with and without an end of the row.
+  // Norms by tiles, of floats and of short rows: by single CTAs and by clusters, of one tile and of several, with and
+  // without an end of the row. Others by pairs.
   int round = 0;
   for (const auto& [m, k] : std::vector<std::pair<int64_t, int64_t>>{{4500, 576}, {2100, 1280}, {1100, 4104}}) {
     for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
       for (const flexq_dtype dtype : {FLEXQ_F32, FLEXQ_F16, FLEXQ_BF16}) {
         const auto rotation = static_cast<flexq_rotation>(round % 4 != 0);
-        check_fused(gpu, {{m, k, 8, scheme, rotation}, dtype, k, round % 3 != 0, round % 2 != 0}, rng);
+        check_fused(gpu, {{m, k, 8, scheme, rotation}, dtype, k, round % 3 != 0, static_cast<SumAt>(round % 2)}, rng);
+        ++round;
+      }
+    }
+  }
+}
+
+// Quantizers of two tokens a CTA, which a GPU of 132 SMs takes for these: one token left over, the fewest groups and
+// the most, warps and groups that end early, rows apart. Then rows just too short and too long for them.
+void test_pairs(const Gpu& gpu, bool quick) {
+  std::mt19937 rng(19);
+  int round = 0;
+  for (const auto& [m, k] : std::vector<std::pair<int64_t, int64_t>>{
+           {1601, 1096}, {1801, 904}, {397, 8200}, {115, 14344}, {101, 16384}, {2501, 896}, {141, 16392}}) {
+    if (quick && k != 1096 && k != 14344) continue;
+    for (const flexq_dtype dtype : {FLEXQ_F16, FLEXQ_BF16}) {
+      Case c = random_case(rng, m, 5, k, FLEXQ_SCHEME_CHANNEL);
+      c.dtype = dtype;
+      c.pad = round % 2 ? 8 : 0;
+      check_case(gpu, c, rng, quick ? 0 : 2);
+      for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
+        const flexq::ActivationDesc act(m, k, c.act_bits, scheme, c.rotation);
+        check_fused(gpu, {act, dtype, k + c.pad, round % 4 != 0, static_cast<SumAt>(round % 4 != 0 ? round % 3 : 0)},
+                    rng);
         ++round;
       }
     }
@@ -380,20 +408,21 @@ void test_fused(const Gpu& gpu) {
 }
 
 // What is not finite stays with its token, also where tiles follow each other in the same memory.
-void test_norms_not_finite(const Gpu& gpu) {
+void check_norms_not_finite(const Gpu& gpu, int64_t m, int64_t k, flexq_dtype dtype) {
   std::mt19937 rng(16);
-  const int64_t m = 4500, k = 576, groups = (k + kGroup - 1) / kGroup;
+  const int64_t groups = (k + kGroup - 1) / kGroup;
   std::vector<float> x = test::random_values(static_cast<size_t>(m * k), rng);
-  x[3 * k] = std::nanf("");
-  x[11 * k + 575] = INFINITY;
-  const DeviceArray<float> device_x(x), weight(test::random_values(static_cast<size_t>(k), rng)), sum(x.size());
+  x[static_cast<size_t>(3 * k)] = std::nanf("");
+  x[static_cast<size_t>(12 * k - 1)] = INFINITY;
+  const DeviceArray<uint8_t> device_x(as_bytes(x, dtype)), sum(device_x.size());
+  const DeviceArray<uint8_t> weight(as_bytes(test::random_values(static_cast<size_t>(k), rng), dtype));
   for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
     const flexq::ActivationDesc act(m, k, 8, scheme);
     size_t bytes = 0;
     flexq::check(flexq_activation_size(&gpu.cuda, &act, &bytes));
     const DeviceArray<uint8_t> quantized(bytes);
-    flexq::check(flexq_rms_norm_quantize(&gpu.cuda, &act, device_x.data(), k, nullptr, k, weight.data(), 1e-5f,
-                                         FLEXQ_F32, sum.data(), k, quantized.data(), bytes));
+    flexq::check(flexq_rms_norm_quantize(&gpu.cuda, &act, device_x.data(), k, nullptr, k, weight.data(), 1e-5f, dtype,
+                                         sum.data(), k, quantized.data(), bytes));
     const size_t of_token = scheme == FLEXQ_SCHEME_GROUP ? static_cast<size_t>(groups) : 1;
     const DeviceArray<int8_t> codes(static_cast<size_t>(m * groups * kGroup));
     const DeviceArray<float> scales(static_cast<size_t>(m) * of_token);
@@ -405,6 +434,12 @@ void test_norms_not_finite(const Gpu& gpu) {
     }
     for (const size_t token : {3, 11}) CHECK(std::isnan(got[token * of_token + of_token - 1]));
   }
+}
+
+void test_norms_not_finite(const Gpu& gpu) {
+  check_norms_not_finite(gpu, 4500, 576, FLEXQ_F32);
+  check_norms_not_finite(gpu, 1801, 904, FLEXQ_BF16);
+  check_norms_not_finite(gpu, 115, 14344, FLEXQ_F16);
 }
 
 // CTAs that wait for each other's sums must come to an end where only one of them is resident, with the same bits.
@@ -563,6 +598,7 @@ int main(int argc, char** argv) {
   test_quantize_weight(gpu);
   test_fused(gpu);
   test_norms_not_finite(gpu);
+  test_pairs(gpu, quick);
   test_shapes(gpu, quick);
   test_random_draws(gpu, quick ? 20 : 1000);
   cuda_check(cudaStreamDestroy(stream));

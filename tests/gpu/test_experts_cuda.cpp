@@ -510,7 +510,8 @@ void test_gemms(const Gpu& gpu, const Device& device) {
                                             {1000, 1500, 6},
                                             {402, 576, 4},
                                             {1000, 1500, 5},
-                                            {402, 1500, 8}}) {
+                                            {402, 1500, 8},
+                                            {130, 4100, 5}}) {
       flexq_experts_desc desc = desc_of(5, k, n / 2);
       desc.gate_up.scheme = scheme;
       desc.gate_up.weight_bits = weight_bits;

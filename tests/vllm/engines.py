@@ -23,7 +23,7 @@ def engine(folder: Path, **options) -> LLM:
     """An engine in eager mode, unless `options` say otherwise; several fit on a GPU."""
     defaults = {"enforce_eager": True, "max_model_len": 512, "dtype": DTYPE, "disable_log_stats": True}
     if GPUS:
-        # Given, as what else runs on the GPU may free memory while vLLM finds out how much there is.
+        # vLLM would measure how much memory its start takes, which other programs on the GPU change meanwhile.
         defaults |= {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 1 << 28}
     return LLM(str(folder), **(defaults | options))
 

@@ -19,9 +19,9 @@ inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
   return p.m > max_single_tokens(of_tokens);
 }
 
-// Where the whole token decides: two tokens a CTA rather than a tile of 8, or one, by clusters. From as many values on
-// as give each SM something to do. Rows so long that an SM has room for one such CTA only are for it while there are
-// few rounds of them, or where something is fused in: nothing hides what its threads wait for.
+// Where the whole token decides: two tokens a CTA rather than a tile of 8, or one, by clusters. From so many values on
+// it takes less time. Longer rows leave an SM room for one such CTA, where nothing hides what its threads wait for:
+// many of them are for clusters, unless something is fused in.
 inline bool takes_pairs(const Device& device, const Params& p) {
   constexpr int64_t kLeastValues = 12288, kMostOfPlain = 65536;  // for each SM
   constexpr int64_t kLeastGroups = 8;

@@ -29,7 +29,7 @@ __device__ int join_cluster(int cluster, Tables (&... tables)[2]) {
 // Reduces one value for each token of a tile over all warps of the cluster, always in the same order. Each warp sends
 // its value to every CTA, whose mbarrier counts the bytes: a cluster barrier would first wait for the codes of the tile
 // before. Two tables alternate for each statistic: a warp sends a tile's value after it has read the table of the tile
-// before, so that none is overwritten.
+// before, so that none is overwritten. `kCtas`: the most that a cluster may have.
 template <int kLanes, int kMaxThreads = kMaxTokenThreads, int kCtas = kMaxCluster>
 class TokenReduce {
  public:
