@@ -348,15 +348,30 @@ void test_planes(const flexq::Stream& stream) {
   }
 }
 
-#if defined(__SSE__)
+#if defined(__SSE__) || defined(__aarch64__)
 // The mode of -ffast-math's start-up code and torch.set_flush_denormal, in which subnormal floats are zeros.
 class WithoutSubnormals {
  public:
-  WithoutSubnormals() { _mm_setcsr(before_ | 0x8040u); }
-  ~WithoutSubnormals() { _mm_setcsr(before_); }
+  WithoutSubnormals() { set(before_ | kFlush); }
+  ~WithoutSubnormals() { set(before_); }
 
  private:
-  unsigned before_ = _mm_getcsr();
+#if defined(__SSE__)
+  using Mode = unsigned;
+  static constexpr Mode kFlush = 0x8040;
+  static Mode get() { return _mm_getcsr(); }
+  static void set(Mode mode) { _mm_setcsr(mode); }
+#else
+  using Mode = uint64_t;
+  static constexpr Mode kFlush = 1 << 24;
+  static Mode get() {
+    Mode mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set(Mode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+#endif
+  Mode before_ = get();
 };
 
 void test_callers_without_subnormals(const flexq::Stream& stream) {
@@ -393,7 +408,7 @@ int main() {
     test_error_by_width(stream);
     test_zero_and_tiny(stream);
     test_vanishing_scales(stream);
-#if defined(__SSE__)
+#if defined(__SSE__) || defined(__aarch64__)
     test_callers_without_subnormals(stream);
 #endif
     test_extreme_codes(stream);

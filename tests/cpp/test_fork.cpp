@@ -100,7 +100,9 @@ void test_too_few_threads() {
     CHECK(pthread_attr_init(&stacks) == 0 && pthread_attr_setstacksize(&stacks, 8u << 20) == 0);
     CHECK(pthread_setattr_default_np(&stacks) == 0);
     const rlimit limit{400u << 20, 400u << 20};
-    CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
+    rlimit taken{};
+    CHECK(setrlimit(RLIMIT_AS, &limit) == 0 && getrlimit(RLIMIT_AS, &taken) == 0);
+    if (taken.rlim_cur != limit.rlim_cur) return;  // qemu's user mode takes no such limit
     flexq_thread_pool* pool = nullptr;
     CHECK(flexq_thread_pool_create(1024, &pool) == FLEXQ_OUT_OF_MEMORY && pool == nullptr);
     CHECK(std::strstr(flexq_last_error(), "num_threads is 1024, and the system started only ") != nullptr);
