@@ -16,6 +16,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 sys.path.append(str(Path(__file__).parent))
 
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the sun.",
+    "Water boils at a hundred degrees, unless one takes the kettle up a mountain first.",
+    "Once upon a time, in a village by the sea, there lived a keeper of a lighthouse.",
+    "The capital of France is where the word for bread is short and the bread is long.",
+]
+
 
 def pytest_configure():
     """On the CPU engines share the test's process, as a process of their own spends 30 s on importing. Servers, workers
@@ -41,14 +48,14 @@ def smollm(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Of 700 tokens, learned from the README."""
+    """Of bytes, and of what a few sentences have in common."""
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer, learned.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    learned.train([str(Path(__file__).resolve().parents[2] / "README.md")], trainer)
+    learned.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=learned, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
