@@ -89,8 +89,8 @@ constexpr CostTable kSm90 = {
                   .row_us = 0.009714,
                   .split_us = 2.748},
 };
-constexpr double kSm90BytesPerClock =
-    3.35232e6 / (1980.0 * 132);  // theoretical, of memory, a clock and SM of that H100
+// Of memory, theoretical, a clock and SM of that H100.
+constexpr double kSm90BytesPerClock = 3.35232e6 / (1980.0 * 132);
 
 // int8 operations a clock and SM by mma.sync. Measured on sm_90; vendors' figures for full-rate architectures; guesses,
 // on the safe side, where mma.sync is slow (sm_100) or int8 nearly gone (sm_103).

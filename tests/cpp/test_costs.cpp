@@ -43,18 +43,23 @@ void test_text() {
   refuses(replaced(text, "mma_8.group_ops =", "mma_8.group_ops = 0"), "must be more than 0");
 }
 
+Device device_of(const DeviceTraits& traits, const CostTable& table) {
+  Device device{};
+  device.num_sms = traits.num_sms;
+  device.has_sm90 = traits.sm >= 90;
+  device.has_wgmma = traits.sm == 90;
+  device.dram_bytes_per_us = table.bandwidth_share * traits.memory_bytes_per_us;
+  device.clocks_per_us = traits.clocks_per_us;
+  device.costs = table;
+  return device;
+}
+
 void test_choices() {
   for (const int sm : {80, 86, 87, 89, 90, 100, 103, 110, 120, 121}) {
     const DeviceTraits traits{sm, 100, 1e6, 2000};
     const NamedCostTable named = cost_table_for(traits);
     CHECK((named.name.find("derived") == std::string::npos) == (sm == 90));
-    Device device{};
-    device.num_sms = traits.num_sms;
-    device.has_sm90 = sm >= 90;
-    device.has_wgmma = sm == 90;
-    device.dram_bytes_per_us = named.table.bandwidth_share * traits.memory_bytes_per_us;
-    device.clocks_per_us = traits.clocks_per_us;
-    device.costs = named.table;
+    Device device = device_of(traits, named.table);
     device.clusters = {0, 100, 50, 30, 22};
     for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
       for (const int64_t m : {1, 8, 9, 100, 5000}) {
@@ -72,13 +77,8 @@ void test_l2_in_proportion_to_memory() {
   const CostTable h100 = cost_table_for(kH100).table, h200 = cost_table_for(kH200).table;
   CHECK(std::abs(h200.wgmma_l2 / h100.wgmma_l2 - kH200.memory_bytes_per_us / kH100.memory_bytes_per_us) < 1e-9);
   CHECK(h200.wgmma_channel_clocks_16 == h100.wgmma_channel_clocks_16 && h200.mma_8.group_ops == h100.mma_8.group_ops);
-  Device device{};
-  device.num_sms = kH200.num_sms;
-  device.has_sm90 = device.has_wgmma = true;
+  Device device = device_of(kH200, h200);
   device.shared_per_cta = 227 * 1024;
-  device.dram_bytes_per_us = h200.bandwidth_share * kH200.memory_bytes_per_us;
-  device.clocks_per_us = kH200.clocks_per_us;
-  device.costs = h200;
   device.clusters = {0, 132, 66, 42, 30};
   const flexq::WeightDesc desc(4096, 14336, FLEXQ_SCHEME_CHANNEL, FLEXQ_ROTATION_HADAMARD128, 5);
   // Measured on an H200: 16.4 us; by tiles of 16 tokens 20.4.

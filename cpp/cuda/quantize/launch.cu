@@ -13,11 +13,14 @@ namespace flexq::cuda {
 namespace quantize {
 namespace {
 
-// False where rows are not vectors, or too long for the shared memory of as large a cluster as fits.
+// Each row is whole vectors of four lanes' parts, aligned.
+bool rows_are_whole_vectors(const Params& params) { return params.vectors && params.k % Part<4>::kCount == 0; }
+
+// False where rows are not whole vectors, or too long for the shared memory of as large a cluster as fits.
 template <typename T>
 bool launch_norms(cudaStream_t stream, const Device& device, Params params) {
   constexpr int64_t kMostGroups = 1 << 20;  // far beyond what fits, so that sizes are ints
-  if (!params.vectors || params.k % Part<4>::kCount != 0 || params.groups > kMostGroups) return false;
+  if (!rows_are_whole_vectors(params) || params.groups > kMostGroups) return false;
   // Tables, and what an SM keeps for each CTA.
   constexpr size_t kBeside =
       2 * (sizeof(typename TokenReduce<4, 32>::Table) + sizeof(typename TokenReduce<4, kNormThreads>::Table)) + 1024;
@@ -57,7 +60,7 @@ template <typename T, ActivationSource::Kind kKind>
 void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
   constexpr int kInputs = inputs_of(kKind);
   if constexpr (sizeof(T) == 2) {
-    if (params.k % Part<4>::kCount == 0 && takes_pairs(device, params)) {
+    if (rows_are_whole_vectors(params) && takes_pairs(device, params)) {
       return launch_pairs<T, kKind>(stream, device, params);
     }
   }

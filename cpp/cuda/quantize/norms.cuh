@@ -1,4 +1,4 @@
-// The quantizer with a fused RMS norm, of many tokens.
+// The quantizer with a fused RMS norm, of many tokens that pairs.cuh does not take.
 #pragma once
 
 #include "cuda/quantize/group_part.cuh"

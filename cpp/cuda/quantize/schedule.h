@@ -19,16 +19,15 @@ inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
   return p.m > max_single_tokens(of_tokens);
 }
 
-// Where the whole token decides: two tokens a CTA rather than a tile of 8, or one, by clusters. From so many values on
-// it takes less time. Longer rows leave an SM room for one such CTA, where nothing hides what its threads wait for:
-// many of them are for clusters, unless something is fused in.
+// Where the whole token decides and rows are whole vectors of 16-bit values: two tokens a CTA rather than a tile of 8,
+// or one, by clusters. From so many values on it takes less time. Longer rows leave an SM room for one such CTA, where
+// nothing hides what its threads wait for: many of them are for clusters, unless something is fused in.
 inline bool takes_pairs(const Device& device, const Params& p) {
   constexpr int64_t kLeastValues = 12288, kMostOfPlain = 65536;  // for each SM
   constexpr int64_t kLeastGroups = 8;
   const int64_t values = p.m * p.k;
   const bool alone = p.groups > kMaxPairGroups / 2;
-  return p.vectors && p.groups >= kLeastGroups && p.groups <= kMaxPairGroups &&
-         values > kLeastValues * device.num_sms &&
+  return p.groups >= kLeastGroups && p.groups <= kMaxPairGroups && values > kLeastValues * device.num_sms &&
          (!alone || p.source.kind != ActivationSource::kPlain || values <= kMostOfPlain * device.num_sms);
 }
 
