@@ -370,10 +370,11 @@ void test_fused(const Gpu& gpu) {
     const bool with_residual = rng() % 2;
     check_fused(gpu, {act, dtype, ld, with_residual, static_cast<SumAt>(rng() % (with_residual ? 3 : 2))}, rng);
   }
-  // Norms by tiles, of floats and of short rows: by single CTAs and by clusters, of one tile and of several, with and
-  // without an end of the row. Others by pairs.
+  // Norms by tiles, of floats and of long rows: by single CTAs and by clusters, of one tile and of several, with and
+  // without an end of the row, of more groups than registers have room for. Others by pairs.
   int round = 0;
-  for (const auto& [m, k] : std::vector<std::pair<int64_t, int64_t>>{{4500, 576}, {2100, 1280}, {1100, 4104}}) {
+  for (const auto& [m, k] :
+       std::vector<std::pair<int64_t, int64_t>>{{4500, 576}, {2100, 1280}, {1100, 4104}, {70, 40008}}) {
     for (const flexq_scheme scheme : {FLEXQ_SCHEME_GROUP, FLEXQ_SCHEME_CHANNEL}) {
       for (const flexq_dtype dtype : {FLEXQ_F32, FLEXQ_F16, FLEXQ_BF16}) {
         const auto rotation = static_cast<flexq_rotation>(round % 4 != 0);
@@ -385,12 +386,12 @@ void test_fused(const Gpu& gpu) {
 }
 
 // Quantizers of two tokens a CTA, which a GPU of 132 SMs takes for these: one token left over, the fewest groups and
-// the most, warps and groups that end early, rows apart. Then rows just too short and too long for them.
+// the most, warps and groups that end early, rows apart. Then rows just too long for them.
 void test_pairs(const Gpu& gpu, bool quick) {
   std::mt19937 rng(19);
   int round = 0;
   for (const auto& [m, k] : std::vector<std::pair<int64_t, int64_t>>{
-           {1601, 1096}, {1801, 904}, {397, 8200}, {115, 14344}, {101, 16384}, {2501, 896}, {141, 16392}}) {
+           {1601, 1096}, {13601, 120}, {2501, 896}, {397, 8200}, {115, 14344}, {101, 16384}, {141, 16392}}) {
     if (quick && k != 1096 && k != 14344) continue;
     for (const flexq_dtype dtype : {FLEXQ_F16, FLEXQ_BF16}) {
       Case c = random_case(rng, m, 5, k, FLEXQ_SCHEME_CHANNEL);
@@ -438,6 +439,7 @@ void check_norms_not_finite(const Gpu& gpu, int64_t m, int64_t k, flexq_dtype dt
 
 void test_norms_not_finite(const Gpu& gpu) {
   check_norms_not_finite(gpu, 4500, 576, FLEXQ_F32);
+  check_norms_not_finite(gpu, 70, 40008, FLEXQ_BF16);
   check_norms_not_finite(gpu, 1801, 904, FLEXQ_BF16);
   check_norms_not_finite(gpu, 115, 14344, FLEXQ_F16);
 }

@@ -4,7 +4,6 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/quantize/groups.cuh"
-#include "cuda/quantize/norms.cuh"
 #include "cuda/quantize/pairs.cuh"
 #include "cuda/quantize/schedule.h"
 #include "cuda/quantize/tokens.cuh"
@@ -12,41 +11,6 @@
 namespace flexq::cuda {
 namespace quantize {
 namespace {
-
-// Each row is whole vectors of four lanes' parts, aligned.
-bool rows_are_whole_vectors(const Params& params) { return params.vectors && params.k % Part<4>::kCount == 0; }
-
-// False where rows are not whole vectors, or too long for the shared memory of as large a cluster as fits.
-template <typename T>
-bool launch_norms(cudaStream_t stream, const Device& device, Params params) {
-  constexpr int64_t kMostGroups = 1 << 20;  // far beyond what fits, so that sizes are ints
-  if (!rows_are_whole_vectors(params) || params.groups > kMostGroups) return false;
-  // Tables, and what an SM keeps for each CTA.
-  constexpr size_t kBeside =
-      2 * (sizeof(typename TokenReduce<4, 32>::Table) + sizeof(typename TokenReduce<4, kNormThreads>::Table)) + 1024;
-  params.prefetch = device.has_wgmma;  // elsewhere, without clusters, fewer rows would fit
-  const auto shared_bytes = [&](int64_t cluster) {
-    return NormLayout<T>(ceil_div(params.groups, cluster), params.prefetch, params.source.other != nullptr).bytes();
-  };
-  const auto fit = [&](size_t ctas, int64_t cluster) {
-    return ctas * (shared_bytes(cluster) + kBeside) <= static_cast<size_t>(device.shared_per_cta);
-  };
-  params.cluster = norm_cluster(device, [&](int64_t cluster) { return fit(kNormCtas, cluster); });
-  Launch how{.block = dim3(kNormThreads), .overlapped = device.has_sm90};
-  int64_t at_once = 0;
-  // A part of a GPU may be too small for the largest clusters.
-  for (; at_once == 0; params.cluster /= 2) {
-    if (params.cluster == 0 || !fit(1, params.cluster)) return false;
-    how.cluster = static_cast<unsigned>(params.cluster);
-    how.grid = dim3(how.cluster);
-    how.shared_bytes = shared_bytes(params.cluster);
-    at_once = clusters_at_once(quantize_norms<T>, how);
-  }
-  params.cluster = static_cast<int>(how.cluster);
-  how.grid.x *= static_cast<unsigned>(ceil_div(params.tiles, ceil_div(params.tiles, at_once)));
-  launch(stream, "quantize_activation", quantize_norms<T>, how, params);
-  return true;
-}
 
 template <typename T, ActivationSource::Kind kKind>
 void launch_pairs(cudaStream_t stream, const Device& device, const Params& params) {
@@ -60,14 +24,12 @@ template <typename T, ActivationSource::Kind kKind>
 void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
   constexpr int kInputs = inputs_of(kKind);
   if constexpr (sizeof(T) == 2) {
-    if (rows_are_whole_vectors(params) && takes_pairs(device, params)) {
+    const bool whole_vectors = params.vectors && params.k % Part<4>::kCount == 0;
+    if (whole_vectors && takes_pairs(device, params)) {
       return launch_pairs<T, kKind>(stream, device, params);
     }
   }
   const bool tiles = takes_tiles(device, params, true);
-  if constexpr (kKind == ActivationSource::kRmsNorm) {
-    if (tiles && launch_norms<T>(stream, device, params)) return;
-  }
   const int64_t count = tiles ? params.tiles : params.m;
   const int warps = token_warps(device, kKind == ActivationSource::kPlain, tiles, count);
   const int kept = kept_groups(kKind, tiles ? 4 : 32);
@@ -80,7 +42,10 @@ void launch_tokens(cudaStream_t stream, const Device& device, Params params) {
     how.cluster = static_cast<unsigned>(shape.ctas);
     how.grid = dim3(how.cluster);
     how.block = dim3(static_cast<unsigned>(32 * shape.warps));
-    how.shared_bytes = tiles && params.vectors ? how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs : 0;
+    const size_t next_tile = how.block.x * sizeof(T) * Part<4>::kValues * kept * kInputs;
+    // Beside the tables of reductions. 99 KB are too few for many floats.
+    const bool fits = next_tile + 4 * sizeof(TokenReduce<4>::Table) <= static_cast<size_t>(device.shared_per_cta);
+    how.shared_bytes = tiles && params.vectors && fits ? next_tile : 0;
     at_once = clusters_at_once(kernel, how);
   }
   params.cluster = static_cast<int>(how.cluster);

@@ -20,15 +20,16 @@ inline bool takes_tiles(const Device& device, const Params& p, bool of_tokens) {
 }
 
 // Where the whole token decides and rows are whole vectors of 16-bit values: two tokens a CTA rather than a tile of 8,
-// or one, by clusters. From so many values on it takes less time. Longer rows leave an SM room for one such CTA, where
-// nothing hides what its threads wait for: many of them are for clusters, unless something is fused in.
+// or one, by clusters. From so many values on it takes less time, but where rows are so short that their CTAs have
+// little to do besides starting: a norm reads them twice. Longer rows leave an SM room for one such CTA, where nothing
+// hides what its threads wait for: many of them are for clusters, unless something is fused in.
 inline bool takes_pairs(const Device& device, const Params& p) {
   constexpr int64_t kLeastValues = 12288, kMostOfPlain = 65536;  // for each SM
-  constexpr int64_t kLeastGroups = 8;
+  constexpr int64_t kLeastGroups = 5;                            // but of norms
   const int64_t values = p.m * p.k;
-  const bool alone = p.groups > kMaxPairGroups / 2;
-  return p.groups >= kLeastGroups && p.groups <= kMaxPairGroups && values > kLeastValues * device.num_sms &&
-         (!alone || p.source.kind != ActivationSource::kPlain || values <= kMostOfPlain * device.num_sms);
+  const bool alone = p.groups > kMaxPairGroups / 2, plain = p.source.kind == ActivationSource::kPlain;
+  return (p.groups >= kLeastGroups || p.source.kind == ActivationSource::kRmsNorm) && p.groups <= kMaxPairGroups &&
+         values > kLeastValues * device.num_sms && (!alone || !plain || values <= kMostOfPlain * device.num_sms);
 }
 
 struct ClusterShape {
@@ -56,14 +57,6 @@ inline int token_warps(const Device& device, bool plain, bool tiles, int64_t cou
 // While tiles are few, small CTAs reach more SMs.
 inline int group_warps(const Device& device, bool tiles, const Params& p) {
   return tiles && p.tiles * p.groups < 8 * device.num_sms ? 2 : kWarps;
-}
-
-// CTAs that share a tile and its norms: as few as let others share their SMs.
-template <typename Fits>
-int norm_cluster(const Device& device, const Fits& fit) {
-  int ctas = 1;
-  while (device.has_wgmma && ctas < kMaxCluster && !fit(ctas)) ctas *= 2;
-  return ctas;
 }
 
 struct Residency {

@@ -41,12 +41,11 @@ class TokenReduce {
 
   // `rank` of join_cluster().
   __device__ TokenReduce(int cluster, int rank)
-      : TokenReduce(cluster, static_cast<int>(blockDim.x / 32),
-                    rank * static_cast<int>(blockDim.x / 32) + static_cast<int>(threadIdx.x / 32), true) {}
-
-  // Of values that one warp of a CTA has for each token: only those lanes say that they have one. Each warp must have
-  // one token's, or it could be left behind by two tiles.
-  __device__ TokenReduce(int cluster, int rank, bool has_value) : TokenReduce(cluster, 1, rank, has_value) {}
+      : cluster_(cluster),
+        warps_(static_cast<int>(blockDim.x / 32)),
+        warp_(rank * warps_ + static_cast<int>(threadIdx.x / 32)),
+        token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
+        lane_(static_cast<int>(threadIdx.x) % kLanes) {}
 
   // `iteration` counts the tiles of this cluster from 0.
   __device__ float sum(float value, Table (&tables)[2], int iteration) const {
@@ -57,19 +56,11 @@ class TokenReduce {
   }
 
  private:
-  __device__ TokenReduce(int cluster, int warps, int warp, bool has_value)
-      : cluster_(cluster),
-        warps_(warps),
-        warp_(warp),
-        token_(static_cast<int>(threadIdx.x) % 32 / kLanes),
-        lane_(static_cast<int>(threadIdx.x) % kLanes),
-        has_value_(has_value) {}
-
   // Each warp sends its value to all CTAs, one lane to each.
   __device__ const Table& exchange(uint32_t value, Table (&tables)[2], int iteration) const {
     Table& table = tables[iteration % 2];
     if (cluster_ == 1) {
-      if (has_value_ && lane_ == 0) table.of_warp[warp_][token_] = value;
+      if (lane_ == 0) table.of_warp[warp_][token_] = value;
       __syncthreads();
       return table;
     }
@@ -79,7 +70,7 @@ class TokenReduce {
       ptx::mbarrier_arrive_expect(arrived, static_cast<uint32_t>(cluster_ * warps_ * kTokens) * sizeof(value));
     }
     const uint32_t slot = ptx::shared_address(&table.of_warp[warp_][token_]);
-    for (int cta = lane_; has_value_ && cta < cluster_; cta += kLanes) {
+    for (int cta = lane_; cta < cluster_; cta += kLanes) {
       const auto to = static_cast<uint32_t>(cta);
       ptx::store_async(ptx::remote_address(slot, to), value, ptx::remote_address(arrived, to));
     }
@@ -101,10 +92,9 @@ class TokenReduce {
     return over_lanes(all);
   }
 
-  int cluster_, warps_;  // of a CTA that send a value for each token
-  int warp_;             // among those of the cluster
+  int cluster_, warps_;
+  int warp_;  // among those of the cluster
   int token_, lane_;
-  bool has_value_;
 };
 
 }  // namespace flexq::cuda::quantize

@@ -50,45 +50,29 @@ __device__ float rounded(float x) {
   }
 }
 
-// The values of 32 bits: two of a 16-bit type, or a float. Sums and products are what rounded<T>() makes of those of
-// floats: a float has at least twice the digits and two, so that it does not matter to round to it before.
+// Two values of a 16-bit type. Sums and products are what rounded<T>() makes of those of floats: a float has at least
+// twice the digits and two, so that it does not matter to round to it before.
 template <typename T>
 struct Packed {
-  static constexpr int kCount = 4 / static_cast<int>(sizeof(T));
+  static constexpr int kCount = 2;
 
   static __device__ uint32_t pack(const float (&v)[kCount]) {
-    if constexpr (std::is_same_v<T, float>) {
-      return __float_as_uint(v[0]);
-    } else if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<T, __half>) {
       return ptx::pack_f16(v[0], v[1]);
     } else {
       return ptx::pack_bf16(v[0], v[1]);
     }
   }
   static __device__ void unpack(uint32_t bits, float (&v)[kCount]) {
-    if constexpr (std::is_same_v<T, float>) {
-      v[0] = __uint_as_float(bits);
-    } else if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<T, __half>) {
       const float2 both = __half22float2(pair(bits));
       v[0] = both.x, v[1] = both.y;
     } else {
       v[0] = __uint_as_float(bits << 16), v[1] = __uint_as_float(bits & 0xffff0000u);
     }
   }
-  static __device__ uint32_t add(uint32_t a, uint32_t b) {
-    if constexpr (std::is_same_v<T, float>) {
-      return __float_as_uint(__fadd_rn(__uint_as_float(a), __uint_as_float(b)));
-    } else {
-      return bits_of(__hadd2_rn(pair(a), pair(b)));
-    }
-  }
-  static __device__ uint32_t multiply(uint32_t a, uint32_t b) {
-    if constexpr (std::is_same_v<T, float>) {
-      return __float_as_uint(__fmul_rn(__uint_as_float(a), __uint_as_float(b)));
-    } else {
-      return bits_of(__hmul2_rn(pair(a), pair(b)));
-    }
-  }
+  static __device__ uint32_t add(uint32_t a, uint32_t b) { return bits_of(__hadd2_rn(pair(a), pair(b))); }
+  static __device__ uint32_t multiply(uint32_t a, uint32_t b) { return bits_of(__hmul2_rn(pair(a), pair(b))); }
 
  private:
   using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
