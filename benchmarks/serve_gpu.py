@@ -175,12 +175,11 @@ class Served:
         return least
 
     async def step(self, batch: int) -> float:
+        """Seconds; NaN where something else took longer than the steps."""
         few, many = 2, 66
         # Repeated: kernels of a peer may be compiled meanwhile, for how requests happen to come together.
         seconds = await self.seconds(batch, 32, many, repeats=3) - await self.seconds(batch, 32, few, repeats=6)
-        if seconds <= 0:
-            raise RuntimeError(f"{many} tokens of {batch} requests took no longer than {few}: the host is too noisy")
-        return seconds / (many - few)
+        return seconds / (many - few) if seconds > 0 else float("nan")
 
     async def load(self, clients: int) -> dict[str, float]:
         """`clients` requests at a time, four for each client in all."""

@@ -94,6 +94,84 @@ def test_refusals_leave_nothing(tiny_folder, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def single(model, folder):
+    """The model in one file, and what edits that."""
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+
+    def edit(change):
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    return edit
+
+
+def without(name):
+    return lambda tensors: {n: t for n, t in tensors.items() if n != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("model.norm.weight"), "model.norm.weight is missing"),
+        (without("model.embed_tokens.weight"), "embed_tokens.weight is missing"),
+        (
+            lambda t: t | {"model.norm.weight": t["model.norm.weight"][:50].clone()},
+            r"norm.weight is \[50\], the model's",
+        ),
+    ],
+)
+def test_sources_that_are_not_whole_are_refused(tiny_llama, tmp_path, change, message):
+    """Of what is not quantized: else the checkpoint could not be loaded."""
+    single(tiny_llama, tmp_path / "source")(change)
+    with pytest.raises(flexq.ModelError, match=message):
+        flexq.quantize_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_head_that_its_tied_embedding_is_stored_as(tiny_llama, tmp_path):
+    assert tiny_llama.config.tie_word_embeddings
+    edit = single(tiny_llama, tmp_path / "source")
+    edit(lambda t: {n.replace("model.embed_tokens", "lm_head"): tensor for n, tensor in t.items()})
+    plan = flexq.Plan(layers={"lm_head": flexq.LayerConfig(weight_bits=8)})
+    flexq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", plan)
+    assert torch.equal(logits(flexq.load_model(tmp_path / "out")), logits(flexq.quantize_model(tiny_llama, plan)))
+
+
+def test_of_a_file_and_shards_the_file_counts(tiny_llama, tmp_path):
+    """As when transformers loads them; `save_pretrained` leaves what was in the folder."""
+    source = tmp_path / "source"
+    tiny_llama.save_pretrained(source, max_shard_size="50KB")
+    with torch.no_grad():
+        tiny_llama.model.norm.weight.mul_(2)
+    tensors = {n: t.clone() for n, t in tiny_llama.state_dict().items() if n != "lm_head.weight"}
+    save_file(tensors, source / checkpoint.SINGLE, metadata={"format": "pt"})
+    flexq.quantize_checkpoint(source, tmp_path / "out")
+    quantized = flexq.quantize_model(AutoModelForCausalLM.from_pretrained(source))
+    assert torch.equal(logits(flexq.load_model(tmp_path / "out")), logits(quantized))
+
+    quantized.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
+    shutil.copy(tmp_path / "out" / checkpoint.SINGLE, tmp_path / "saved")
+    with pytest.raises(flexq.CheckpointError, match=r"holds both model.safetensors, which is what is loaded, and"):
+        verify_files(tmp_path / "saved")
+
+
+def test_adapters_are_not_quantized(tiny_folder, tmp_path):
+    (tiny_folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(flexq.ModelError, match="holds a PEFT adapter beside the model; load it with peft"):
+        flexq.quantize_checkpoint(tiny_folder, tmp_path / "out")
+
+
+def test_values_beyond_the_stored_type_are_refused(tiny_llama, tmp_path):
+    with torch.no_grad():
+        tiny_llama.model.norm.weight[3] = 1e5
+    tiny_llama.save_pretrained(tmp_path / "source")
+    with pytest.raises(flexq.ModelError, match=r"model.norm.weight has values up to 1e\+05, float16 up to 65504"):
+        flexq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"dtype must be torch.float32, .* got torch.int8"):
+        flexq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", dtype=torch.int8)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_folder_is_kept(saved):
     model, folder = saved
     with pytest.raises(FileExistsError, match="exists"):

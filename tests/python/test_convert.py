@@ -199,6 +199,21 @@ REFUSED = {
     "method": ({"quant_method": "awq"}, compressed_pack(4, 128), "got awq"),
     "scales": (compressed_settings(4, 128), wide_scales, "scales are no float16 numbers"),
     "shape": (compressed_settings(4, 128), short_scales, r"down_proj.weight_scale must be \[256, 3\], got"),
+    "transforms": (
+        compressed_settings(4, 128) | {"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}},
+        compressed_pack(4, 128),
+        "transform_config must be empty",
+    ),
+    "sparsity": (
+        compressed_settings(4, 128) | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        compressed_pack(4, 128),
+        "weights must be dense",
+    ),
+    "groups": (
+        compressed_settings(4, 128) | {"config_groups": [None]},
+        compressed_pack(4, 128),
+        "an object of objects",
+    ),
     "gptq zeros": (gptq_settings(4, 128), gptq_pack(4, 128, zero=0), "its stored zero points are not all 7"),
     "gptq order": (gptq_settings(4, 128), gptq_pack(4, 128, act_order=True), "act-order"),
     "gptq asymmetric": (gptq_settings(4, 128, sym=False), gptq_pack(4, 128), "sym is false"),
@@ -213,6 +228,36 @@ def test_refused(float_model, tmp_path, what):
     with pytest.raises(flexq.ModelError, match=message):
         flexq.convert_checkpoint(tmp_path / "given", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["given"]
+
+
+def edit(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_tensors_that_the_model_has_no_place_for_are_left_out(float_model, tmp_path):
+    """Rotary frequencies of old, zeros where a layer has no bias, scales of a quantized cache."""
+    settings = compressed_settings(4, 128) | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    made = write(float_model, tmp_path / "given", settings, compressed_pack(4, 128))
+    layer = "model.layers.0.self_attn"
+    extra = {f"{layer}.rotary_emb.inv_freq": 32, f"{layer}.q_proj.bias": 256, f"{layer}.k_proj.k_scale": 1}
+    edit(tmp_path / "given", lambda tensors: tensors.update({n: torch.zeros(size) for n, size in extra.items()}))
+    done = flexq.convert_checkpoint(tmp_path / "given", tmp_path / "ours")
+    check(tmp_path / "ours", made, 4, 128)
+    assert any("left out" in change and "inv_freq" in change for change in done.changes)
+    assert any(change.startswith("KV cache: 8 bits before") for change in done.changes)
+    edit(tmp_path / "given", lambda tensors: tensors[f"{layer}.q_proj.bias"].fill_(1))
+    with pytest.raises(flexq.ModelError, match=r"q_proj.bias is not zero, and the model's layer has no bias"):
+        flexq.convert_checkpoint(tmp_path / "given", tmp_path / "again")
+
+
+def test_missing_tensors_are_refused(float_model, tmp_path):
+    write(float_model, tmp_path / "given", compressed_settings(4, 128), compressed_pack(4, 128))
+    edit(tmp_path / "given", lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(flexq.ModelError, match=r"could not be loaded, and is not kept: .*model.norm.weight is missing"):
+        flexq.convert_checkpoint(tmp_path / "given", tmp_path / "ours")
     assert [file.name for file in tmp_path.iterdir()] == ["given"]
 
 

@@ -123,6 +123,20 @@ def test_a_folder_that_may_not_be_written(tiny_folder, tmp_path):
         flexq.quantize_checkpoint(tiny_folder, tmp_path / "out")
 
 
+def test_where_nothing_can_be_made_is_known_before_the_work(tiny_folder, monkeypatch):
+    monkeypatch.setattr("flexq.checkpoint.convert.skeleton", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(OSError, match="/proc"):
+        flexq.quantize_checkpoint(tiny_folder, "/proc/flexq/out")
+
+
+def test_a_link_to_a_checkpoint_stays_one(tiny_folder, checkpoint, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(checkpoint)
+    flexq.quantize_checkpoint(tiny_folder, link, "w6a6", overwrite=True)
+    assert link.is_symlink() and flexq.load_model(checkpoint).flexq_plan.defaults.act_bits == 6
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_old_one(tiny_folder, checkpoint, tmp_path, monkeypatch):
     from flexq.checkpoint import write as writer
     from safetensors import SafetensorError

@@ -3,6 +3,7 @@
 import flexq
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -77,3 +78,26 @@ def test_heads_that_are_tied_once_the_model_is_loaded(tmp_path):
     model = BlipForConditionalGeneration.from_pretrained(tmp_path, quantization_config=flexq.FlexQConfig())
     assert type(model.text_decoder.cls.predictions.decoder) is torch.nn.Linear
     assert any(isinstance(module, flexq.Linear) for module in model.text_decoder.modules())
+
+
+def test_blocks_that_share_their_weights_beside_a_quantized_head(tmp_path):
+    """Zamba 2: what ties its head ties its blocks too, and stays."""
+    model = next(a for a in ARCHITECTURES if a.id == "zamba2-CausalLM").model()
+    model.save_pretrained(tmp_path / "float")
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk", HEAD)
+    quantized = flexq.quantize_model(model, HEAD)
+    flexq.save_model(quantized, tmp_path / "memory")
+    with torch.inference_mode():
+        expected = quantized(IDS).logits
+        for folder in ("disk", "memory"):
+            assert torch.equal(flexq.load_model(tmp_path / folder)(IDS).logits, expected)
+
+
+def test_quantized_embeddings_of_a_tied_encoder_decoder(tmp_path):
+    model = next(a for a in ARCHITECTURES if a.id == "whisper-SpeechSeq2Seq").model()
+    model.save_pretrained(tmp_path / "float")
+    plan = flexq.Plan.uniform(embeddings=8)
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk", plan)
+    quantized, loaded = flexq.quantize_model(model, plan), flexq.load_model(tmp_path / "disk")
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in quantized.state_dict().items())

@@ -109,3 +109,15 @@ def test_settings_by_name(projections):
     layers = dict.fromkeys(names, flexq.LayerConfig())
     assert names_of_experts(layers, "model.layers.1.block_sparse_moe.experts") == names
     assert names_of_experts(layers, "model.layers.11.mlp.experts") is None
+
+
+def test_experts_with_one_module_more_around_them():
+    """Gemma 4's. Of two that may be meant the one of that very name is, or none."""
+    layers = {
+        f"model.layers.1.experts.{projection}": flexq.LayerConfig() for projection in ("gate_up_proj", "down_proj")
+    }
+    assert names_of_experts(layers, "model.layers.1.moe.experts") == tuple(layers)
+    others = {name.replace("experts", "other.experts"): config for name, config in layers.items()}
+    assert names_of_experts(layers | others, "model.layers.1.other.experts") == tuple(others)
+    with pytest.raises(ValueError, match="either may be meant"):
+        names_of_experts(layers | others, "model.layers.1.moe.experts")

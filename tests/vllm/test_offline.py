@@ -53,12 +53,22 @@ def test_tensor_parallel_and_mixed_plans(random_mixed, size, monkeypatch):
         shut(llm)
 
 
-@pytest.mark.parametrize("kind", ["phi3", "qwen3", "mixtral"])
-def test_architectures(random_float, tmp_path, kind):
-    """Layers that are merged on disk already, norms of queries and keys, and experts in floating point."""
+LLAMA4 = {
+    "intermediate_size_mlp": 512, "num_local_experts": 2, "num_experts_per_tok": 1, "interleave_moe_layer_step": 3,
+    "moe_layers": [], "attention_chunk_size": 256, "use_qk_norm": False, "no_rope_layers": [1, 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("phi3", {}), ("qwen3", {}), ("mixtral", {}), ("stablelm", {}), ("llama4_text", LLAMA4)],
+)
+def test_architectures(random_float, tmp_path, kind, settings):
+    """Layers that are merged on disk already, norms of queries and keys, experts in floating point; merged layers of
+    which the class does not say so, and rows that the class puts in another order."""
     tokenizer = AutoTokenizer.from_pretrained(random_float)
     skip = ["*.experts"] if kind == "mixtral" else ()
-    model = flexq.quantize_model(random_model(kind, len(tokenizer)), "w6a8", skip=skip)
+    model = flexq.quantize_model(random_model(kind, len(tokenizer), **settings), "w6a8", skip=skip)
     flexq.save_model(model, tmp_path / "model", tokenizer)
     llm = engine(tmp_path / "model")
     try:

@@ -232,3 +232,36 @@ def test_encoders_that_are_named(monkeypatch, tmp_path):
     assert isinstance(config.get_quant_method(linear(), name), plugin.FlexQLinearMethod)
     assert isinstance(config.get_quant_method(linear(), "visual.blocks.1.attn.qkv"), UnquantizedLinearMethod)
     config.check_all_placed()
+
+
+def checkpoint_of(*names: str, **packed) -> plugin.FlexQVllmConfig:
+    config = plugin.FlexQVllmConfig(flexq.Plan(layers=dict.fromkeys(names, flexq.LayerConfig())))
+    config.packed_modules_mapping = packed
+    return config
+
+
+def test_keys_that_are_values_too():
+    """Gemma 4's layers without values of their own."""
+    parts = [f"model.layers.0.self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj")]
+    config = checkpoint_of(*parts[:2], qkv_proj=["q_proj", "k_proj", "v_proj"])
+    assert isinstance(config.get_quant_method(linear(), "model.layers.0.self_attn.qkv_proj"), plugin.FlexQLinearMethod)
+    config.check_all_placed()
+    config.plan.layers[parts[2]] = None
+    with pytest.raises(ValueError, match="none of them may be left unquantized while others are not"):
+        config.get_quant_method(linear(), "model.layers.0.self_attn.qkv_proj")
+
+
+def test_merged_layers_that_a_class_does_not_tell_of():
+    config = checkpoint_of(*(f"model.layers.0.mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")))
+    assert isinstance(config.get_quant_method(linear(), "model.layers.0.mlp.gate_up_proj"), plugin.FlexQLinearMethod)
+    with pytest.raises(ValueError, match=r"has quantized model.layers.0.mlp.down_proj, which vLLM's class"):
+        config.check_before_loading(torch.nn.Module())
+
+
+def test_heads_without_a_place_are_refused():
+    config = checkpoint_of("lm_head")
+    with pytest.raises(ValueError, match="has a quantized lm_head, for which vLLM's class of this model has no place"):
+        config.check_before_loading(torch.nn.Module())
+    model = torch.nn.Module()
+    model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"lm_head": None})
+    config.check_before_loading(model)

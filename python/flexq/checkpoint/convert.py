@@ -25,6 +25,7 @@ from flexq.checkpoint.source import (
     require_float,
     skeleton,
 )
+from flexq.checkpoint.verify import require_loadable
 from flexq.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
@@ -115,6 +116,8 @@ def convert(
     source, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded=None, dtype: torch.dtype | None = None
 ) -> Conversion:
     """`quantize_checkpoint`, with all that can be said of it."""
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
     source = source if isinstance(source, ModelSource) else find_model(source)
     require_float(source)
     require_free(folder, overwrite, source.folder)
@@ -128,8 +131,10 @@ def convert(
     weights = Weights.of(source.folder)
     tensors = list(weights.tensors())
     targets = targets_of(model, [name for _, name in tensors])
-    if any(t is not None and _is_interwoven(t, every) for t in targets.values()):
-        # transformers makes a layer's weight of several tensors, or several layers' experts of the same ones.
+    found = {target.name for target in targets.values() if target is not None}
+    if any(t is not None and _is_interwoven(t, every) for t in targets.values()) or _only_head(model, found):
+        # transformers makes a layer's weight of several tensors, or several layers' experts of the same ones, or the
+        # embedding of the LM head's.
         return _convert_loaded(source, folder, plan, include, skip, shard_bytes, overwrite, progress, None, dtype)
     named: dict[str, LayerConfig | None] = {**every, **{n: None for n in left_alone(model) if n not in every}}
     record = Plan(given.defaults, named, {**given.produced_by, "source": source.name}, given.embeddings)
@@ -144,8 +149,16 @@ def convert(
         writer.finish()
         write_config(aside, model.config, record, dtype, work.dtype)
         copy_companions(source.folder, aside)
+        require_loadable(aside, source.name)
     sizes = writer.sizes_by_part(name_of(model, input_embeddings(model)), name_of(model, output_embeddings(model)))
     return Conversion(record, coverage(model, every), sizes, work.left_out)
+
+
+def _only_head(model, found: set[str]) -> bool:
+    """Whether of an embedding and an LM head that are tied only the head is in the files."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    head = f"{lm_head_name(model)}.weight"
+    return head in found and head in tied and tied[head] not in found
 
 
 def _layer_of(target: Target) -> str:

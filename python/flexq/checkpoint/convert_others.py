@@ -21,10 +21,11 @@ from flexq.checkpoint.source import (
     read_tensor,
     skeleton,
 )
+from flexq.checkpoint.verify import require_loadable
 from flexq.checkpoint.write import DEFAULT_SHARD_BYTES, ShardWriter, copy_companions, write_config
 from flexq.plan import LayerConfig, Plan
 from flexq.progress import Progress
-from flexq.quantize.layers import left_alone, linear_layers, weight_of
+from flexq.quantize.layers import left_alone, linear_layers, some, weight_of
 
 
 @dataclass
@@ -90,6 +91,8 @@ def convert_checkpoint(
     kept = dict.fromkeys((*linear_layers(model), *left_alone(model)))
     record = Plan(LayerConfig(), {**kept, **layers}, {"source": source.name, "converted_from": form.method})
     own = {f"{on_disk}.{tensor}" for on_disk in quantized for tensor in form.tensors}
+    targets = targets_of(model, [name for name in files if name not in own])
+    left_out = []
     dtype = None
     with new_folder(folder, overwrite, source.folder) as aside:
         writer = ShardWriter(aside, shard_bytes, record.fingerprint())
@@ -101,13 +104,22 @@ def convert_checkpoint(
                 writer.add(f"{on_disk}.scales", scales)
             elif name not in own:
                 tensor = read_tensor(file, name)
+                if targets[name] is None:
+                    _require_unused(name, tensor, quantized)
+                    left_out.append(name)
+                    continue
                 dtype = dtype or (tensor.dtype if tensor.is_floating_point() else None)
                 writer.add(name, tensor)
         writer.finish()
         write_config(aside, config, record, None, dtype)
         copy_companions(source.folder, aside)
+        require_loadable(aside, source.name)
     per = "token" if form.group == 0 else f"token and {ops.GROUP_SIZE} inputs"
     changes = [f"activations: {form.activations} before, now 8 bits with a scale per {per}, quantized at run time"]
+    if form.cache is not None:
+        changes.append(f"KV cache: {form.cache} before, now as it is served")
+    if left_out:
+        changes.append(f"left out, as the model has no place for them: {some(left_out)}")
     return Converted(record, form.method, form.bits, len(quantized), changes)
 
 
@@ -133,6 +145,13 @@ def _quantized_layers(model, files) -> dict[str, str]:
             )
         found[name] = layer
     return found
+
+
+def _require_unused(name: str, tensor: torch.Tensor, quantized) -> None:
+    """ModelError for a bias that the model's layer does not have, unless it is zero: AutoGPTQ wrote such."""
+    layer, _, kind = name.rpartition(".")
+    if layer in quantized and kind == "bias" and tensor.any():
+        raise ModelError(f"{name} is not zero, and the model's layer has no bias")
 
 
 def _canonical(model, layer: str, on_disk: str, form: Format, files) -> tuple[torch.Tensor, torch.Tensor]:

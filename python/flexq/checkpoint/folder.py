@@ -34,23 +34,39 @@ def require_free(path: str | Path, overwrite: bool = False, source: str | Path |
         overwrite: a FlexQ checkpoint there may be replaced, and nothing else.
         source: the folder that is read meanwhile.
     """
-    path = Path(path)
+    path = _place(path)
     if source is not None and Path(source).exists():
         here, there = path.resolve(), Path(source).resolve()
         if here == there or there.is_relative_to(here) or here.is_relative_to(there):
             raise FileExistsError(f"{path} is, holds or lies in the source {source}; choose another output")
-    _clean_leftovers(Path(os.path.abspath(path)))
+    _clean_leftovers(path)
     if not os.path.lexists(path):
-        return
+        return _require_writable(path.parent)
     if not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder; choose another output")
+        what = "a link to nothing" if path.is_symlink() else "a file"
+        raise FileExistsError(f"{path} is {what}, not a folder; choose another output")
     if _is_empty(path):
-        return
+        return _require_writable(path)
     if not overwrite:
         raise FileExistsError(f"{path} exists and is not empty; choose another output, or overwrite it")
     reason = _not_replaceable(path)
     if reason:
         raise FileExistsError(f"{path} is not replaced: {reason}; choose another output")
+
+
+def _place(path: str | Path) -> Path:
+    """Where a folder is or will be: of a link to a folder, that folder."""
+    path = Path(os.path.abspath(path))
+    return path.resolve() if path.is_dir() else path
+
+
+def _require_writable(folder: Path) -> None:
+    """OSError if nothing can be made in a folder, or in the nearest one above it that exists: before hours of work."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    tried = tempfile.mkdtemp(prefix=_ASIDE, dir=folder)
+    with contextlib.suppress(FileNotFoundError):  # another run has taken it for a leftover
+        os.rmdir(tried)
 
 
 def _is_empty(path: Path) -> bool:
@@ -82,7 +98,7 @@ def new_folder(path: str | Path, overwrite: bool = False, source: str | Path | N
     Raises:
         OSError: as `require_free`, before any work and again at the end; or what the system says.
     """
-    path = Path(os.path.abspath(path))
+    path = _place(path)
     require_free(path, overwrite, source)
     inside = path.is_dir() and _is_empty(path)
     with _temporary(path, _ASIDE) if inside else work_folder(path) as aside:
@@ -97,7 +113,7 @@ def new_folder(path: str | Path, overwrite: bool = False, source: str | Path | N
 def work_folder(path: str | Path) -> AbstractContextManager[Path]:
     """A hidden folder beside `path` for what is made on the way to it. It goes at the end; one whose writer was killed
     goes as `require_free` is next asked about `path`."""
-    path = Path(os.path.abspath(path))
+    path = _place(path)
     return _temporary(path.parent, f".{path.name}{_ASIDE}")
 
 
@@ -234,7 +250,9 @@ def _clean_leftovers(path: Path) -> None:
         return
     inside = path.glob(f"{_ASIDE}*") if path.is_dir() else ()
     for leftover in [*parent.glob(f".{glob.escape(name)}{_ASIDE}*"), *inside]:
-        if _is_abandoned(leftover):
+        if leftover.is_symlink():
+            leftover.unlink()  # of a version that changed places with a link
+        elif _is_abandoned(leftover):
             print(f"flexq: removing {leftover}, which an interrupted run left", file=sys.stderr)
             shutil.rmtree(leftover, ignore_errors=True)
     for leftover in parent.glob(f".{glob.escape(name)}{_OLD}*"):

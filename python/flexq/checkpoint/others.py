@@ -46,6 +46,7 @@ class Format:
         activations: what the checkpoint says of them, for people.
         read: of a layer.
         tensors: last names of a layer's tensors that become something else, or nothing.
+        cache: what the checkpoint says of the KV cache, for people; None if nothing.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Format:
     activations: str
     read: Callable[["Format", str, Read, int, int], Layer]
     tensors: tuple[str, ...]
+    cache: str | None = None
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
@@ -63,6 +65,7 @@ def format_of(config: Mapping[str, Any]) -> Format:
         ModelError: it is none of these, or FlexQ cannot hold it exactly; the message says which setting is why.
     """
     settings = config.get("quantization_config") or {}
+    _require(isinstance(settings, Mapping), f"quantization_config must be an object, got {settings!r:.60}")
     method = str(settings.get("quant_method", "none"))
     if method == "compressed-tensors":
         return _compressed_tensors(settings)
@@ -91,10 +94,19 @@ def _checked(bits: Any, group: Any) -> tuple[int, int]:
 def _compressed_tensors(settings: Mapping[str, Any]) -> Format:
     kind = settings.get("format")
     _require(kind == "pack-quantized", f"compressed-tensors' format must be pack-quantized, got {kind}")
-    groups = list((settings.get("config_groups") or {}).values())
-    weights = [group.get("weights") or {} for group in groups]
+    # Inputs that are transformed first (rotations of SpinQuant, QuIP): without that the weights are of another model.
+    _require(
+        not settings.get("transform_config"), "transform_config must be empty: FlexQ does not apply others' transforms"
+    )
+    sparsity = settings.get("sparsity_config") or {}
+    dense = isinstance(sparsity, Mapping) and sparsity.get("format", "dense") == "dense"
+    _require(dense, f"weights must be dense, sparsity_config is {sparsity!r:.80}")
+    groups = settings.get("config_groups") or {}
+    known = isinstance(groups, Mapping) and all(isinstance(group, Mapping) for group in groups.values())
+    _require(known, f"config_groups must be an object of objects, got {groups!r:.80}")
+    groups = list(groups.values())
     _require(len(groups) == 1, f"config_groups must be one, got {len(groups)}")
-    weight = weights[0]
+    weight = groups[0].get("weights") or {}
     _require(weight.get("type", "int") == "int", f"weights must be integers, got {weight.get('type')}")
     _require(bool(weight.get("symmetric", True)), "weights must be symmetric, these have zero points")
     order = weight.get("actorder")
@@ -105,7 +117,9 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Format:
     inputs = groups[0].get("input_activations")
     said = "16 bits" if not inputs else f"{inputs.get('num_bits')} bits, {inputs.get('strategy')}"
     tensors = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-    return Format("compressed-tensors", bits, group, said, _read_compressed, tensors)
+    cache = settings.get("kv_cache_scheme")
+    cached = f"{cache.get('num_bits', 'fewer')} bits" if isinstance(cache, Mapping) else None
+    return Format("compressed-tensors", bits, group, said, _read_compressed, tensors, cached)
 
 
 def _gptq(method: str, settings: Mapping[str, Any]) -> Format:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,8 @@ def read_json(file: Path) -> dict[str, Any]:
 @contextmanager
 def opened(file: Path):
     """A safetensors file, mapped. CheckpointError for one that is not whole."""
+    if file.exists() and not os.access(file, os.R_OK):
+        raise CheckpointError(f"cannot read {file}: permission denied")
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -175,15 +178,15 @@ class Weights:
 
     @classmethod
     def of(cls, folder: Path) -> "Weights":
-        """Of a model's folder.
+        """Of a model's folder. A single file goes before an index, as when transformers loads it.
 
         Raises:
             ModelError: no safetensors files, or an index that is not one, or names files that are missing or elsewhere.
         """
-        if not (folder / INDEX).is_file():
-            if not (folder / SINGLE).is_file():
-                raise ModelError(_no_weights(folder))
+        if (folder / SINGLE).is_file():
             return cls(folder, [_inside(folder, SINGLE)], None)
+        if not (folder / INDEX).is_file():
+            raise ModelError(_no_weights(folder))
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, Mapping) or not all(isinstance(v, str) for v in weight_map.values()):
             raise ModelError(f"{folder / INDEX} is not a weight index: weight_map must give each tensor's file")
@@ -193,8 +196,14 @@ class Weights:
         return cls(folder, files, dict(weight_map))
 
     def check_index(self, names: Mapping[Path, set[str]]) -> None:
-        """CheckpointError where index and files differ. `names`: what each file holds."""
+        """CheckpointError where index and files differ, or where there are files of two. `names`: what each file
+        holds."""
         if self.weight_map is None:
+            if (self.folder / INDEX).is_file():
+                raise CheckpointError(
+                    f"{self.folder} holds both {SINGLE}, which is what is loaded, and {INDEX}; remove the one that is "
+                    "not this checkpoint's, with its shards"
+                )
             return
         for name, file in self.weight_map.items():
             if name not in names[self.folder / file]:
@@ -285,7 +294,12 @@ def is_quantized(source: ModelSource) -> bool:
 
 
 def require_float(source: ModelSource) -> None:
-    """ModelError for a model that is quantized, by FlexQ or by others."""
+    """ModelError for a model that is quantized, by FlexQ or by others, or that is more than its files of weights."""
+    if source.folder is not None and (source.folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{source.name} holds a PEFT adapter beside the model; load it with peft, call merge_and_unload() and save "
+            "that, or remove adapter_config.json to quantize the model without it"
+        )
     method = quantization_of(config_dict(source))
     if method == QUANT_METHOD:
         raise ModelError(f"{source.name} is quantized by FlexQ already; give the model that it was made from")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flexq import ops
-from flexq.checkpoint.keys import compare
+from flexq.checkpoint.keys import compare, shapes_of
 from flexq.checkpoint.layers import insert_layers, read_plan
 from flexq.checkpoint.source import (
     CheckpointError,
@@ -80,6 +80,22 @@ def verify(folder: str | Path) -> Verified:
     compare(model, shapes).require_none(str(folder))
     verified.keys = True
     return verified
+
+
+def require_loadable(folder: Path, of: str) -> None:
+    """A checkpoint that was just made of `of`: the model that its config describes has a place for each of its tensors,
+    and a tensor for each place. Reads headers alone.
+
+    Raises:
+        ModelError: it could not be loaded.
+    """
+    source = ModelSource(of, str(folder))
+    try:
+        model = skeleton(source, load_config(source))
+        insert_layers(model, read_plan(folder))
+        compare(model, shapes_of(Weights.of(folder).files)).require_none(of)
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"what was made of {of} could not be loaded, and is not kept: {one_line(error)}") from None
 
 
 def verify_files(folder: str | Path) -> Verified:

@@ -16,7 +16,7 @@ from flexq.checkpoint.folder import new_folder
 from flexq.checkpoint.keys import keep_quantized_whole
 from flexq.checkpoint.layers import settings_of
 from flexq.checkpoint.source import INDEX, SINGLE, ModelError, is_own
-from flexq.checkpoint.verify import PLAN_HASH
+from flexq.checkpoint.verify import PLAN_HASH, require_loadable
 from flexq.checksum import CHECKSUMS, checksum
 from flexq.plan import Plan
 from flexq.quantize.layers import input_embeddings, name_of, output_embeddings, record_plan
@@ -89,7 +89,9 @@ class ShardWriter:
         if name in self.sizes:
             raise ModelError(f"several of the model's tensors would be {name} in its files, and cannot be written")
         if self.dtype is not None and tensor.is_floating_point() and not name.endswith(".scales"):
-            tensor = tensor.to(self.dtype)
+            given, tensor = tensor, tensor.to(self.dtype)
+            if self.dtype == torch.float16 and tensor.isinf().sum() > given.isinf().sum():
+                raise ModelError(f"tensor {name} has values up to {given.abs().max():.4g}, float16 up to 65504")
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.shard_bytes:
             self._flush()
@@ -216,7 +218,16 @@ def write_model(
             tokenizer.save_pretrained(aside)
         if companions is not None:
             copy_companions(Path(companions), aside)
+        if _is_of_transformers(model):
+            require_loadable(aside, type(model).__name__)
     return writer.sizes_by_part(name_of(model, embeddings), name_of(model, output_embeddings(model)))
+
+
+def _is_of_transformers(model) -> bool:
+    """Whether a checkpoint's config.json leads to the model's class, rather than to another one, or to none."""
+    import transformers
+
+    return getattr(transformers, model.config.architectures[0], None) is type(model)
 
 
 def _add_tensors(model, writer: ShardWriter, read: Callable[[str], torch.Tensor] | None) -> None:
@@ -270,7 +281,20 @@ def name_on_disk(model, name: str) -> str:
     return renamed
 
 
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+_WEIGHT_FILES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".ot",
+    ".ckpt",
+    ".npz",
+    ".index.json",
+)
 _OTHERS_CODE = (".py", ".sh", ".so")
 
 

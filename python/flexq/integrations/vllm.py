@@ -34,10 +34,14 @@ from flexq.embedding import CONFIG as EMBEDDING
 from flexq.integrations.vllm_compile_key import have_vllm_tell_plans_apart
 from flexq.integrations.vllm_embedding import EmbeddingMethod, have_vllm_dequantize
 from flexq.integrations.vllm_linear import FlexQLinearMethod
+from flexq.integrations.vllm_loading import have_vllm_prepare_tensors
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 
 QUANT_METHOD = "flexq"
+# What classes merge that do not say so in packed_modules_mapping (StableLM, GPT-J).
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_HEADS = ("lm_head", "embed_out")
 # Layers that choose experts stay in floating point.
 _ROUTERS = ("gate", "router")
 # So do the parts beside a language model: names that are or contain one of these.
@@ -144,6 +148,25 @@ class FlexQVllmConfig(QuantizationConfig):
             )
         self._are_all_placed = True
 
+    def check_before_loading(self, model: torch.nn.Module) -> None:
+        """The same before anything is loaded, of which vLLM's classes would say less; and refuses a quantized LM head
+        that the model has no place for, unless its class leaves out heads (Cohere's, which are their embeddings)."""
+        self.check_all_placed()
+        heads = [n for n, c in self.plan.layers.items() if c is not None and _is_head(n) and n not in self._placed]
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        if (
+            heads
+            and mapper is not None
+            and not mapper.apply_list([f"{self._of_checkpoint.get(heads[0], heads[0])}.weight"])
+        ):
+            logger.info_once(f"vLLM's class of this model has its embedding for an LM head: {heads[0]} is left out")
+        elif heads and _has_all_blocks():
+            raise ValueError(
+                f"the checkpoint has a quantized {heads[0]}, for which vLLM's class of this model has no place: leave "
+                "it in floating point (with tied embeddings those too), or serve the floating point model with "
+                "--quantization flexq"
+            )
+
     def _require_known(self) -> None:
         """Refuses settings for what the model has not. What a plan leaves as it is may be missing."""
         names, unknown = self._placed | self._experts.keys(), []
@@ -170,8 +193,18 @@ class FlexQVllmConfig(QuantizationConfig):
     def _parts(self, prefix: str) -> list[str]:
         """Names of the layers that are one in vLLM."""
         parent, _, name = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(name, [name])
-        return [f"{parent}.{part}" if parent else part for part in parts]
+
+        def below(parts) -> list[str]:
+            return [f"{parent}.{part}" if parent else part for part in parts]
+
+        parts = self.packed_modules_mapping.get(name)
+        if (
+            parts is None
+            and self.is_checkpoint
+            and all(n in self.plan.layers for n in below(_MERGED.get(name, (name,))))
+        ):
+            parts = _MERGED.get(name)
+        return below([name] if parts is None else parts)
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
@@ -180,17 +213,26 @@ class FlexQVllmConfig(QuantizationConfig):
             names = [prefix]  # merged in the checkpoint too
         self._placed.update(names)
         if self.is_checkpoint:
-            return [self.plan.layers.get(n) for n in names]
+            configs = {n: self.plan.layers.get(n) for n in names}
+            if len(names) == 3 and names[2] not in self.plan.layers:  # keys that are values too (Gemma 4)
+                configs[names[2]] = configs[names[1]]
+            return list(configs.values())
         return [self.plan.config_for(n) for n in names]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         add_fusion_pass()
         have_vllm_tell_plans_apart(self._hash_of_plan)
+        have_vllm_prepare_tensors()
         if self.plan.embeddings is not None:
             have_vllm_dequantize()
         if isinstance(layer, ParallelLMHead):
             config = self.plan.layers.get(prefix)
             self._placed.add(prefix)
+            if config is not None and self.is_checkpoint and _normalizes_head():
+                raise ValueError(
+                    f"{prefix}: vLLM normalizes this model's head as it loads it (norm_head), and the checkpoint's is "
+                    "quantized: leave it in floating point"
+                )
             return None if config is None else self._method_of_linear(prefix, [config])
         if isinstance(layer, VocabParallelEmbedding):
             return self._method_of_embedding(layer, prefix)
@@ -270,6 +312,10 @@ class FlexQVllmConfig(QuantizationConfig):
         return vllm_experts.QuantizingExpertsMethod(layer.moe_config, prefix, *configs, check=self.check_all_placed)
 
 
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in _HEADS
+
+
 def _renamed(mapper, name: str) -> str:
     """vLLM's name of a layer: of itself, or, as mappers of LM heads have it, of what is in it."""
     for suffix in ("", ".weight"):
@@ -294,6 +340,12 @@ def _vocabulary() -> int | None:
     """Of the model that is being loaded, if that is known."""
     vllm_config = get_current_vllm_config_or_none()
     return None if vllm_config is None else vllm_config.model_config.get_vocab_size()
+
+
+def _normalizes_head() -> bool:
+    vllm_config = get_current_vllm_config_or_none()
+    model_config = None if vllm_config is None else vllm_config.model_config
+    return bool(getattr(getattr(model_config, "hf_config", None), "norm_head", False))
 
 
 def _block_of(name: str) -> str | None:

@@ -16,6 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.embedding import CONFIG, canonical_of, dequantized_rows, look_up, rows_of
+from flexq.integrations.vllm_loading import config_of
 from flexq.integrations.vllm_weights import fills_parameters_itself, keep_packed, loads_dummies, method_of
 
 _TENSORS = ("qweight", "scales")
@@ -91,8 +92,9 @@ class EmbeddingMethod(QuantizeMethodBase):
 
 
 def add_stand_in(layer: torch.nn.Module, device: torch.device) -> None:
-    """A `weight` for an embedding or an LM head: LoRA asks it for dtype and device, speculation whether it is equal."""
-    nothing = torch.full((1,), float("nan"), dtype=layer.flexq_dtype, device=device)
+    """A `weight` for an embedding or an LM head: LoRA asks it for dtype and device, speculation for its width and
+    whether it is equal to another."""
+    nothing = torch.full((1, layer.flexq_k), float("nan"), dtype=layer.flexq_dtype, device=device)
     layer.register_buffer("weight", nothing, persistent=False)
 
 
@@ -135,11 +137,8 @@ def _dequantize_on_the_way(get_all_weights: Callable) -> Callable:
 
 def _without_place(model: torch.nn.Module) -> set[str]:
     """Names in the checkpoint of the quantized embeddings that the model has no method for."""
-    for module in model.modules():
-        config = getattr(module, "quant_config", None)  # of linear layers
-        if hasattr(config, "embeddings_without_place"):
-            return config.embeddings_without_place()
-    return set()
+    config = config_of(model)
+    return set() if config is None else config.embeddings_without_place()
 
 
 def _length_of_rows(model: torch.nn.Module, model_config) -> int:

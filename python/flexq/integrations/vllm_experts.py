@@ -50,13 +50,19 @@ def activation_of(layer: torch.nn.Module) -> dict[str, object] | None:
 
 def names_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tuple[str, str] | None:
     """A checkpoint's layers that are gate_up and down of the experts `prefix`; None if those are in floating point.
-    vLLM may call the module around them otherwise than transformers (block_sparse_moe, mlp)."""
+    vLLM may call the module around them otherwise than transformers (block_sparse_moe, mlp), or have one more."""
     stem = re.escape(prefix.removesuffix(".experts").rpartition(".")[0])
-    found = {}
+    found: dict[str, str] = {}
     for name, config in layers.items():
-        match = re.fullmatch(rf"{stem}\.[^.]+\.experts\.({'|'.join(_PROJECTIONS)})", name)
-        if match and config is not None:
-            found[_PROJECTIONS[match[1]]] = name
+        match = re.fullmatch(rf"{stem}\.(?:[^.]+\.)?experts\.({'|'.join(_PROJECTIONS)})", name)
+        if not match or config is None:
+            continue
+        projection = _PROJECTIONS[match[1]]
+        if projection in found and prefix in (found[projection].rpartition(".")[0], name.rpartition(".")[0]):
+            name = next(n for n in (name, found[projection]) if n.startswith(f"{prefix}."))
+        elif projection in found:
+            raise ValueError(f"{prefix}: the plan has both {found[projection]} and {name}, and either may be meant")
+        found[projection] = name
     return (found["gate_up"], found["down"]) if len(found) == 2 else None
 
 

@@ -49,11 +49,23 @@ def lm_head_name(model: nn.Module) -> str | None:
 
 def untie_lm_head(model: nn.Module) -> None:
     """Once the LM head is quantized: it has a weight of its own, whatever the embeddings are. Of encoder-decoders the
-    setting says more: that their embeddings are one, and (Switch Transformers) how hidden states are scaled."""
+    setting says more: that their embeddings are one, and (Switch Transformers) how hidden states are scaled; of others
+    that blocks share their weights (Zamba 2)."""
     config = getattr(model, "config", None)
-    if config is not None and not getattr(config, "is_encoder_decoder", False):
+    if config is not None and not getattr(config, "is_encoder_decoder", False) and not _ties_more(model):
         config.get_text_config(decoder=True).tie_word_embeddings = False
         config.tie_word_embeddings = False
+
+
+def _ties_more(model: nn.Module) -> bool:
+    """Whether transformers ties more of a model than its LM head."""
+    head = name_of(model, output_embeddings(model))
+    for prefix, module in model.named_modules():
+        keys = getattr(module, "_tied_weights_keys", None)
+        names = (f"{prefix}.{key}" if prefix else key for key in (keys if isinstance(keys, dict) else ()))
+        if any(not name.startswith(f"{head}.") for name in names):
+            return True
+    return False
 
 
 def _embedding_weights(model: nn.Module) -> set[int]:
@@ -250,7 +262,13 @@ def identities(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, .
 
     def of(name: str) -> tuple[int, ...]:
         own = (f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters(recurse=False))
-        return tuple(id(model.get_parameter(tied.get(parameter, parameter))) for parameter in own)
+        return tuple(id(source(parameter)) for parameter in own)
+
+    def source(parameter: str) -> nn.Parameter:
+        try:
+            return model.get_parameter(tied.get(parameter, parameter))
+        except AttributeError:  # of an embedding that is quantized, and tied to nothing any more
+            return model.get_parameter(parameter)
 
     return {name: of(name) for name in names}
 

@@ -1,0 +1,55 @@
+"""A FlexQ checkpoint's tensors on their way to vLLM's classes, by vLLM's usual loader: refused where the model has no
+place for them, and their rows in the order that the class gives a weight's."""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+
+import torch
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+_OF_ROWS = ("qweight", "scales")
+
+
+def config_of(model: torch.nn.Module):
+    """FlexQ's configuration of a model; None if it has none."""
+    for module in model.modules():
+        config = getattr(module, "quant_config", None)  # of linear layers
+        if hasattr(config, "embeddings_without_place"):
+            return config
+    return None
+
+
+def have_vllm_prepare_tensors() -> None:
+    """May be called more than once."""
+    if not hasattr(DefaultModelLoader.get_all_weights, "flexq_prepared"):
+        DefaultModelLoader.get_all_weights = _prepared(DefaultModelLoader.get_all_weights)
+
+
+def _prepared(get_all_weights: Callable) -> Callable:
+    @wraps(get_all_weights)
+    def get_weights(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        config = config_of(model)
+        weights = get_all_weights(self, model_config, model)
+        if config is None or not config.is_checkpoint:
+            return weights
+        config.check_before_loading(model)
+        return ((name, in_order_of_rows(model, name, tensor)) for name, tensor in weights)
+
+    get_weights.flexq_prepared = True
+    return get_weights
+
+
+def in_order_of_rows(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose first dimension is a layer's rows, in the order that the model's class puts the rows of its weight
+    in while it loads: Llama 4's, whose rotary embedding is another one than in the checkpoint, by the tensor's name."""
+    layer, _, kind = name.rpartition(".")
+    permute = next((m.permute_qk_weight_for_rotary for m in model.modules() if _permutes(m)), None)
+    if permute is None or kind not in _OF_ROWS:
+        return tensor
+    rows = torch.arange(len(tensor), dtype=torch.float64).unsqueeze(-1)
+    _, order = permute(f"{layer}.weight", rows)
+    return tensor if order is rows else tensor[order.flatten().long()]
+
+
+def _permutes(module: torch.nn.Module) -> bool:
+    return hasattr(module, "permute_qk_weight_for_rotary")
