@@ -253,6 +253,13 @@ def test_tensors_that_the_model_has_no_place_for_are_left_out(float_model, tmp_p
         flexq.convert_checkpoint(tmp_path / "given", tmp_path / "again")
 
 
+def test_quantized_heads_are_refused(float_model, tmp_path):
+    write(float_model, tmp_path / "given", compressed_settings(4, 128), compressed_pack(4, 128))
+    edit(tmp_path / "given", lambda t: t.update({"lm_head.weight_packed": t.pop("lm_head.weight").to(torch.int32)}))
+    with pytest.raises(flexq.ModelError, match="lm_head is a quantized LM head, which is not converted"):
+        flexq.convert_checkpoint(tmp_path / "given", tmp_path / "ours")
+
+
 def test_missing_tensors_are_refused(float_model, tmp_path):
     write(float_model, tmp_path / "given", compressed_settings(4, 128), compressed_pack(4, 128))
     edit(tmp_path / "given", lambda tensors: tensors.pop("model.norm.weight"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import assert_same, engine, greedy, random_model, shut
 from flexq.integrations import vllm as plugin
+from flexq.integrations.vllm_loading import order_of_rows
 from plans import MIXED
 from transformers import AutoTokenizer
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -265,3 +266,22 @@ def test_heads_without_a_place_are_refused():
     model = torch.nn.Module()
     model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"lm_head": None})
     config.check_before_loading(model)
+
+
+class Reversing(torch.nn.Module):
+    """A class that turns the rows of queries round, as Llama 4's puts them in another order."""
+
+    def permute_qk_weight_for_rotary(self, name: str, weight: torch.Tensor):
+        return name, weight.flip(0) if name.endswith("q_proj.weight") else weight
+
+
+def test_rows_are_in_the_order_of_a_weights():
+    model, tensor = torch.nn.Module(), torch.arange(12).view(4, 3)
+    assert order_of_rows(model) is None
+    model.language_model = Reversing()
+    in_order = order_of_rows(model)
+    for kind in ("qweight", "scales"):
+        assert torch.equal(in_order(f"language_model.layers.0.q_proj.{kind}", tensor), tensor.flip(0))
+        assert torch.equal(in_order(f"language_model.layers.0.v_proj.{kind}", tensor), tensor)
+        assert torch.equal(in_order(f"vision_model.layers.0.q_proj.{kind}", tensor), tensor)
+    assert torch.equal(in_order("language_model.layers.0.q_proj.weight", tensor), tensor)  # the class's own work

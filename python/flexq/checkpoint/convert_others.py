@@ -25,7 +25,7 @@ from flexq.checkpoint.verify import require_loadable
 from flexq.checkpoint.write import DEFAULT_SHARD_BYTES, ShardWriter, copy_companions, write_config
 from flexq.plan import LayerConfig, Plan
 from flexq.progress import Progress
-from flexq.quantize.layers import left_alone, linear_layers, some, weight_of
+from flexq.quantize.layers import left_alone, linear_layers, lm_head_name, some, weight_of
 
 
 @dataclass
@@ -138,6 +138,8 @@ def _quantized_layers(model, files) -> dict[str, str]:
     for name in on_disk:
         target = targets[f"{name}.weight"]
         layer = target.name.removesuffix(".weight") if target is not None else None
+        if layer is not None and layer == lm_head_name(model):
+            raise ModelError(f"{name} is a quantized LM head, which is not converted; leave it out of the quantization")
         if target is None or target.is_part or layer not in linear:
             raise ModelError(
                 f"{name} is no linear layer of {type(model).__name__} by itself (experts are merged), and is not "

@@ -33,23 +33,28 @@ def _prepared(get_all_weights: Callable) -> Callable:
         if config is None or not config.is_checkpoint:
             return weights
         config.check_before_loading(model)
-        return ((name, in_order_of_rows(model, name, tensor)) for name, tensor in weights)
+        in_order = order_of_rows(model)
+        return weights if in_order is None else ((name, in_order(name, tensor)) for name, tensor in weights)
 
     get_weights.flexq_prepared = True
     return get_weights
 
 
-def in_order_of_rows(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor whose first dimension is a layer's rows, in the order that the model's class puts the rows of its weight
-    in while it loads: Llama 4's, whose rotary embedding is another one than in the checkpoint, by the tensor's name."""
-    layer, _, kind = name.rpartition(".")
-    permute = next((m.permute_qk_weight_for_rotary for m in model.modules() if _permutes(m)), None)
-    if permute is None or kind not in _OF_ROWS:
-        return tensor
-    rows = torch.arange(len(tensor), dtype=torch.float64).unsqueeze(-1)
-    _, order = permute(f"{layer}.weight", rows)
-    return tensor if order is rows else tensor[order.flatten().long()]
+def order_of_rows(model: torch.nn.Module) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
+    """What puts the rows of a layer's tensor, by its name, in the order that the model's class gives a weight's as it
+    loads: of Llama 4's queries and keys, whose rotary embedding is another one than in the checkpoint. None for classes
+    that keep rows."""
+    places = [(place, m) for place, m in model.named_modules() if hasattr(m, "permute_qk_weight_for_rotary")]
+    if not places:
+        return None
+    place, language_model = places[0]
 
+    def in_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        layer, _, kind = name.rpartition(".")
+        if kind not in _OF_ROWS or (place and f"{place}." not in name):  # an encoder's
+            return tensor
+        rows = torch.arange(len(tensor), dtype=torch.float64).unsqueeze(-1)
+        _, order = language_model.permute_qk_weight_for_rotary(f"{layer}.weight", rows)
+        return tensor if order is rows else tensor[order.flatten().long()]
 
-def _permutes(module: torch.nn.Module) -> bool:
-    return hasattr(module, "permute_qk_weight_for_rotary")
+    return in_order

@@ -58,6 +58,8 @@ def resolve_plan(
         ValueError: no layer is left to quantize, a pattern matches nothing, the plan names layers that do not exist, or
             quantizes an embedding that cannot be.
     """
+    include = [include] if isinstance(include, str) else include
+    skip = [skip] if isinstance(skip, str) else skip
     given, lm_head = Plan.of(plan), lm_head_name(model)
     embedding = embedding_name(model, given)
     plan = without_embedding(model, given, embedding)
