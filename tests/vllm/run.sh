@@ -18,7 +18,7 @@ fi
 if [ -n "${FLEXQ_WHEEL:-}" ]; then
   "$python" -m pip install -q --no-deps --force-reinstall "$FLEXQ_WHEEL"
 else
-  "$python" -m pip install -q --no-deps --no-build-isolation . -C cmake.define.FLEXQ_CUDA=OFF
+  "$python" -m pip install -q --no-deps --no-build-isolation . --config-settings=cmake.define.FLEXQ_CUDA=OFF
 fi
 # Two at a time: most of a test is an engine's start, which keeps one core busy.
 "$python" -m pytest -q -p no:cacheprovider -n 2 --durations=15 tests/vllm
