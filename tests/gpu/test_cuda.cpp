@@ -385,8 +385,9 @@ void test_fused(const Gpu& gpu) {
   }
 }
 
-// Quantizers of two tokens a CTA, which a GPU of 132 SMs takes for these: one token left over, the fewest groups and
-// the most, warps and groups that end early, rows apart. Then rows just too long for them.
+// Quantizers of two tokens a CTA, which a GPU of 132 SMs takes for these: one token left over, the fewest groups (of
+// norms: other rows so short are not theirs) and the most, warps and groups that end early, rows apart. Then rows just
+// too long for them.
 void test_pairs(const Gpu& gpu, bool quick) {
   std::mt19937 rng(19);
   int round = 0;

@@ -158,6 +158,10 @@ ARCHITECTURES = (
 )  # fmt: skip
 
 
+def architecture(name: str) -> Architecture:
+    return next(a for a in ARCHITECTURES if a.id == name)
+
+
 def inputs_of(architecture: Architecture, model) -> dict[str, torch.Tensor]:
     """Something to call the model with."""
     ids = torch.arange(3, 27).view(2, 12)

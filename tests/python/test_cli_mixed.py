@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from architectures import ARCHITECTURES
+from architectures import architecture
 from conftest import character_tokenizer
 from flexq.planning import widths
 from test_cli import model, run, text  # noqa: F401
@@ -51,7 +51,7 @@ def test_bits_of_time(model, text, tmp_path):  # noqa: F811
 
 def test_bits_of_an_encoder(text, tmp_path):  # noqa: F811
     source, out = tmp_path / "bert", tmp_path / "out"
-    next(a for a in ARCHITECTURES if a.id == "bert-base").model().save_pretrained(source)
+    architecture("bert-base").model().save_pretrained(source)
     character_tokenizer().save_pretrained(source)
     code, _, errors = run("quantize", source, "-o", out, *options_of(text), "--bits", "5")
     found = produced_by(out)

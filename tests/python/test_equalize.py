@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import architecture
 from flexq.quantize.equalize import equalize_model
 from flexq.quantize.inputs import run
 from flexq.quantize.layers import shared_copy
@@ -39,7 +39,7 @@ def test_merged_layers_take_what_norms_give():
 def test_encoders_equalize_what_attention_gives():
     """A value layer and the one that reads it in modules of their own; norms after residuals can take nothing."""
     text = WINDOW[0][:, :40]
-    model = next(a for a in ARCHITECTURES if a.id == "bert-base").model()
+    model = architecture("bert-base").model()
     before = run(model, text).detach()
     done = equalize_model(model, [text], 0.5)
     assert done.norms == [] and done.rows == [[f"encoder.layer.{i}.attention.output.dense"] for i in (0, 1)]

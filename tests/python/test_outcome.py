@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import architecture
 from flexq.plan import Plan
 from flexq.planning import sensitivity
 from flexq.planning.mixed import Mixed
@@ -17,7 +17,7 @@ WIDTHS = (4, 5, 6, 8)
 
 @pytest.fixture(scope="module")
 def encoder():
-    return next(a for a in ARCHITECTURES if a.id == "bert-base").model()
+    return architecture("bert-base").model()
 
 
 def test_kind_of_outcome(encoder):

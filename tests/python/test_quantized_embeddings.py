@@ -8,7 +8,7 @@ from pathlib import Path
 import flexq
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import architecture
 from conftest import tiny_config
 from flexq.checkpoint.layers import insert_layers
 from flexq.checkpoint.verify import verify
@@ -32,10 +32,6 @@ HEAD = flexq.LayerConfig(weight_bits=8, scheme="channel")
 def llama(tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()
-
-
-def architecture(name: str):
-    return next(a for a in ARCHITECTURES if a.id == name)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -53,10 +53,10 @@ def test_logits_that_are_not_finite(tiny_llama):
 
 
 def test_models_that_predict_no_tokens():
-    from architectures import ARCHITECTURES
+    from architectures import ARCHITECTURES, architecture
 
     windows = windows_of(character_tokenizer(), TEXT, 32, 2)
-    encoder = next(a for a in ARCHITECTURES if a.id == "bert-base").model()
+    encoder = architecture("bert-base").model()
     with pytest.raises(ValueError, match="BertModel gives no logits for each token"):
         evaluate({"encoder": encoder}, windows)
     bart = next(a for a in ARCHITECTURES if a.kind == "bart").model()

@@ -3,7 +3,7 @@
 import flexq
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import architecture
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -82,7 +82,7 @@ def test_heads_that_are_tied_once_the_model_is_loaded(tmp_path):
 
 def test_blocks_that_share_their_weights_beside_a_quantized_head(tmp_path):
     """Zamba 2: what ties its head ties its blocks too, and stays."""
-    model = next(a for a in ARCHITECTURES if a.id == "zamba2-CausalLM").model()
+    model = architecture("zamba2-CausalLM").model()
     model.save_pretrained(tmp_path / "float")
     flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk", HEAD)
     quantized = flexq.quantize_model(model, HEAD)
@@ -94,7 +94,7 @@ def test_blocks_that_share_their_weights_beside_a_quantized_head(tmp_path):
 
 
 def test_quantized_embeddings_of_a_tied_encoder_decoder(tmp_path):
-    model = next(a for a in ARCHITECTURES if a.id == "whisper-SpeechSeq2Seq").model()
+    model = architecture("whisper-SpeechSeq2Seq").model()
     model.save_pretrained(tmp_path / "float")
     plan = flexq.Plan.uniform(embeddings=8)
     flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "disk", plan)

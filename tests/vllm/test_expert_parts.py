@@ -6,7 +6,7 @@ import flexq
 import pytest
 import torch
 from flexq.experts import Experts
-from flexq.integrations.vllm_experts import CheckpointExpertsMethod, names_of_experts
+from flexq.integrations.vllm_experts import CheckpointExpertsMethod, name_in, names_of_experts
 
 E, H, INNER, T, K = 4, 256, 512, 9, 2
 
@@ -117,6 +117,7 @@ def test_experts_with_one_module_more_around_them():
         f"model.layers.1.experts.{projection}": flexq.LayerConfig() for projection in ("gate_up_proj", "down_proj")
     }
     assert names_of_experts(layers, "model.layers.1.moe.experts") == tuple(layers)
+    assert name_in(layers, "model.layers.1.moe.experts") == "model.layers.1.experts"
     others = {name.replace("experts", "other.experts"): config for name, config in layers.items()}
     assert names_of_experts(layers | others, "model.layers.1.other.experts") == tuple(others)
     with pytest.raises(ValueError, match="either may be meant"):

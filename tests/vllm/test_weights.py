@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import assert_same, engine, greedy, random_model, shut
 from flexq.integrations import vllm as plugin
+from flexq.integrations import vllm_loading
 from flexq.integrations.vllm_loading import order_of_rows
 from plans import MIXED
 from transformers import AutoTokenizer
@@ -74,12 +75,17 @@ def test_weights_are_made_up(random_mixed):
         shut(llm)
 
 
-def test_experts_are_not_reloaded():
-    from flexq.integrations.vllm_experts import _load_experts_first
+def test_experts_are_not_reloaded(monkeypatch):
+    from flexq.integrations.vllm_experts import _without_experts
 
     class Loader:
-        get_all_weights = _load_experts_first(lambda self, model_config, model: iter([("a", torch.ones(1))]))
+        def get_all_weights(self, model_config, model):
+            return iter([("a", torch.ones(1))])
 
+    monkeypatch.setattr(vllm_loading, "DefaultModelLoader", Loader)
+    for _ in range(2):
+        vllm_loading.have_loader_pass(_without_experts)
+    assert Loader.get_all_weights.flexq_stages == (_without_experts,)
     model = torch.nn.Module()
     assert [name for name, _ in Loader().get_all_weights(None, model)] == ["a"]
     model.flexq_experts = torch.nn.Module()

@@ -69,17 +69,22 @@ def verify(folder: str | Path) -> Verified:
     """
     folder = Path(folder)
     verified, shapes = _check_files(folder)
-    source = ModelSource(str(folder), str(folder))
     try:
-        model = skeleton(source, load_config(source))
-        insert_layers(model, read_plan(folder))
+        _require_fit(folder, str(folder), shapes)
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{folder}: {one_line(error)}") from None
-    compare(model, shapes).require_none(str(folder))
     verified.keys = True
     return verified
+
+
+def _require_fit(folder: Path, of: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where the tensors are not those of the model that the config describes."""
+    source = ModelSource(of, str(folder))
+    model = skeleton(source, load_config(source))
+    insert_layers(model, read_plan(folder))
+    compare(model, shapes).require_none(of)
 
 
 def require_loadable(folder: Path, of: str) -> None:
@@ -89,11 +94,8 @@ def require_loadable(folder: Path, of: str) -> None:
     Raises:
         ModelError: it could not be loaded.
     """
-    source = ModelSource(of, str(folder))
     try:
-        model = skeleton(source, load_config(source))
-        insert_layers(model, read_plan(folder))
-        compare(model, shapes_of(Weights.of(folder).files)).require_none(of)
+        _require_fit(folder, of, shapes_of(Weights.of(folder).files))
     except (ValueError, AttributeError) as error:
         raise ModelError(f"what was made of {of} could not be loaded, and is not kept: {one_line(error)}") from None
 

@@ -32,9 +32,9 @@ from flexq.checkpoint.source import CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
 from flexq.embedding import CONFIG as EMBEDDING
 from flexq.integrations.vllm_compile_key import have_vllm_tell_plans_apart
-from flexq.integrations.vllm_embedding import EmbeddingMethod, have_vllm_dequantize
+from flexq.integrations.vllm_embedding import EmbeddingMethod, with_embeddings_dequantized
 from flexq.integrations.vllm_linear import FlexQLinearMethod
-from flexq.integrations.vllm_loading import have_vllm_prepare_tensors
+from flexq.integrations.vllm_loading import have_loader_pass, prepared
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 
@@ -192,19 +192,13 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def _parts(self, prefix: str) -> list[str]:
         """Names of the layers that are one in vLLM."""
-        parent, _, name = prefix.rpartition(".")
-
-        def below(parts) -> list[str]:
-            return [f"{parent}.{part}" if parent else part for part in parts]
-
-        parts = self.packed_modules_mapping.get(name)
-        if (
-            parts is None
-            and self.is_checkpoint
-            and all(n in self.plan.layers for n in below(_MERGED.get(name, (name,))))
-        ):
-            parts = _MERGED.get(name)
-        return below([name] if parts is None else parts)
+        name = prefix.rpartition(".")[2]
+        stem = prefix.removesuffix(name)
+        if name in self.packed_modules_mapping:
+            return [stem + part for part in self.packed_modules_mapping[name]]
+        parts = [stem + part for part in _MERGED.get(name, ())]
+        is_merged = self.is_checkpoint and parts and all(part in self.plan.layers for part in parts)
+        return parts if is_merged else [prefix]
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
@@ -222,9 +216,9 @@ class FlexQVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         add_fusion_pass()
         have_vllm_tell_plans_apart(self._hash_of_plan)
-        have_vllm_prepare_tensors()
+        have_loader_pass(prepared)
         if self.plan.embeddings is not None:
-            have_vllm_dequantize()
+            have_loader_pass(with_embeddings_dequantized)
         if isinstance(layer, ParallelLMHead):
             config = self.plan.layers.get(prefix)
             self._placed.add(prefix)
@@ -244,7 +238,7 @@ class FlexQVllmConfig(QuantizationConfig):
         if all(config is None for config in configs):
             return UnquantizedLinearMethod()
         if any(config is None for config in configs) or len({(c.scheme, c.weight_bits) for c in configs}) > 1:
-            parts = self.packed_modules_mapping.get(prefix.rpartition(".")[2], [])
+            parts = [name.rpartition(".")[2] for name in self._parts(prefix)]
             raise ValueError(
                 f"{prefix}: vLLM merges {', '.join(parts)}; a plan may give them different act_bits and rotations, but "
                 "one scheme and weight_bits, and none of them may be left unquantized while others are not; it gives "

@@ -3,20 +3,18 @@
 Classes of models that ask no quantization method for their embedding get it dequantized, as it is loaded.
 """
 
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.embedding import CONFIG, canonical_of, dequantized_rows, look_up, rows_of
-from flexq.integrations.vllm_loading import config_of
+from flexq.integrations.vllm_loading import Weights, config_of
 from flexq.integrations.vllm_weights import fills_parameters_itself, keep_packed, loads_dummies, method_of
 
 _TENSORS = ("qweight", "scales")
@@ -107,32 +105,19 @@ def _add_canonical(layer: torch.nn.Module, state: dict[str, torch.Tensor], prefi
 # ---- Where there is no place for it ----------------------------------------------------------------------------------
 
 
-def have_vllm_dequantize() -> None:
-    """vLLM's usual loader gives embeddings without a place in floating point. May be called more than once."""
-    if not hasattr(DefaultModelLoader.get_all_weights, "flexq_embeddings"):
-        DefaultModelLoader.get_all_weights = _dequantize_on_the_way(DefaultModelLoader.get_all_weights)
-
-
-def _dequantize_on_the_way(get_all_weights: Callable) -> Callable:
-    """vLLM's iterator over a checkpoint's tensors, with the weight of an embedding that has no place as it is."""
-
-    @wraps(get_all_weights)
-    def get_weights(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        homeless = _without_place(model)
-        parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in homeless}
-        for name, tensor in get_all_weights(self, model_config, model):
-            stem, _, kind = name.rpartition(".")
-            if stem not in parts or kind not in _TENSORS:
-                yield name, tensor
-                continue
-            parts[stem][kind] = tensor
-            if len(parts[stem]) == len(_TENSORS):
-                logger.info_once(f"vLLM's class of this model takes no quantized embedding: {stem} is dequantized")
-                rows = rows_of(*(parts[stem][kind] for kind in _TENSORS), _length_of_rows(model, model_config))
-                yield f"{stem}.weight", dequantized_rows(rows, model_config.dtype)
-
-    get_weights.flexq_embeddings = True
-    return get_weights
+def with_embeddings_dequantized(weights: Weights, model_config, model: torch.nn.Module) -> Weights:
+    """A checkpoint's tensors, with the weight of an embedding that has no place as it is."""
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in _without_place(model)}
+    for name, tensor in weights:
+        stem, _, kind = name.rpartition(".")
+        if stem not in parts or kind not in _TENSORS:
+            yield name, tensor
+            continue
+        parts[stem][kind] = tensor
+        if len(parts[stem]) == len(_TENSORS):
+            logger.info_once(f"vLLM's class of this model takes no quantized embedding: {stem} is dequantized")
+            rows = rows_of(*(parts[stem][kind] for kind in _TENSORS), _length_of_rows(model, model_config))
+            yield f"{stem}.weight", dequantized_rows(rows, model_config.dtype)
 
 
 def _without_place(model: torch.nn.Module) -> set[str]:

@@ -5,16 +5,16 @@ experts in one tensor, are loaded and sliced here.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial, wraps
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.experts import Experts
+from flexq.integrations.vllm_loading import Weights, have_loader_pass
 from flexq.integrations.vllm_weights import fills_parameters_itself, loads_dummies
 from flexq.plan import LayerConfig
 from flexq.run.parallel import check_input_split
@@ -48,59 +48,53 @@ def activation_of(layer: torch.nn.Module) -> dict[str, object] | None:
     return known | {field: value for field, value in given.items() if value is not None}
 
 
-def names_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tuple[str, str] | None:
-    """A checkpoint's layers that are gate_up and down of the experts `prefix`; None if those are in floating point.
-    vLLM may call the module around them otherwise than transformers (block_sparse_moe, mlp), or have one more."""
+def _as_experts(prefix: str) -> str:
+    """A regular expression of the names that a plan may have for the experts `prefix`. vLLM may call the module around
+    them otherwise than transformers (block_sparse_moe, mlp), or have one more."""
     stem = re.escape(prefix.removesuffix(".experts").rpartition(".")[0])
-    found: dict[str, str] = {}
+    return rf"{stem}\.(?:[^.*?[]+\.)?experts"
+
+
+def names_of_experts(layers: dict[str, LayerConfig | None], prefix: str) -> tuple[str, str] | None:
+    """A checkpoint's layers that are gate_up and down of the experts `prefix`; None if those are in floating point."""
+    found: dict[str, list[str]] = {"gate_up": [], "down": []}
     for name, config in layers.items():
-        match = re.fullmatch(rf"{stem}\.(?:[^.]+\.)?experts\.({'|'.join(_PROJECTIONS)})", name)
-        if not match or config is None:
-            continue
-        projection = _PROJECTIONS[match[1]]
-        if projection in found and prefix in (found[projection].rpartition(".")[0], name.rpartition(".")[0]):
-            name = next(n for n in (name, found[projection]) if n.startswith(f"{prefix}."))
-        elif projection in found:
-            raise ValueError(f"{prefix}: the plan has both {found[projection]} and {name}, and either may be meant")
-        found[projection] = name
-    return (found["gate_up"], found["down"]) if len(found) == 2 else None
+        match = re.fullmatch(rf"{_as_experts(prefix)}\.({'|'.join(_PROJECTIONS)})", name)
+        if match and config is not None:
+            found[_PROJECTIONS[match[1]]].append(name)
+    if not all(found.values()):
+        return None
+    for projection, names in found.items():
+        meant = [name for name in names if name.startswith(f"{prefix}.")] or names
+        if len(meant) > 1:
+            raise ValueError(f"{prefix}: the plan has both {' and '.join(meant)}, and either may be meant")
+        found[projection] = meant
+    return found["gate_up"][0], found["down"][0]
 
 
 def name_in(layers: dict[str, LayerConfig | None], prefix: str) -> str:
     """What a plan calls the experts `prefix`, by a name that is no pattern."""
-    stem = re.escape(prefix.removesuffix(".experts").rpartition(".")[0])
-    names = (re.fullmatch(rf"({stem}\.[^.*?[]+\.experts)(\.({'|'.join(_PROJECTIONS)}))?", name) for name in layers)
+    names = (re.fullmatch(rf"({_as_experts(prefix)})(\.({'|'.join(_PROJECTIONS)}))?", name) for name in layers)
     return next((match[1] for match in names if match), prefix)
 
 
-def _load_experts_first(get_all_weights: Callable) -> Callable:
-    """vLLM's iterator over a checkpoint's tensors, without those that quantized experts take."""
-
-    @wraps(get_all_weights)
-    def get_others(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        if any(hasattr(module, "flexq_experts") for module in model.modules()):
-            raise RuntimeError(_LOADED_ONCE)
-        return others(get_all_weights(self, model_config, model), model)
-
-    def others(weights: Iterable[tuple[str, torch.Tensor]], model) -> Iterator[tuple[str, torch.Tensor]]:
-        taken = {m.flexq_checkpoint_name: m for m in model.modules() if hasattr(m, "flexq_checkpoint_name")}
-        for name, tensor in weights:
-            stem, separator, rest = name.rpartition(".experts.")
-            layer = taken.get(stem + separator[:-1])
-            if layer is None:
-                yield name, tensor
-            else:
-                list(layer.load_weights([(rest, tensor)]))
-
-    get_others.flexq = True
-    return get_others
+def _without_experts(weights: Weights, _, model: torch.nn.Module) -> Weights:
+    """A checkpoint's tensors without those that quantized experts take: classes of models look for tensors of single
+    experts, or know experts by names of their own. With other loaders experts go by `layer.load_weights`."""
+    if any(hasattr(module, "flexq_experts") for module in model.modules()):
+        raise RuntimeError(_LOADED_ONCE)
+    return _others(weights, model)
 
 
-def _have_vllm_load_experts_first() -> None:
-    """Classes of models look for tensors of single experts, or know experts by names of their own; so vLLM's usual
-    loader gives quantized experts theirs itself. Others go by `layer.load_weights`. May be called more than once."""
-    if not hasattr(DefaultModelLoader.get_all_weights, "flexq"):
-        DefaultModelLoader.get_all_weights = _load_experts_first(DefaultModelLoader.get_all_weights)
+def _others(weights: Weights, model: torch.nn.Module) -> Weights:
+    taken = {m.flexq_checkpoint_name: m for m in model.modules() if hasattr(m, "flexq_checkpoint_name")}
+    for name, tensor in weights:
+        stem, separator, rest = name.rpartition(".experts.")
+        layer = taken.get(stem + separator[:-1])
+        if layer is None:
+            yield name, tensor
+        else:
+            list(layer.load_weights([(rest, tensor)]))
 
 
 class _ExpertsMethod(FusedMoEMethodBase):
@@ -109,7 +103,7 @@ class _ExpertsMethod(FusedMoEMethodBase):
     def __init__(self, moe, prefix: str):
         super().__init__(moe)
         self.prefix = prefix
-        _have_vllm_load_experts_first()
+        have_loader_pass(_without_experts)
 
     def _finish(self, layer: torch.nn.Module, make, *args, **settings) -> None:
         """Puts `make`'s experts where vLLM's parameters were."""

@@ -1,5 +1,6 @@
-"""A FlexQ checkpoint's tensors on their way to vLLM's classes, by vLLM's usual loader: refused where the model has no
-place for them, and their rows in the order that the class gives a weight's."""
+"""A checkpoint's tensors on their way to vLLM's classes, by vLLM's usual loader: what FlexQ does to them in between, by
+stages. One is here: a FlexQ checkpoint's are refused where the model has no place for them, and come with their rows in
+the order that the class gives a weight's."""
 
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -8,6 +9,7 @@ import torch
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 _OF_ROWS = ("qweight", "scales")
+Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 def config_of(model: torch.nn.Module):
@@ -19,35 +21,40 @@ def config_of(model: torch.nn.Module):
     return None
 
 
-def have_vllm_prepare_tensors() -> None:
-    """May be called more than once."""
-    if not hasattr(DefaultModelLoader.get_all_weights, "flexq_prepared"):
-        DefaultModelLoader.get_all_weights = _prepared(DefaultModelLoader.get_all_weights)
+def have_loader_pass(stage: Callable[..., Weights]) -> None:
+    """Has vLLM's usual loader give a checkpoint's tensors by `stage(weights, model_config, model)`, around the stages
+    that it has already. May be called more than once."""
+    inner = DefaultModelLoader.get_all_weights
+    stages = getattr(inner, "flexq_stages", ())
+    if stage in stages:
+        return
+
+    @wraps(inner)
+    def get_all_weights(self, model_config, model: torch.nn.Module) -> Weights:
+        return stage(inner(self, model_config, model), model_config, model)
+
+    get_all_weights.flexq_stages = (*stages, stage)
+    DefaultModelLoader.get_all_weights = get_all_weights
 
 
-def _prepared(get_all_weights: Callable) -> Callable:
-    @wraps(get_all_weights)
-    def get_weights(self, model_config, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        config = config_of(model)
-        weights = get_all_weights(self, model_config, model)
-        if config is None or not config.is_checkpoint:
-            return weights
-        config.check_before_loading(model)
-        in_order = order_of_rows(model)
-        return weights if in_order is None else ((name, in_order(name, tensor)) for name, tensor in weights)
-
-    get_weights.flexq_prepared = True
-    return get_weights
+def prepared(weights: Weights, _, model: torch.nn.Module) -> Weights:
+    """A FlexQ checkpoint's tensors once it is known that they have places, in the order of their class's rows."""
+    config = config_of(model)
+    if config is None or not config.is_checkpoint:
+        return weights
+    config.check_before_loading(model)
+    in_order = order_of_rows(model)
+    return weights if in_order is None else ((name, in_order(name, tensor)) for name, tensor in weights)
 
 
 def order_of_rows(model: torch.nn.Module) -> Callable[[str, torch.Tensor], torch.Tensor] | None:
     """What puts the rows of a layer's tensor, by its name, in the order that the model's class gives a weight's as it
     loads: of Llama 4's queries and keys, whose rotary embedding is another one than in the checkpoint. None for classes
     that keep rows."""
-    places = [(place, m) for place, m in model.named_modules() if hasattr(m, "permute_qk_weight_for_rotary")]
-    if not places:
+    places = (named for named in model.named_modules() if hasattr(named[1], "permute_qk_weight_for_rotary"))
+    place, language_model = next(places, ("", None))
+    if language_model is None:
         return None
-    place, language_model = places[0]
 
     def in_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
         layer, _, kind = name.rpartition(".")
