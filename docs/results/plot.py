@@ -227,12 +227,8 @@ def experts() -> None:
 
 def serve() -> None:
     """Decode steps in vLLM, by the sequences that share one."""
-    step, before = (
-        {int(r["measurement"].rpartition("_")[2]): r for r in table(name) if "step" in r["measurement"]}
-        for name in ("serve-llama-3.1-8b-h100", "serve-fusion-h100")
-    )
-    for batch, row in step.items():  # the better of two runs
-        row |= {peer: min(row[peer], before[batch][peer], key=float) for peer in ("bf16", "fp8")}
+    rows = [r for r in table("serve-steps-llama-3.1-8b-h100") if "step" in r["measurement"]]
+    step = {int(r["measurement"].rpartition("_")[2]): r for r in rows}
     figure = Figure(HERE / "serve-h100.svg", 640, 330, "Steps of Llama-3.1-8B in vLLM on an H100")
     panel = figure.panel(60, 40, 400, 230, "A step of Llama-3.1-8B in vLLM on an H100")
     panel.axes((1, 256), (0, 2.5), list(step), [0, 0.5, 1, 1.5, 2, 2.5], "sequences at a time", "times as fast as bf16")
@@ -241,10 +237,9 @@ def serve() -> None:
     for column, color, name, width in (
         ("flexq_channel", GREEN, "FlexQ W6A8", 2.6),
         ("fp8", ORANGE, "fp8", 1.4),
-        ("int8", RED, "INT8", 1.4),
         ("humming_group", PURPLE, "Humming W6A8", 1.4),
     ):
-        points = [(float(batch), float(r["bf16"]) / float(r[column])) for batch, r in step.items()]
+        points = [(float(batch), float(r["bf16"]) / float(r[column])) for batch, r in step.items() if r[column]]
         ends.append(panel.line(points, color, name, width))
     panel.label(ends)
     figure.save()
