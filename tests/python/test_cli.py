@@ -68,6 +68,32 @@ def test_eval_of_recipes(model, text, capsys):
     assert sizes[0] > sizes[1] > 0 and all(r["perplexity"] > 1 for r in results)
 
 
+def test_eval_knows_its_reference(model, text, tmp_path, monkeypatch, capsys):
+    """A relative path that was recorded is another model in another folder, or none."""
+    evaluation = ["--text", text, "--window-length", "32", "--windows", "2", "--device", "cpu"]
+    monkeypatch.chdir(model.parent)
+    assert main(["quantize", model.name, "-o", "out", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "out", *evaluation]) == 0
+    assert f"reference {model.name}" in capsys.readouterr().out
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    out = str(model.parent / "out")
+    assert main(["eval", out, *evaluation]) == 0
+    assert "is not here: no KL divergence; give --reference" in capsys.readouterr().out
+    shutil.copytree(model, model.name)
+    config = json.loads(Path(model.name, "config.json").read_text())
+    Path(model.name, "config.json").write_text(
+        json.dumps(config | {"rope_parameters": {"rope_theta": 5, "rope_type": "default"}})
+    )
+    assert main(["eval", out, *evaluation]) == 0
+    assert "is another model here (rope_parameters.rope_theta is 5, not" in capsys.readouterr().out
+    assert main(["eval", out, "--recipes", "w8a8", *evaluation]) == 2
+    assert main(["sensitivity", out, "--text", text, "--window-length", "32"]) == 2
+    assert capsys.readouterr().err.count("give --reference") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

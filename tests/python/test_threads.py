@@ -1,5 +1,6 @@
 """Threads on one model: a forward pass shares nothing that another changes."""
 
+import copy
 import threading
 
 import flexq
@@ -86,3 +87,21 @@ def test_a_tensor_that_changes_between_calls(tiny_llama):
         x.mul_(2)
         second = [part(x) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tensor_that_changes_between_parts(tiny_llama, mode):
+    model = flexq.quantize_model(tiny_llama)
+    expected = model.model.layers[0].self_attn
+    q, k = copy.deepcopy(expected.q_proj), copy.deepcopy(expected.k_proj)
+    flexq.fuse_model(model)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(1, 4, 96)
+    with mode():
+        x = x.clone()  # a tensor of this mode
+        attention.q_proj(x)
+        x.mul_(2)
+        assert torch.equal(attention.q_proj(x), q(x))
+        if mode is torch.no_grad:  # PyTorch does not count writes to tensors of inference mode
+            x.mul_(2)
+        assert torch.equal(attention.k_proj(x), k(x))

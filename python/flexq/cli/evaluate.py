@@ -1,7 +1,6 @@
 """`flexq eval`: perplexity, KL divergence and multiple choice; and the comparison of `flexq quantize`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     about = options.about_windows(windows, tokenizer)
     if not args.json:
         bos = ", each beginning with BOS" if about["begins_with"] else ""
-        print(f"{len(windows)} windows of {about['window_length']} tokens{bos}; {where_it_ran(args.device)}:")
+        beside = "" if reference is None else f"; reference {reference_source.name}"
+        print(f"{len(windows)} windows of {about['window_length']} tokens{bos}{beside}; {where_it_ran(args.device)}:")
         print(evaluation_table(results))
         note(args, f"peak memory {megabytes(peak_memory())}")
     if args.plot:
@@ -75,9 +75,14 @@ def _reference(args: argparse.Namespace, named: dict[str, Any]):
         name = floats[0]
     if args.recipes and name is None:
         raise UsageError("--recipes quantizes an unquantized model; give one")
-    if args.reference is None and name is not None and not options.reachable(name):
-        print(f"note: {name}, which this was made from, is not here: no KL divergence", file=sys.stderr)
-        name = None
+    if args.reference is None and name in recorded:
+        checkpoint = next(s for s in named.values() if is_quantized(s) and options.recorded_source(s) == name)
+        if (why := options.why_not_source_of(checkpoint, name)) is not None:
+            why = f"{name}, which {checkpoint.name} was made from, {why}"
+            if args.recipes:
+                raise UsageError(f"{why}; --recipes quantizes it: give --reference")
+            note(args, f"{why}: no KL divergence; give --reference for it")
+            return None
     return find_model(name) if name is not None else None
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from flexq.plots import pyplot
 
@@ -127,11 +128,33 @@ def recorded_source(source) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def reachable(model: str) -> bool:
-    from flexq.checkpoint.source import ModelError, find_model
+# What a checkpoint's configuration may have otherwise than its source's.
+_MAY_DIFFER = {"quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache",
+               "tie_word_embeddings", "architectures"}  # fmt: skip
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first setting that two configurations have differently."""
+    for key in sorted(one.keys() & other.keys() - _MAY_DIFFER):
+        a, b = one[key], other[key]
+        if isinstance(a, dict) and isinstance(b, dict):
+            if (inside := _difference(a, b)) is not None:
+                return f"{key}.{inside}"
+        elif a != b:
+            return f"{key} is {b!r}, not {a!r}"
+    return None
+
+
+def why_not_source_of(checkpoint, name: str) -> str | None:
+    """Why the model that goes by the recorded name here cannot be what the checkpoint was made from, if so: a relative
+    path is another folder from elsewhere."""
+    from flexq.checkpoint.source import ModelError, find_model, load_config
 
     try:
-        source = find_model(model)
+        found = find_model(name)
     except ModelError:
-        return False
-    return Path(source.path).exists()
+        return "is not here"
+    if not Path(found.path).exists():
+        return "is not here"
+    difference = _difference(load_config(checkpoint).to_dict(), load_config(found).to_dict())
+    return None if difference is None else f"is another model here ({difference})"

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         name = args.reference or options.recorded_source(source)
         if name is None:
             raise UsageError("this checkpoint does not say what it was made from; give --reference")
+        if args.reference is None and (why := options.why_not_source_of(source, name)) is not None:
+            raise UsageError(f"{name}, which {source.name} was made from, {why}; give --reference")
         reference_source = find_model(name)
     if args.weights and args.agreement:
         raise UsageError("--agreement compares rankings of activations' bits, not those of --weights")

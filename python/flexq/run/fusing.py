@@ -31,7 +31,7 @@ def _norm_forward(norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | Non
 def _mlp_forward(mlp: nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """down(silu(gate) * up), gate and up from one GEMM."""
     merged, down = mlp.flexq_gate_up, mlp.flexq_down
-    y = merged.output_for(x, is_last=True)
+    y = merged.output_for(x, len(merged.sizes) - 1)
     half = merged.out_features // 2
     gate, up = (y[..., :half], y[..., half:]) if mlp.flexq_gate_first else (y[..., half:], y[..., :half])
     c = down.config

@@ -55,14 +55,19 @@ class MergedLinear(Linear):
             setattr(stand_in, self.quantized_key, quantized)
         return stand_in
 
-    def output_for(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
-        """The output [..., N] of all parts for x, computed when the first of them asks, forgotten with the last."""
+    def output_for(self, x: torch.Tensor, part: int) -> torch.Tensor:
+        """The output [..., N] of all parts for x, computed when the first of them asks, forgotten with the last.
+
+        Each part gets it once, and none after x has been written to, as far as PyTorch counts that: in inference mode it
+        does not."""
+        is_last = part == len(self.sizes) - 1
         if torch.compiler.is_compiling():
             return self._output_while_tracing(x, is_last)
-        output = getattr(x, self.output_key, None)
-        if output is None:
-            output = self._compute(x, getattr(x, self.quantized_key, None))
-        setattr(x, self.output_key, None if is_last else output)
+        version = None if x.is_inference() else x._version
+        output, of, asked = getattr(x, self.output_key, None) or (None, version, frozenset())
+        if output is None or of != version or part in asked:
+            output, asked = self._compute(x, getattr(x, self.quantized_key, None)), frozenset()
+        setattr(x, self.output_key, None if is_last else (output, version, asked | {part}))
         return output
 
     def _output_while_tracing(self, x: torch.Tensor, is_last: bool) -> torch.Tensor:
@@ -149,8 +154,7 @@ class MergedPart(nn.Module):
         return self.merged.config
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_last = self.index == len(self.merged.sizes) - 1
-        return self.merged.output_for(x, is_last)[..., self.begin : self.end]
+        return self.merged.output_for(x, self.index)[..., self.begin : self.end]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, part={self.index}"
