@@ -253,3 +253,15 @@ def test_something_of_a_model_stays_in_floating_point():
     with pytest.raises(ValueError, match="leave the embedding as it is"):
         flexq.quantize_model(model, flexq.Plan(embeddings=8))
     assert flexq.quantize_model(model).dtype == torch.float32
+
+
+def test_a_config_as_a_dictionary(tiny_folder):
+    """As transformers takes them for other methods; what it does not know is not ignored."""
+    given = {"quant_method": "flexq", "plan": "w6a6", "skip": ["*.mlp.*"]}
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=given)
+    plan = loaded.config.quantization_config.plan
+    assert plan.defaults.act_bits == 6 and isinstance(loaded.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bits'"):
+        AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=given | {"bits": 5})
+    with pytest.raises(ValueError, match="quant_method must be 'flexq', got 'gptq'"):
+        flexq.FlexQConfig(quant_method="gptq")

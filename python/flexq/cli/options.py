@@ -24,8 +24,8 @@ def positive(text: str) -> int:
 
 def positive_float(text: str) -> float:
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    if not 0 < value < 1e12:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1e12, got {text}")
     return value
 
 

@@ -54,6 +54,7 @@ class FlexQConfig(QuantizationConfigMixin):
         plan: a `flexq.Plan`, a recipe's name ("w6a8", "w6a6", ...), a plan's JSON file or object.
         include: patterns as in `fnmatch`; if given, only layers that match one are quantized.
         skip: patterns of layers to leave in floating point.
+        quant_method: "flexq"; in dictionaries that stand for this.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class FlexQConfig(QuantizationConfigMixin):
         plan: Plan | str | Path | dict[str, Any] = DEFAULT_RECIPE,
         include: Sequence[str] | None = None,
         skip: Sequence[str] = (),
-        **kwargs,
+        quant_method: str = QUANT_METHOD,
     ):
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}")
         self.quant_method = QUANT_METHOD
         self.plan = Plan.of(plan)
         self.include = None if include is None else list(include)
@@ -70,8 +73,9 @@ class FlexQConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs) -> "FlexQConfig":
-        """Of a checkpoint's config.json, whose plan is an object that names every layer."""
-        config = cls(plan_of_settings(config_dict))
+        """Of a checkpoint's config.json, whose plan is an object that names every layer; or of these arguments' names."""
+        is_checkpoint = "format_version" in config_dict or isinstance(config_dict.get("plan"), dict)
+        config = cls(plan_of_settings(config_dict)) if is_checkpoint else cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
