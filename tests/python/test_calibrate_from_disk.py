@@ -27,6 +27,7 @@ from flexq.quantize.inputs import run
 from flexq.quantize.model import resolve_plan
 from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing
+from transformers import Qwen2ForCausalLM
 
 # A stack each of one; heads that are tied and not, experts merged from many tensors, biases, transposed weights, blocks
 # that differ, a buffer in the file that stays in float32, two stacks, weights that transformers splits, parameters that
@@ -295,7 +296,7 @@ def test_command_gives_the_same(command, tmp_path, capsys, monkeypatch):
     assert command("scarce", "--json") == 0
     out = capsys.readouterr()
     assert "a block in memory at a time" in out.err
-    kept = ("layers", "left", "coverage", "bytes_by_part", "left_out", "vanished_scales")
+    kept = ("layers", "left", "coverage", "bytes_by_part", "left_out", "copied", "vanished_scales")
     assert {k: json.loads(out.out)[k] for k in kept} == {k: in_memory[k] for k in kept}
     for folder in ("disk", "scarce"):
         assert_same(tensors(tmp_path / folder), tensors(tmp_path / "memory"))
@@ -304,6 +305,32 @@ def test_command_gives_the_same(command, tmp_path, capsys, monkeypatch):
     # What measures the whole model is done in memory, as far as that goes.
     assert command("mixed", "--bits", 5.5) == 0
     assert "a block in memory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--low-memory"], None, "loaded"], ids=["memory", "disk", "plain", "loaded"])
+def test_layers_that_draft_are_copied(command, tmp_path, capsys, monkeypatch, options):
+    """Tensors that the model's class ignores, as vLLM reads them; what nothing knows of is left out, and said."""
+    monkeypatch.setattr(Qwen2ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+    source = tmp_path / "float"
+    given, extra = tensors(source), torch.randn(3, 5)
+    for file in source.glob("model*"):
+        file.unlink()
+    save_file(
+        given | {"mtp.fc.weight": extra, "extra.weight": extra.clone()}, source / "model.safetensors", {"format": "pt"}
+    )
+    if options is None:
+        assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    elif options == "loaded":
+        flexq.quantize_checkpoint(source, tmp_path / "out", loaded=flexq.load_model(source))
+    else:
+        assert command("out", *options) == 0
+    if options != "loaded":
+        out = capsys.readouterr().out
+        assert "class ignores them: mtp.fc.weight\n" in out and "has no place for them: extra.weight\n" in out
+    made = tensors(tmp_path / "out")
+    assert torch.equal(made["mtp.fc.weight"], extra) and "extra.weight" not in made
+    assert verify(tmp_path / "out").tensors == len(made)
+    flexq.load_model(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import character_tokenizer
+import torch
+from conftest import character_tokenizer, tiny_config
 from flexq.bench import decode as bench_decode
 from flexq.bench import linear as bench
 from flexq.cli.main import main
+from transformers import LlamaForCausalLM
 
 
 @pytest.fixture
@@ -92,6 +94,22 @@ def test_eval_knows_its_reference(model, text, tmp_path, monkeypatch, capsys):
     assert main(["eval", out, "--recipes", "w8a8", *evaluation]) == 2
     assert main(["sensitivity", out, "--text", text, "--window-length", "32"]) == 2
     assert capsys.readouterr().err.count("give --reference") == 2
+    monkeypatch.chdir(model.parent)
+    shutil.rmtree(elsewhere / model.name)
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(tiny_config())
+    other.save_pretrained(elsewhere / model.name)
+    character_tokenizer().save_pretrained(elsewhere / model.name)
+    monkeypatch.chdir(elsewhere)
+    assert main(["eval", out, *evaluation]) == 0
+    assert "is another model here (tensor model.embed_tokens.weight has other values)" in capsys.readouterr().out
+    shutil.rmtree(model.name)
+    shutil.copytree(out, model.name)  # of the name that it was made from
+    assert main(["eval", model.name, *evaluation]) == 0
+    assert "is not here, but a checkpoint of that name: no KL divergence" in capsys.readouterr().out
+    assert main(["eval", out, "--reference", model.name, *evaluation]) == 2
+    assert main(["sensitivity", out, "--reference", model.name, "--text", text, "--window-length", "32"]) == 2
+    assert capsys.readouterr().err.count("was quantized by FlexQ") == 2
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from flexq.checkpoint.convert import Conversion
 from flexq.checkpoint.folder import require_free, work_folder
 from flexq.checkpoint.offloaded import open_offloaded
+from flexq.checkpoint.placeless import Placeless
 from flexq.checkpoint.source import ModelError, ModelSource, find_model, one_line, read_tensor, require_float
 from flexq.checkpoint.write import DEFAULT_SHARD_BYTES, write_model
 from flexq.execution import resolve_device
@@ -134,12 +135,14 @@ def calibrate_offloaded(
                 model, embedding, *quantize_embedding(embedding, model.get_submodule(embedding), weight), record
             )
         finish_quantized(model, plan, **record, source=source.name, **made)
-        sizes = None
+        sizes, placeless = None, Placeless.in_source(source)
         if group.rank == 0:
             reader = _Result(model, offloaded, finished)
-            sizes = write_model(model, folder, None, shard_bytes, overwrite, source.folder, dtype, reader.read)
+            sizes = write_model(
+                model, folder, None, shard_bytes, overwrite, source.folder, dtype, reader.read, placeless.beside
+            )
         sizes = group.first(sizes)
-    return Conversion(model.flexq_plan, coverage(model), sizes)
+    return Conversion(model.flexq_plan, coverage(model), sizes, placeless)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
 """Quantizing a model from disk to disk."""
 
 import functools
-import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from flexq import ops
 from flexq.checkpoint.folder import new_folder, require_free
 from flexq.checkpoint.keys import Target, kept_names, made_of, targets_of
+from flexq.checkpoint.placeless import Placeless
 from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import (
     ModelError,
@@ -62,13 +62,13 @@ class Conversion:
         plan: as it was carried out.
         coverage: which share of the weights is quantized.
         sizes: what the folder's bytes are of.
-        left_out: tensors of the source that the model's class has no place for.
+        placeless: tensors of the source that the model's class has no place for.
     """
 
     plan: Plan
     coverage: Coverage
     sizes: Sizes
-    left_out: list[str] = field(default_factory=list)
+    placeless: Placeless
 
 
 def quantize_checkpoint(
@@ -140,7 +140,8 @@ def convert(
     record = Plan(given.defaults, named, {**given.produced_by, "source": source.name}, given.embeddings)
     with new_folder(folder, overwrite, source.folder) as aside:
         writer = ShardWriter(aside, shard_bytes, record.fingerprint(), dtype)
-        work = _TensorByTensor(source, model, every, writer, tensors, targets)
+        placeless = Placeless.of(model, tensors, targets)
+        work = _TensorByTensor(source, model, every, writer, tensors, targets, placeless)
         for file, name in progress(tensors) if progress else tensors:
             work.take(file, name)
         work.finish(tensors)
@@ -151,7 +152,7 @@ def convert(
         copy_companions(source.folder, aside)
         require_loadable(aside, source.name)
     sizes = writer.sizes_by_part(name_of(model, input_embeddings(model)), name_of(model, output_embeddings(model)))
-    return Conversion(record, coverage(model, every), sizes, work.left_out)
+    return Conversion(record, coverage(model, every), sizes, placeless)
 
 
 def _only_head(model, found: set[str]) -> bool:
@@ -182,11 +183,11 @@ def _is_interwoven(target: Target, resolved) -> bool:
 class _TensorByTensor:
     """Takes a checkpoint's tensors one after the other, and writes what becomes of them."""
 
-    def __init__(self, source, model, resolved, writer: ShardWriter, tensors, targets):
+    def __init__(self, source, model, resolved, writer: ShardWriter, tensors, targets, placeless: Placeless):
         self.source, self.model, self.resolved, self.writer, self.targets = source, model, resolved, writer, targets
+        self.left_out = set(placeless.left_out)
         self.dtype: torch.dtype | None = None  # of the source
         self.done: set[str] = set()
-        self.left_out: list[str] = []
         self.vanished = 0
         self.shared = _shared_names(model, resolved)
         layers = {n.removesuffix(".weight"): _layer_of(t) for n, t in targets.items() if _is_layer(t, resolved)}
@@ -201,6 +202,8 @@ class _TensorByTensor:
 
     def take(self, file: Path, name: str) -> None:
         target = self.targets[name]
+        if name in self.left_out:
+            return
         if target is not None and target.name in self.parts:
             if name == self.parts[target.name][0]:
                 self._take_experts(target)
@@ -212,8 +215,6 @@ class _TensorByTensor:
             if on_disk not in self.kept_names:
                 on_disk = name_on_disk(self.model, f"{layer}.qweight").removesuffix(".qweight")
             self._quantize(layer, on_disk, tensor)
-        elif target is None and not _is_ignored(self.model, name):
-            self.left_out.append(name)
         else:
             self.writer.add(name, tensor)
 
@@ -294,11 +295,6 @@ def _shared_names(model, resolved) -> dict[str, list[str]]:
     return {name: names for names in by_weight.values() if len(names) > 1 for name in names}
 
 
-def _is_ignored(model, name: str) -> bool:
-    """Whether the model's class says that files may have this tensor, which it does not use."""
-    return any(re.search(p, name) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-
-
 def _convert_loaded(
     source: ModelSource, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded, dtype
 ) -> Conversion:
@@ -310,5 +306,6 @@ def _convert_loaded(
         quantize_model(model, plan, include, skip, progress)
     model.flexq_plan.produced_by["source"] = source.name
     tokenizer = None if source.folder is not None else load_tokenizer(source)
-    sizes = write_model(model, folder, tokenizer, shard_bytes, overwrite, source.folder, dtype)
-    return Conversion(model.flexq_plan, coverage(model), sizes)
+    placeless = Placeless.in_source(source)
+    sizes = write_model(model, folder, tokenizer, shard_bytes, overwrite, source.folder, dtype, beside=placeless.beside)
+    return Conversion(model.flexq_plan, coverage(model), sizes, placeless)

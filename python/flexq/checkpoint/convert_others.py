@@ -11,6 +11,7 @@ from flexq import ops
 from flexq.checkpoint.folder import new_folder, require_free
 from flexq.checkpoint.keys import targets_of
 from flexq.checkpoint.others import SUFFIXES, Format, Layer, format_of
+from flexq.checkpoint.placeless import Placeless
 from flexq.checkpoint.source import (
     ModelError,
     ModelSource,
@@ -92,7 +93,10 @@ def convert_checkpoint(
     record = Plan(LayerConfig(), {**kept, **layers}, {"source": source.name, "converted_from": form.method})
     own = {f"{on_disk}.{tensor}" for on_disk in quantized for tensor in form.tensors}
     targets = targets_of(model, [name for name in files if name not in own])
-    left_out = []
+    placeless = Placeless.of(model, [(file, name) for file, name in tensors if name not in own], targets)
+    if any(name.endswith(SUFFIXES) for _, name in placeless.beside):  # quantized there too, which is not ours to read
+        placeless = Placeless([], [*placeless.left_out, *(name for _, name in placeless.beside)])
+    left_out = set(placeless.left_out)
     dtype = None
     with new_folder(folder, overwrite, source.folder) as aside:
         writer = ShardWriter(aside, shard_bytes, record.fingerprint())
@@ -104,9 +108,8 @@ def convert_checkpoint(
                 writer.add(f"{on_disk}.scales", scales)
             elif name not in own:
                 tensor = read_tensor(file, name)
-                if targets[name] is None:
+                if name in left_out:
                     _require_unused(name, tensor, quantized)
-                    left_out.append(name)
                     continue
                 dtype = dtype or (tensor.dtype if tensor.is_floating_point() else None)
                 writer.add(name, tensor)
@@ -118,8 +121,8 @@ def convert_checkpoint(
     changes = [f"activations: {form.activations} before, now 8 bits with a scale per {per}, quantized at run time"]
     if form.cache is not None:
         changes.append(f"KV cache: {form.cache} before, now as it is served")
-    if left_out:
-        changes.append(f"left out, as the model has no place for them: {some(left_out)}")
+    if placeless.left_out:
+        changes.append(f"left out, as the model has no place for them: {some(placeless.left_out)}")
     return Converted(record, form.method, form.bits, len(quantized), changes)
 
 

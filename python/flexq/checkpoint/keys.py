@@ -281,8 +281,7 @@ def compare(model, shapes: Mapping[str, tuple[int, ...]]) -> Differences:
     tied = _tied_to(model, filled)
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     result.missing = [n for n in result.missing if n not in tied and not _matches(n, ignored)]
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    result.unexpected = [n for n in result.unexpected if not _matches(n, ignored)]
+    result.unexpected = [n for n in result.unexpected if not is_ignored(model, n)]
     if not is_own_class(model):
         _forgive_heads(model, result)
     return result
@@ -299,6 +298,12 @@ def _tied_to(model, filled: set[str]) -> set[str]:
 def is_own_class(model) -> bool:
     """Whether a model is of the class that its checkpoint was written from."""
     return type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__])
+
+
+def is_ignored(model, name: str) -> bool:
+    """Whether the model's class says that files may have this tensor, which it does not use: layers that predict
+    several tokens (MTP) among them, which vLLM drafts with."""
+    return _matches(name, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

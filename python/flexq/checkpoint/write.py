@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from flexq.checkpoint.folder import new_folder
 from flexq.checkpoint.keys import keep_quantized_whole
 from flexq.checkpoint.layers import settings_of
-from flexq.checkpoint.source import INDEX, SINGLE, ModelError, is_own
+from flexq.checkpoint.source import INDEX, SINGLE, ModelError, is_own, read_tensor
 from flexq.checkpoint.verify import PLAN_HASH, require_loadable
 from flexq.checksum import CHECKSUMS, checksum
 from flexq.plan import Plan
@@ -198,13 +198,16 @@ def write_model(
     companions,
     dtype: torch.dtype | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
+    beside: Sequence[tuple[Path, str]] = (),
 ) -> Sizes:
-    """`save_model`, with another dtype for what is not quantized, and what reads tensors that are on the meta device;
-    returns what the bytes are of."""
+    """`save_model`, with another dtype for what is not quantized, what reads tensors that are on the meta device, and
+    files and names of tensors that are copied beside the model's; returns what the bytes are of."""
     plan = record_plan(model, getattr(model, "flexq_plan", Plan()))
     with new_folder(folder, overwrite, companions) as aside:
         writer = ShardWriter(aside, shard_bytes, plan.fingerprint(), dtype)
         _add_tensors(model, writer, read)
+        for file, name in beside:
+            writer.add(name, read_tensor(file, name))
         writer.finish()
         if not model.config.architectures:
             model.config.architectures = [type(model).__name__]

@@ -110,6 +110,7 @@ def _quantize_from_files(args: argparse.Namespace, source, output: Path, plan, g
 def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     """Write the calibrated model to `output`; returns a `Conversion`."""
     from flexq.checkpoint.convert import Conversion
+    from flexq.checkpoint.placeless import Placeless
     from flexq.checkpoint.source import load_tokenizer
     from flexq.checkpoint.write import write_model
     from flexq.evaluate.text import Limits, read_text, windows_of
@@ -143,7 +144,7 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
         _choose_activations(args, model, reference, last, lambda: calibrate(_in_scheme(plan, "group")))
     model.flexq_plan.produced_by.update({"recipe": _recipe(args), "source": source.name})
     model.flexq_plan.produced_by.update(equalized)
-    companions = source.folder
+    companions, placeless = source.folder, Placeless.in_source(source)
     sizes = write_model(
         model,
         output,
@@ -152,8 +153,9 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
         args.overwrite,
         companions,
         _stored_dtype(args, source),
+        beside=placeless.beside,
     )
-    return Conversion(model.flexq_plan, coverage(model), sizes)
+    return Conversion(model.flexq_plan, coverage(model), sizes, placeless)
 
 
 def _stored_dtype(args: argparse.Namespace, source):

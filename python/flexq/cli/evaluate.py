@@ -66,23 +66,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _reference(args: argparse.Namespace, named: dict[str, Any]):
     """The unquantized model that the others are compared with, if there is one."""
+    from flexq.checkpoint.origin import recorded_source, why_not_source_of
     from flexq.checkpoint.source import find_model, is_quantized
 
-    recorded = [options.recorded_source(s) for s in named.values() if is_quantized(s)]
-    name = args.reference or next((r for r in recorded if r is not None), None)
+    if args.reference is not None:
+        return options.reference(args)
+    checkpoints = [source for source in named.values() if is_quantized(source)]
+    recorded = {name: c for c in reversed(checkpoints) if (name := recorded_source(c)) is not None}
+    name = next(reversed(recorded), None)  # the first checkpoint's that says it
     floats = [name for name, source in named.items() if not is_quantized(source)]
     if name is None and args.recipes and floats:
         name = floats[0]
     if args.recipes and name is None:
         raise UsageError("--recipes quantizes an unquantized model; give one")
-    if args.reference is None and name in recorded:
-        checkpoint = next(s for s in named.values() if is_quantized(s) and options.recorded_source(s) == name)
-        if (why := options.why_not_source_of(checkpoint, name)) is not None:
-            why = f"{name}, which {checkpoint.name} was made from, {why}"
-            if args.recipes:
-                raise UsageError(f"{why}; --recipes quantizes it: give --reference")
-            note(args, f"{why}: no KL divergence; give --reference for it")
-            return None
+    if name in recorded and (why := why_not_source_of(recorded[name], name)) is not None:
+        why = f"{name}, which {recorded[name].name} was made from, {why}"
+        if args.recipes:
+            raise UsageError(f"{why}; --recipes quantizes it: give --reference")
+        note(args, f"{why}: no KL divergence; give --reference for it")
+        return None
     return find_model(name) if name is not None else None
 
 

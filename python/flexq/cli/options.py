@@ -3,7 +3,6 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 from flexq.plots import pyplot
 
@@ -119,42 +118,11 @@ def about_windows(windows, tokenizer) -> dict[str, object]:
     return {"windows": len(windows), "window_length": windows[0].shape[1], "begins_with": prefix_of(tokenizer)}
 
 
-def recorded_source(source) -> str | None:
-    """What a checkpoint says that it was made from."""
-    from flexq.checkpoint.layers import read_plan
-    from flexq.checkpoint.source import snapshot_of
+def reference(args: argparse.Namespace):
+    """The model of --reference."""
+    from flexq.checkpoint.source import find_model, is_quantized
 
-    found = read_plan(snapshot_of(source).folder).produced_by.get("source")
-    return found if isinstance(found, str) else None
-
-
-# What a checkpoint's configuration may have otherwise than its source's.
-_MAY_DIFFER = {"quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache",
-               "tie_word_embeddings", "architectures"}  # fmt: skip
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first setting that two configurations have differently."""
-    for key in sorted(one.keys() & other.keys() - _MAY_DIFFER):
-        a, b = one[key], other[key]
-        if isinstance(a, dict) and isinstance(b, dict):
-            if (inside := _difference(a, b)) is not None:
-                return f"{key}.{inside}"
-        elif a != b:
-            return f"{key} is {b!r}, not {a!r}"
-    return None
-
-
-def why_not_source_of(checkpoint, name: str) -> str | None:
-    """Why the model that goes by the recorded name here cannot be what the checkpoint was made from, if so: a relative
-    path is another folder from elsewhere."""
-    from flexq.checkpoint.source import ModelError, find_model, load_config
-
-    try:
-        found = find_model(name)
-    except ModelError:
-        return "is not here"
-    if not Path(found.path).exists():
-        return "is not here"
-    difference = _difference(load_config(checkpoint).to_dict(), load_config(found).to_dict())
-    return None if difference is None else f"is another model here ({difference})"
+    found = find_model(args.reference)
+    if is_quantized(found):
+        raise UsageError(f"--reference names an unquantized model; {found.name} was quantized by FlexQ")
+    return found

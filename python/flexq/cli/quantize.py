@@ -180,6 +180,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace, source, output: Path, done, seconds: float) -> dict[str, Any]:
+    from flexq.quantize.layers import some
+
     size = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
     layers = [c for c in done.plan.layers.values() if c is not None]
     kept = len(done.plan.layers) - len(layers)
@@ -196,9 +198,11 @@ def _report(args: argparse.Namespace, source, output: Path, done, seconds: float
     vanished = done.plan.produced_by.get("vanished_scales")
     if vanished:
         note(args, f"{vanished} groups of weights are too small for float16 scales and were stored as zeros")
-    if done.left_out:
-        first = ", ".join(done.left_out[:3])
-        note(args, f"{len(done.left_out)} tensors that the model's class has no place for were left out: {first}")
+    beside, left_out = [name for _, name in done.placeless.beside], done.placeless.left_out
+    if left_out:
+        note(args, f"left out, as the model's class has no place for them: {some(left_out)}")
+    if beside:
+        note(args, f"copied in floating point, as the model's class ignores them: {some(beside)}")
     return {
         "output": str(output),
         "layers": len(layers),
@@ -206,7 +210,8 @@ def _report(args: argparse.Namespace, source, output: Path, done, seconds: float
         "coverage": done.coverage.to_dict(),
         "bytes": size,
         "bytes_by_part": vars(done.sizes),
-        "left_out": done.left_out,
+        "left_out": left_out,
+        "copied": beside,
         "vanished_scales": vanished or 0,
         "seconds": seconds,
         "device": where,

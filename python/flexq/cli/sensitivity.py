@@ -48,12 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("--weights looks at a model in floating point; give the one that this was made from")
     reference_source = source
     if is_quantized(source):
-        name = args.reference or options.recorded_source(source)
-        if name is None:
-            raise UsageError("this checkpoint does not say what it was made from; give --reference")
-        if args.reference is None and (why := options.why_not_source_of(source, name)) is not None:
-            raise UsageError(f"{name}, which {source.name} was made from, {why}; give --reference")
-        reference_source = find_model(name)
+        reference_source = options.reference(args) if args.reference is not None else _made_from(source)
     if args.weights and args.agreement:
         raise UsageError("--agreement compares rankings of activations' bits, not those of --weights")
     earlier = sensitivity.FILE.load(args.agreement) if args.agreement else None  # before the long work
@@ -82,6 +77,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot:
         sensitivity.plot(ranking, args.plot, title=f"{source.name}, {about['kind']}, {len(windows)} windows")
     return {**about, "layers": [vars(layer) for layer in ranking]}
+
+
+def _made_from(checkpoint):
+    """The model that a checkpoint was made from."""
+    from flexq.checkpoint.origin import recorded_source, why_not_source_of
+    from flexq.checkpoint.source import find_model
+
+    name = recorded_source(checkpoint)
+    if name is None:
+        raise UsageError("this checkpoint does not say what it was made from; give --reference")
+    if (why := why_not_source_of(checkpoint, name)) is not None:
+        raise UsageError(f"{name}, which {checkpoint.name} was made from, {why}; give --reference")
+    return find_model(name)
 
 
 def _print(args: argparse.Namespace, ranking, about: dict[str, Any]) -> None:

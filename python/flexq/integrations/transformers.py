@@ -73,7 +73,7 @@ class FlexQConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs) -> "FlexQConfig":
-        """Of a checkpoint's config.json, whose plan is an object that names every layer; or of these arguments' names."""
+        """Of a checkpoint's config.json, whose plan is an object that names every layer, or of arguments by name."""
         is_checkpoint = "format_version" in config_dict or isinstance(config_dict.get("plan"), dict)
         config = cls(plan_of_settings(config_dict)) if is_checkpoint else cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config

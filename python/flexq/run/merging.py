@@ -58,8 +58,8 @@ class MergedLinear(Linear):
     def output_for(self, x: torch.Tensor, part: int) -> torch.Tensor:
         """The output [..., N] of all parts for x, computed when the first of them asks, forgotten with the last.
 
-        Each part gets it once, and none after x has been written to, as far as PyTorch counts that: in inference mode it
-        does not."""
+        Each part gets it once, and none after x has been written to, as far as PyTorch counts that, which it does not
+        in inference mode."""
         is_last = part == len(self.sizes) - 1
         if torch.compiler.is_compiling():
             return self._output_while_tracing(x, is_last)
