@@ -1,6 +1,8 @@
 """What layers with quantized weights share: one resident copy of them, canonical or as a device's kernels read it."""
 
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -171,10 +173,13 @@ class PackedModule(nn.Module):
                 return
             seen.add(id(self))
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_meaning(destination, prefix, self.config)
         if self._packed is not None:
             destination[prefix + "qweight"], destination[prefix + "scales"] = self.canonical()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        if not is_meant(local_metadata, prefix, self.config, errors):
+            return
         given = {name: state_dict.get(prefix + name) for name in ("qweight", "scales")}
         if self._packed is not None and any(t is not None for t in given.values()):
             self._unprepack()
@@ -211,6 +216,25 @@ class PackedModule(nn.Module):
         super().__setstate__(state)
         if prepacked:
             self.prepack()
+
+
+# What the codes of a weight mean, which their shapes do not always tell.
+_MEANING = ("rotation", "scheme", "weight_bits")
+
+
+def note_meaning(destination, prefix: str, config: LayerConfig) -> None:
+    """Into the metadata that a `state_dict` carries along, how a layer's codes are to be read."""
+    metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+    if metadata is not None:
+        metadata["flexq"] = {name: getattr(config, name) for name in _MEANING}
+
+
+def is_meant(metadata: Mapping[str, Any], prefix: str, config: LayerConfig, errors: list[str]) -> bool:
+    """Whether a `state_dict`'s codes are to be read as the layer reads them, if it says how; else adds an error."""
+    given = metadata.get("flexq", {})
+    other = [name for name in _MEANING if name in given and given[name] != getattr(config, name)]
+    errors += [f"{prefix[:-1]} has {n} {getattr(config, n)!r}, the state_dict's has {given[n]!r}" for n in other]
+    return not other
 
 
 def _cannot_be_written(layer: nn.Module) -> RuntimeError:

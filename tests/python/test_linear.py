@@ -45,8 +45,25 @@ def test_every_width_round_trips(weight_bits):
     assert torch.equal(fresh(x), quantized(x)) and torch.equal(copy.deepcopy(quantized)(x), quantized(x))
     torch.testing.assert_close(quantized.dequantize(), quantized._outputs_of_unit_vectors().T)
     other = flexq.Linear(200, 24, config=flexq.LayerConfig(weight_bits=5 if weight_bits == 8 else 8))
-    with pytest.raises(RuntimeError, match="size mismatch for qweight"):
+    with pytest.raises(
+        RuntimeError, match=f"has weight_bits {other.config.weight_bits}, the state_dict's has {weight_bits}"
+    ):
         other.load_state_dict(quantized.state_dict())
+
+
+@pytest.mark.parametrize("settings", [{"rotation": "none"}, {"scheme": "channel"}])
+def test_codes_that_mean_something_else_are_refused(settings, tmp_path):
+    """One group of inputs: the shapes are the same. Codes may be read for activations of other bits."""
+    quantized = flexq.Linear.from_float(nn.Linear(128, 24))
+    torch.save(nn.Sequential(quantized).state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    other = nn.Sequential(flexq.Linear(128, 24, config=flexq.LayerConfig(**settings)))
+    before = other[0].canonical()[0].clone()
+    (name, value), own = *settings.items(), flexq.LayerConfig()
+    with pytest.raises(RuntimeError, match=f"0 has {name} '{value}', the state_dict's has '{getattr(own, name)}'"):
+        other.load_state_dict(state)
+    assert torch.equal(other[0].canonical()[0], before)
+    nn.Sequential(flexq.Linear(128, 24, config=flexq.LayerConfig(act_bits=6))).load_state_dict(state)
 
 
 def test_repr_shows_shapes_and_bits():

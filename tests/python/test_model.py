@@ -240,12 +240,37 @@ class Scaled(torch.nn.Linear):
         return super().forward(x) * self.scale
 
 
+class Clamped(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-1e6, 1e6)
+
+
+class Wide(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + (x if self.in_features > 64 else 0)
+
+
+class Rolled(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.roll(1, 1) if x.dim() == 3 else x)
+
+
+class Asked(torch.nn.Linear):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+def test_layers_that_are_linear_where_they_are_tried():
+    """Not for other values, sizes or shapes."""
+    assert not any(is_linear(kind(96, 96)) for kind in (Clamped, Wide, Rolled, Asked))
+
+
 def test_layers_that_compute_something_else_stay():
     """Each is asked, not its class alone."""
     own, normed = torch.nn.Linear(96, 96), torch.nn.Linear(96, 96)
     own.forward = lambda x: torch.nn.functional.linear(x, own.weight) * 2
     torch.nn.utils.weight_norm(normed)
     layers = [Scaled(96, 96), Scaled(96, 96, scale=3.0), own, normed, torch.nn.Linear(96, 96)]
-    assert [is_linear(layer) for layer in layers] == [True, False, False, False, True]
+    assert [is_linear(layer) for layer in layers] == [False, False, False, False, True]
     with pytest.raises(ValueError, match="is a linear layer itself"):
         flexq.quantize_model(torch.nn.Linear(96, 50))

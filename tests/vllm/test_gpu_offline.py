@@ -22,7 +22,7 @@ from engines import (
 )
 from flexq.cli.main import main
 from plans import MIXED
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from vllm.lora.request import LoRARequest
 
@@ -169,6 +169,38 @@ def test_speculation_with_ngrams(best, own_process):  # numba, which it imports,
     llm = start(best, speculative_config=options, disable_log_stats=False)
     try:
         assert_same(best, prompts, greedy(llm, prompts, tokens=32))
+        drafts = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens"]
+        assert sum(drafts) > 0
+    finally:
+        shut(llm)
+
+
+def test_speculation_with_the_layer_of_the_model(tmp_path, monkeypatch, own_process):
+    """GLM-4.5's layer that predicts a token more (MTP), which transformers ignores, drafts in floating point."""
+    from transformers import Glm4MoeForCausalLM
+
+    monkeypatch.setattr(Glm4MoeForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\."])
+    model = random_model(
+        "glm4_moe", VOCABULARY, moe_intermediate_size=256, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, num_nextn_predict_layers=1,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "float")
+    tensors, last, size = load_file(tmp_path / "float" / "model.safetensors"), "model.layers.2.", 256
+    tensors |= {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items() if "layers.1." in n}
+    tensors |= {f"{last}{norm}.weight": torch.ones(size) for norm in ("enorm", "hnorm", "shared_head.norm")}
+    tensors[f"{last}eh_proj.weight"] = torch.randn(size, 2 * size) / size
+    tensors[f"{last}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{last}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    plan = flexq.Plan(BEST.defaults, BEST.layers, embeddings=8)
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "quantized", plan)
+    llm = start(
+        tmp_path / "quantized",
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
+        disable_log_stats=False,
+    )
+    try:
+        assert_same(tmp_path / "quantized", PROMPTS, greedy(llm, PROMPTS), strays=2 if GPUS else 0)
         drafts = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens"]
         assert sum(drafts) > 0
     finally:

@@ -2,7 +2,6 @@
 
 import copy
 import fnmatch
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from flexq.experts import Experts
 from flexq.linear import Linear
 from flexq.plan import LayerConfig, Plan
 from flexq.quantize.experts import PROJECTIONS, experts_of, module_of, routers_of
+from flexq.quantize.linearity import is_linear
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -77,58 +77,7 @@ def _embedding_weights(model: nn.Module) -> set[int]:
     return {id(m.weight) for m in modules if isinstance(getattr(m, "weight", None), torch.Tensor)}
 
 
-# ---- What counts as linear -------------------------------------------------------------------------------------------
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x W^T + b: `nn.Linear`, a class made from it that does the same (Falcon's), or
-    transformers' Conv1D (GPT-2), whose weight is [K, N]. Not one whose forward or weight somebody has replaced, but for
-    accelerate, which moves tensors to where they are used."""
-    if type(module) is not nn.Linear and not (_is_linear_class(type(module)) and _is_linear_itself(module)):
-        return False
-    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    return not replaced and "weight" in module._parameters
-
-
-@functools.cache
-def _is_linear_class(kind: type) -> bool:
-    derived = issubclass(kind, nn.Linear)
-    if not derived and kind.__name__ != "Conv1D":
-        return False
-    if kind.__module__.startswith("torch."):
-        return False  # a part of something that does not call it, such as nn.MultiheadAttention
-    try:
-        with torch.device("cpu"), torch.no_grad():
-            small = kind(8, 16) if derived else kind(16, 8)
-            return small.bias is not None and _computes_linear(small)
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False
-
-
-def _is_linear_itself(module: nn.Module) -> bool:
-    """Of a module whose class is linear as it is made by default: whether this one is, whatever it was made with."""
-    if module._parameters.keys() - {"weight", "bias"} or module._buffers or module._modules:
-        return False
-    small = copy.copy(module)
-    for name, size in (("in_features", 8), ("out_features", 16), ("nx", 8), ("nf", 16)):
-        if name in vars(small):
-            vars(small)[name] = size
-    return _computes_linear(small)
-
-
-def _computes_linear(small: nn.Module) -> bool:
-    """By what it does: a module is given a weight for 8 inputs and 16 outputs, and, if it has one, a bias. Its hooks
-    are not asked."""
-    try:
-        with torch.device("cpu"), torch.no_grad():
-            weight = torch.linspace(-1, 1, 128, dtype=torch.float32).view(16, 8)
-            bias = None if small._parameters.get("bias") is None else torch.linspace(1, 2, 16, dtype=torch.float32)
-            own = {"weight": weight if isinstance(small, nn.Linear) else weight.T.contiguous(), "bias": bias}
-            vars(small)["_parameters"] = {name: t if t is None else nn.Parameter(t) for name, t in own.items()}
-            x = torch.linspace(-1, 1, 24, dtype=torch.float32).view(3, 8)
-            return torch.allclose(type(small).forward(small, x), nn.functional.linear(x, weight, bias), atol=1e-5)
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False
+# ---- Linear layers as matrices ---------------------------------------------------------------------------------------
 
 
 def as_linear(module: nn.Module) -> nn.Linear:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flexq.linear import Linear
+from flexq.packed import is_meant, note_meaning
 from flexq.plan import LayerConfig
 from flexq.quantize.layers import replace_module
 from flexq.quantize.tracing import Call
@@ -162,10 +163,13 @@ class MergedPart(nn.Module):
     # Names and tensors as of the layer that was here.
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        note_meaning(destination, prefix, self.config)
         for name, tensor in self.merged.part_tensors(self.index).items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        if not is_meant(local_metadata, prefix, self.config, errors):
+            return
         merged = self.merged
         merged._unprepack()
         for name, own in merged.part_tensors(self.index).items():
