@@ -59,6 +59,15 @@ def _layer_config(where: str, settings: Any, base: LayerConfig) -> LayerConfig:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. ValueError for a name that it has twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
     """Settings for the linear layers of a model.
@@ -103,7 +112,10 @@ class Plan:
         if str(plan) in RECIPES:
             return cls.named(str(plan))
         if not Path(plan).is_file():
-            raise ValueError(f"plan {str(plan)!r} is neither a file nor one of {', '.join(RECIPES)}")
+            raise ValueError(
+                f"plan {str(plan)!r} is neither a file nor one of {', '.join(RECIPES)} (best is of calibration: flexq "
+                "quantize --calibrate)"
+            )
         return cls.load(plan)
 
     def config_for(self, layer: str, whole: str | None = None) -> LayerConfig | None:
@@ -142,7 +154,8 @@ class Plan:
                 "none; write a plan that names its layers"
             )
         if unused:
-            raise ValueError(f"plan names {unused[0]!r}, which matches no linear layer of the model")
+            hint = "; an LM head goes by its exact name" if "head" in unused[0] else ""
+            raise ValueError(f"plan names {unused[0]!r}, which matches no linear layer of the model{hint}")
         return {name: self.config_for(name, wholes.get(name)) for name in names}
 
     @functools.cached_property
@@ -195,13 +208,18 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read a plan's JSON. ValueError for one that is not a plan, OSError for a file that cannot be read."""
+        """Read a plan's JSON, or that in a FlexQ checkpoint's config.json. ValueError for one that is not a plan, which
+        names the file; OSError for a file that cannot be read."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_object)
+            settings = data.get("quantization_config") if isinstance(data, Mapping) else None
+            return cls.from_dict(settings["plan"] if isinstance(settings, Mapping) and "plan" in settings else data)
         except RecursionError:
             raise ValueError(f"{path} is not a plan: it is nested too deeply") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")

@@ -122,7 +122,18 @@ def test_eval_knows_its_reference(model, text, tmp_path, monkeypatch, capsys):
         (["eval", "MODEL", "--window-length", "100000"], 1, "fewer than one window of 100000"),
         (["eval", "MODEL", "--recipes", "w5a5", "--window-length", "64"], 1, "unknown recipe 'w5a5'"),
         (["generate", "MODEL", "hi", "--chat"], 1, "no chat template"),
-        (["generate", "MODEL", "hi", "--max-new-tokens", "0"], 2, "must be 1 or more, got 0"),
+        (["generate", "MODEL", "hi", "--max-new-tokens", "0"], 2, "must be a whole number, 1 or more, got 0"),
+        (["quantize", "MODEL", "--threads", "99999"], 2, "must be a whole number from 1 to 1024, got 99999"),
+        (
+            ["quantize", "MODEL", "--shard-size", "2GB"],
+            2,
+            "must be a number above 0 and below 1e12, without a unit, got 2GB",
+        ),
+        (
+            ["eval", "MODEL", "--choices", "x", "--text", "y"],
+            2,
+            "--text is of perplexity; leave it out beside --choices",
+        ),
         (["bench", "linear", "--shape", "12"], 2, "a shape is NxK"),
         (["bench", "decode", "--device", "cpu", "--shape", "gpt-5"], 1, "unknown shape 'gpt-5'"),
         (["bench", "decode", "--device", "cpu", "--side-by-side", "--memory-limit", "9"], 1, "one contender at a time"),
@@ -281,10 +292,18 @@ def test_several_prompts_and_choices(model, tmp_path):
         (["--calibrate", "TEXT", "--window-length", "32", "--target-ppl", "1.001"], 1, "cannot be met"),
         (["--calibrate", "TEXT", "--window-length", "32", "--budget", "2"], 2, "must be a share from 0 to 1"),
         (["--calibrate", "TEXT", "--window-length", "32", "--size", "1e-7"], 1, "with all that is stored, got 1e-07"),
+        (
+            ["--calibrate", "TEXT", "--resume", "MODEL"],
+            1,
+            "holds other files; a calibration goes on in a folder of its own",
+        ),
+        (["--calibrate", "TEXT", "--resume", "TEXT"], 1, "is a file; a calibration goes on in a folder of its own"),
+        (["--calibrate", "TEXT", "--resume", ""], 2, "--resume names a folder, got ''"),
+        (["--calibrate", "TEXT", "--budget", "0", "--act-bits", "8"], 2, "--act-bits gives every layer the same"),
     ),
 )
 def test_calibration_that_cannot_be_done(model, text, tmp_path, arguments, code, message):
-    arguments = [text if a == "TEXT" else a for a in arguments]
+    arguments = [{"TEXT": text, "MODEL": str(model)}.get(a, a) for a in arguments]
     out = tmp_path / "out"
     got, _, errors = run("quantize", model, "-o", out, *arguments, "--quiet")
     assert got == code and message in errors

@@ -73,7 +73,7 @@ def test_sensitivity_of_weights(model, text, tmp_path):  # noqa: F811
         (["--calibrate", "TEXT", "--weights"], "without one there is nothing to choose"),
         (["--calibrate", "TEXT", "--bits", "5", "--weight-bits", "6"], "leave it out where they are to be chosen"),
         (["--calibrate", "TEXT", "--bits", "5", "--size", "1"], "not allowed with"),
-        (["--calibrate", "TEXT", "--bits", "3.5"], "must be from 4 to 8, got 3.5"),
+        (["--calibrate", "TEXT", "--bits", "3.5"], "must be a number from 4 to 8, got 3.5"),
         (["--calibrate", "TEXT", "--size", "1", "--budget-of", "time"], "is for --budget, --bits and --weights"),
     ],
 )

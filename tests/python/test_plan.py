@@ -77,6 +77,17 @@ def test_names_that_do_not_exist(tiny_llama, tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         flexq.quantize_model(tiny_llama, str(tmp_path / "x.json"))
+    (tmp_path / "x.json").write_text('{"layers": {"*.up_proj": {"act_bits": 6}, "*.up_proj": {"act_bits": 8}}}')
+    with pytest.raises(ValueError, match=r"x\.json: '\*\.up_proj' is there twice"):
+        flexq.Plan.load(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"format": "flexq-plan", "version": 1, "defaults": {"act_bits": 7}}')
+    with pytest.raises(ValueError, match=r"x\.json: plan defaults: act_bits must be 6 or 8, got 7"):
+        flexq.Plan.load(tmp_path / "x.json")
+    checkpoint = {"model_type": "llama", "quantization_config": {"plan": flexq.Plan.named("w6a6").to_dict()}}
+    (tmp_path / "x.json").write_text(json.dumps(checkpoint))
+    assert flexq.Plan.load(tmp_path / "x.json") == flexq.Plan.named("w6a6")
+    with pytest.raises(ValueError, match="an LM head goes by its exact name"):
+        flexq.quantize_model(tiny_llama, flexq.Plan(layers={"*head": flexq.LayerConfig()}))
     assert len(linear_layers(tiny_llama)) == 14
 
 

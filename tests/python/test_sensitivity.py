@@ -1,5 +1,7 @@
 """Sensitivity of layers to 6-bit activations, and plans made from it."""
 
+import copy
+
 import pytest
 import torch
 from flexq.linear import Linear
@@ -49,6 +51,16 @@ def test_needs_a_quantized_model_and_text(models):
         sensitivity.measure(models[0], models[0], windows())
     with pytest.raises(ValueError, match="at least one window"):
         sensitivity.measure(models[1], models[0], [])
+
+
+def test_outputs_that_are_not_finite_are_refused(models):
+    reference, model = models
+    broken = copy.deepcopy(reference)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    for rank in (sensitivity.measure, sensitivity.estimate):
+        with pytest.raises(ValueError, match="outputs on this text are not finite"):
+            rank(model, broken, windows(1))
 
 
 def test_estimate_agrees_with_the_measurement(models, ranking):

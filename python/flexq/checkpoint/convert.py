@@ -282,7 +282,8 @@ class _TensorByTensor:
             untie_lm_head(self.model)
         left = [layer for layer in self.resolved if layer not in self.done]
         if left:
-            raise ModelError(f"{self.source.name} holds no weight for layer {left[0]} (and {len(left) - 1} more)")
+            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+            raise ModelError(f"{self.source.name} holds no weight for layer {left[0]}{more}")
 
 
 def _shared_names(model, resolved) -> dict[str, list[str]]:

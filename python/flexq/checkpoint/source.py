@@ -300,7 +300,14 @@ def require_float(source: ModelSource) -> None:
             f"{source.name} holds a PEFT adapter beside the model; load it with peft, call merge_and_unload() and save "
             "that, or remove adapter_config.json to quantize the model without it"
         )
-    method = quantization_of(config_dict(source))
+    config = config_dict(source)
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype == "float64":
+        raise ModelError(
+            f"{source.name} is in float64; FlexQ takes float32, float16 and bfloat16: load it with transformers in "
+            "float32 and save that"
+        )
+    method = quantization_of(config)
     if method == QUANT_METHOD:
         raise ModelError(f"{source.name} is quantized by FlexQ already; give the model that it was made from")
     if method is not None:

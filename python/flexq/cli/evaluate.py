@@ -27,6 +27,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexq.evaluate.compare import LABELS, plot, with_recipe
     from flexq.evaluate.perplexity import evaluate
 
+    for option in ("text", "windows", "window_length") if args.choices else ():
+        if getattr(args, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} is of perplexity; leave it out beside --choices")
     sources = [find_model(model) for model in args.models]
     named = dict(zip(args.models, sources, strict=True))
     reference_source = _reference(args, named)

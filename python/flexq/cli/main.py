@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 
-from flexq.cli.options import EXIT_CODES, UsageError, positive
+from flexq.cli.options import EXIT_CODES, UsageError, threads
 from flexq.cli.output import print_json
 
 # Modules of this package, each a command of its name, or of the one in _NAMES.
@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     common.add_argument("--quiet", action="store_true", help="no progress bars (default: when stderr is no terminal)")
-    common.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    common.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's)")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     parser = argparse.ArgumentParser(

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flexq.plots import pyplot
 
@@ -14,32 +16,34 @@ class UsageError(ValueError):
     """A command line that argparse cannot tell is wrong."""
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+def _number(text: str, kind: type, accepts: Callable[[Any], bool], what: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accepts(value):
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
     return value
+
+
+def positive(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number, 1 or more")
+
+
+def threads(text: str) -> int:
+    return _number(text, int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
 
 
 def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e12:
-        raise argparse.ArgumentTypeError(f"must be above 0 and below 1e12, got {text}")
-    return value
+    return _number(text, float, lambda value: 0 < value < 1e12, "a number above 0 and below 1e12, without a unit")
 
 
 def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text}")
-    return value
+    return _number(text, float, lambda value: 0 <= value <= 1, "a share from 0 to 1")
 
 
 def mean_bits(text: str) -> float:
-    value = float(text)
-    if not 4 <= value <= 8:
-        raise argparse.ArgumentTypeError(f"must be from 4 to 8, got {text}")
-    return value
+    return _number(text, float, lambda value: 4 <= value <= 8, "a number from 4 to 8")
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -78,11 +82,14 @@ def stored_dtype(args: argparse.Namespace):
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """--device auto as the device that is meant; and plots that could not be written, before the long work."""
+    """--device auto as the device that is meant; and devices that are not here, plots that could not be written, before
+    the long work."""
     from flexq.execution import resolve_device
 
     if getattr(args, "device", None) is not None:
         args.device = resolve_device(args.device)
+    if getattr(args, "cost_device", None) is not None:
+        args.cost_device = resolve_device(args.cost_device)
     if getattr(args, "plot", None) is not None:
         _check_plot(args.plot)
 

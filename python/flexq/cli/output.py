@@ -67,7 +67,7 @@ def progress(description: str, quiet: bool):
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def note(args: argparse.Namespace, text: str) -> None:

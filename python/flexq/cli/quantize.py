@@ -114,6 +114,12 @@ def _check(args: argparse.Namespace) -> None:
         for option in ("low_memory", "offload_folder"):
             if getattr(args, option):
                 raise UsageError(f"{_flag(option)} is of calibration; plain rounding takes little memory")
+    if args.resume is not None:
+        if args.resume == "":
+            raise UsageError("--resume names a folder, got ''")
+        from flexq.quantize.finished import require_own
+
+        require_own(Path(args.resume))
     args.calibration_windows = args.calibration_windows or _WINDOWS
     args.low_memory = args.low_memory or args.offload_folder is not None
     args.measures_whole = [_flag(o) for o in (*chosen, "compare") if getattr(args, o)]
@@ -124,6 +130,9 @@ def _check(args: argparse.Namespace) -> None:
     of_weights = args.bits is not None or args.size is not None or args.weights
     if of_weights and args.weight_bits is not None:
         raise UsageError("--weight-bits gives every layer the same; leave it out where they are to be chosen")
+    chooses_activations = args.budget is not None or (not args.weights and (args.target_kl or args.target_ppl))
+    if chooses_activations and args.act_bits is not None:
+        raise UsageError("--act-bits gives every layer the same; leave it out where they are to be chosen")
     if args.budget_of == "time" and args.budget is None and args.bits is None and not args.weights:
         raise UsageError("--budget-of time is for --budget, --bits and --weights --target-kl; give one of them")
     # --calibrate alone is best too; other settings and activations' bits are not.

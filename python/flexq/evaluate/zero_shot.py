@@ -65,7 +65,8 @@ def read_questions(path: str | Path) -> list[Question]:
         try:
             questions.append(_question(item))
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{path}, question {number}: {error!r}; it must hold {FORMS}") from None
+            why = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, question {number}: {why}; it must hold {FORMS}") from None
     if not questions:
         raise ValueError(f"{path} holds no questions")
     return questions

@@ -242,9 +242,10 @@ class FlexQHfQuantizer(HfQuantizer):
             # Of another head than the checkpoint's, which begins at random, as transformers says.
             missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
         if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise ValueError(
-                f"the checkpoint holds no weight for layer {missing[0]} (and {len(missing) - 1} more); leave a new "
-                "head, which begins at random, out by skip"
+                f"the checkpoint holds no weight for layer {missing[0]}{more}; leave a new head, which begins at "
+                "random, out by skip"
             )
         if self.embedding is not None:  # the last: until here the LM head may be tied to it
             module = model.get_submodule(self.embedding)

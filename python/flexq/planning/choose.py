@@ -84,7 +84,7 @@ def for_target(
 
     best = with_at_8(len(ranking))
     if best > target:
-        raise ValueError(f"a target of {target:g} cannot be met: with A8 in every layer the model has {best:.5f}")
+        raise ValueError(f"a target of {target:g} cannot be met: with A8 in every layer the model has {best:.4g}")
     count, reached = _fewest(with_at_8, target, len(ranking), best)
     return [layer.name for layer in ranking[:count]], reached
 
@@ -128,7 +128,7 @@ def replace_for_target(
         most -= 1  # something has to be quantized
     best = with_better(most)
     if best > target:
-        raise ValueError(f"a target of {target:g} cannot be met: at best the model has {best:.5f}")
+        raise ValueError(f"a target of {target:g} cannot be met: at best the model has {best:.4g}")
     count, reached = _fewest(with_better, target, most, best)
     put(count)
     return [layer.name for layer in ranking[:count]], reached

@@ -189,7 +189,7 @@ class Mixed:
                 break
             share *= max(reached, 1e-12) / (target * (0.5 + _NEAR / 2))
         if best is None:
-            raise ValueError(f"a KL of {target} cannot be met: the nearest model tried has {reached:.5f}")
+            raise ValueError(f"a KL of {target} cannot be met: the nearest model tried has {reached:.4g}")
         return best[1:]
 
 

@@ -30,6 +30,9 @@ from flexq.quantize.outcome import Outcome, outcome
 Layer = Linear | ExpertWeights
 
 
+NOT_FINITE = "the model's outputs on this text are not finite (NaN or infinite); there is nothing to compare"
+
+
 @dataclass
 class LayerSensitivity:
     """One layer's figures.
@@ -56,6 +59,8 @@ FILE = RankingFile("flexq-sensitivity", 1, LayerSensitivity, "sensitivity to act
 
 
 def _over_windows(name: str, layer: Layer, kl: Sequence[float]) -> LayerSensitivity:
+    if not all(map(math.isfinite, kl)):
+        raise ValueError(f"layer {name}: {NOT_FINITE}")
     """Mean and standard error of a layer's KL on each window."""
     each = torch.tensor(kl, dtype=torch.float64)
     spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
@@ -98,7 +103,10 @@ class Divergence:
         return sum(each) / len(each)
 
     def of(self, found: Outcome, window: int) -> float:
-        return self.expected[window].divergence(found)
+        kl = self.expected[window].divergence(found)
+        if not math.isfinite(kl):
+            raise ValueError(NOT_FINITE)
+        return kl
 
 
 @torch.inference_mode()

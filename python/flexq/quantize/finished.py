@@ -18,7 +18,17 @@ from flexq.linear import Linear
 from flexq.plan import LayerConfig
 
 _BLOCK = "block"  # files are named so, and numbered
+_NOTE = "calibration.json"  # which calibration they are of
 _SUMMED = 1 << 24  # values of a tensor at a time
+
+
+def require_own(folder: Path) -> None:
+    """ValueError for a folder that holds something else than a calibration's blocks."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a calibration goes on in a folder of its own")
+    others = folder.is_dir() and any(file.suffix != ".part" for file in folder.iterdir())
+    if others and not (folder / _NOTE).exists():
+        raise ValueError(f"{folder} holds other files; a calibration goes on in a folder of its own, which may be new")
 
 
 class Finished:
@@ -34,8 +44,9 @@ class Finished:
         self.folder, self.about = None if folder is None else Path(folder), json.dumps(about, sort_keys=True)
         if self.folder is None:
             return
+        require_own(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        note = self.folder / "calibration.json"
+        note = self.folder / _NOTE
         if not note.exists():
             _write_whole(note, lambda file: file.write_text(json.dumps(about, indent=2) + "\n"))
             return

@@ -7,6 +7,7 @@ stored.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -72,8 +73,7 @@ def compensated_round(
         ValueError: weights that are not finite or that float16 scales cannot hold.
     """
     slices = weight.detach().split(max(1, _SLICE // padded(weight.shape[1])))
-    if not all(torch.isfinite(rows).all() for rows in slices):
-        raise ValueError("weights must be finite")
+    _require_finite(slices)
     h = hessian.mean(config.rotation, damping)
     importance, order = h.diagonal().clamp(min=0), order_of(h)
     h = h[order][:, order].contiguous()
@@ -82,6 +82,18 @@ def compensated_round(
     rounded = [_round_rows(rows, h, factor, order, importance, config, passes) for rows in slices]
     planes, scales = (torch.cat(each) for each in zip(*rounded, strict=True))
     return planes, scales
+
+
+def _require_finite(slices: Sequence[torch.Tensor]) -> None:
+    """ValueError that names the first value that is not finite, of a weight's rows in slices."""
+    begin = 0
+    for rows in slices:
+        bad = (~torch.isfinite(rows)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            value = rows[row, column].item()
+            raise ValueError(f"weight[{begin + row}][{column}] is {value}; weights must be finite")
+        begin += len(rows)
 
 
 def _round_rows(
