@@ -7,7 +7,9 @@ function(flexq_compile target)
     CXX_EXTENSIONS OFF CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON POSITION_INDEPENDENT_CODE ON)
   # No contraction: rotation and quantization must round alike on every backend.
   target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Wconversion -Wshadow -ffp-contract=off>)
+    $<$<COMPILE_LANGUAGE:C,CXX>:-Wall -Wextra -Wconversion -Wshadow -ffp-contract=off>
+    # Symbols that are unique in a process keep a shared library from being unloaded.
+    $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-fno-gnu-unique>)
   if(FLEXQ_SANITIZE)
     target_compile_options(${target} PRIVATE
       $<$<COMPILE_LANGUAGE:C,CXX>:-fsanitize=${FLEXQ_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g>)

@@ -8,6 +8,8 @@ install(TARGETS flexq EXPORT flexq-targets
 install(DIRECTORY include/flexq DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT flexq-targets NAMESPACE flexq:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/flexq)
 
+# A static library leaves its own needs to whoever links it, from C too.
+set(FLEXQ_RUNTIME stdc++ m)
 configure_package_config_file(cmake/flexq-config.cmake.in ${PROJECT_BINARY_DIR}/flexq-config.cmake
   INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/flexq)
 # Before 1.0 a minor version may break the API.
@@ -20,7 +22,6 @@ if(BUILD_SHARED_LIBS)
   set(FLEXQ_PC_LIBS_PRIVATE "")
 else()
   set(FLEXQ_PC_CFLAGS " -DFLEXQ_STATIC")
-  # A static library leaves its own needs to whoever links it, from C too.
   set(FLEXQ_PC_LIBS_PRIVATE " -lstdc++ -lm -pthread${FLEXQ_CUDA_PC_LIBS}")
 endif()
 configure_file(cmake/flexq.pc.in ${PROJECT_BINARY_DIR}/flexq.pc @ONLY)

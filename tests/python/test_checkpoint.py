@@ -155,6 +155,12 @@ def test_of_a_file_and_shards_the_file_counts(tiny_llama, tmp_path):
         verify_files(tmp_path / "saved")
 
 
+def test_float64_is_refused_before_the_work(tiny_llama, tmp_path):
+    tiny_llama.double().save_pretrained(tmp_path / "float")
+    with pytest.raises(ModelError, match="is in float64; FlexQ takes float32, float16 and bfloat16"):
+        flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "out")
+
+
 def test_adapters_are_not_quantized(tiny_folder, tmp_path):
     (tiny_folder / "adapter_config.json").write_text("{}")
     with pytest.raises(flexq.ModelError, match="holds a PEFT adapter beside the model; load it with peft"):

@@ -274,3 +274,9 @@ def test_layers_that_compute_something_else_stay():
     assert [is_linear(layer) for layer in layers] == [False, False, False, False, True]
     with pytest.raises(ValueError, match="is a linear layer itself"):
         flexq.quantize_model(torch.nn.Linear(96, 50))
+
+
+def test_hooks_on_replaced_layers_are_named(tiny_llama):
+    tiny_llama.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"register them again on the quantized ones: model\.layers\.1\.mlp\.up_proj$"):
+        flexq.quantize_model(tiny_llama)

@@ -23,7 +23,7 @@ from flexq.quantize.finished import Finished, fingerprint
 from flexq.quantize.group import Group
 from flexq.quantize.hessian import Hessian
 from flexq.quantize.inputs import predicts_tokens
-from flexq.quantize.layers import as_linear, identity, replace_module
+from flexq.quantize.layers import as_linear, identity, replace_module, warn_of_hooks
 from flexq.quantize.model import finish_quantized, require_in_memory, resolve_plan
 from flexq.quantize.passes import Calls, Ends, calls_of
 from flexq.quantize.placement import Placement
@@ -359,6 +359,7 @@ def calibrate_model(
     """
     plan = Plan.of(plan)
     resolved, embedding = resolve_plan(model, plan, include, skip)
+    warn_of_hooks(model, resolved)
     for name in (*resolved, *filter(None, [embedding])):
         require_in_memory(name, module_of(model, name))
     quantized = None if embedding is None else quantize_embedding(embedding, model.get_submodule(embedding))

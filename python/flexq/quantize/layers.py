@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -196,6 +197,15 @@ def some(names: Iterable[str]) -> str:
     if not listed:
         return "none (only linear layers other than the LM head count)"
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def warn_of_hooks(model: nn.Module, layers: Iterable[str]) -> None:
+    """Hooks on layers go with them when quantized ones take their places: a warning names the layers."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    hooked = [name for name in layers if any(vars(module_of(model, name)).get(kind) for kind in kinds)]
+    if hooked:
+        text = f"hooks go with the layers that are replaced; register them again on the quantized ones: {some(hooked)}"
+        warnings.warn(text, stacklevel=3)
 
 
 def identity(module: nn.Module) -> tuple[int, ...]:

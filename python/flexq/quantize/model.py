@@ -27,6 +27,7 @@ from flexq.quantize.layers import (
     replace_module,
     some,
     untie_lm_head,
+    warn_of_hooks,
 )
 from flexq.quantize.report import coverage
 
@@ -165,6 +166,7 @@ def quantize_model(
     """
     plan = Plan.of(plan)
     resolved, embedding = resolve_plan(model, plan, include, skip)
+    warn_of_hooks(model, resolved)
     before: dict[str, nn.Module] = {}
     done: dict[tuple[tuple[int, ...], LayerConfig | tuple[LayerConfig, ...]], nn.Module] = {}
     vanished = 0
