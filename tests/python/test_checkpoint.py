@@ -157,7 +157,7 @@ def test_of_a_file_and_shards_the_file_counts(tiny_llama, tmp_path):
 
 def test_float64_is_refused_before_the_work(tiny_llama, tmp_path):
     tiny_llama.double().save_pretrained(tmp_path / "float")
-    with pytest.raises(ModelError, match="is in float64; FlexQ takes float32, float16 and bfloat16"):
+    with pytest.raises(flexq.ModelError, match="is in float64; FlexQ takes float32, float16 and bfloat16"):
         flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "out")
 
 
