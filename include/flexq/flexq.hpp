@@ -154,10 +154,30 @@ class Weight {
   std::vector<uint16_t> scales_;
 };
 
+namespace detail {
+
+// Throws for a stream of another device than the CPU, whose memory a class holds.
+inline void require_cpu(const Stream& stream, const char* what) {
+  if (stream.device != FLEXQ_CPU) {
+    throw Exception(FLEXQ_INVALID_ARGUMENT, std::string(what) +
+                                                " is for the CPU, stream.device must be FLEXQ_CPU (0), got " +
+                                                std::to_string(stream.device) + "; use the C API for device memory");
+  }
+}
+
+// For messages.
+inline std::string text_of(const WeightDesc& desc) {
+  return "n " + std::to_string(desc.n) + ", k " + std::to_string(desc.k) + ", scheme " + std::to_string(desc.scheme) +
+         ", rotation " + std::to_string(desc.rotation) + ", weight_bits " + std::to_string(desc.weight_bits);
+}
+
+}  // namespace detail
+
 // A prepacked weight for the CPU, with the workspace its calls need: one call at a time.
 class Linear {
  public:
   Linear(const Stream& stream, const Weight& weight, int32_t act_bits = 8) : desc_(weight.desc()), act_bits_(act_bits) {
+    detail::require_cpu(stream, "flexq::Linear");
     size_t bytes = 0;
     check(flexq_prepack_size(&stream, &desc_, &bytes));
     packed_.reserve(bytes);
@@ -168,6 +188,7 @@ class Linear {
   template <typename X, typename Y>
   void operator()(const Stream& stream, const X* x, int64_t m, Y* y, const Y* bias = nullptr, int64_t ldx = 0,
                   int64_t ldy = 0) {
+    detail::require_cpu(stream, "flexq::Linear");
     size_t bytes = 0;
     check(flexq_linear_workspace_size(&stream, &desc_, act_bits_, m, &bytes));
     workspace_.reserve(bytes);
@@ -218,6 +239,7 @@ struct Routing : flexq_routing {
 class Experts {
  public:
   Experts(const Stream& stream, const ExpertsDesc& desc) : desc_(desc) {
+    detail::require_cpu(stream, "flexq::Experts");
     for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
       size_t bytes = 0;
       check(flexq_experts_prepack_size(&stream, &desc_, projection, &bytes));
@@ -227,11 +249,14 @@ class Experts {
 
   void set(const Stream& stream, int64_t expert, const Weight& gate_up, const Weight& down) {
     for (const flexq_projection projection : {FLEXQ_GATE_UP, FLEXQ_DOWN}) {
-      const Weight& weight = projection == FLEXQ_GATE_UP ? gate_up : down;
+      const bool up = projection == FLEXQ_GATE_UP;
+      const Weight& weight = up ? gate_up : down;
       const WeightDesc wanted = desc_.weight(projection);
       if (weight.desc().n != wanted.n || weight.desc().k != wanted.k || weight.desc().scheme != wanted.scheme ||
           weight.desc().rotation != wanted.rotation || weight.desc().weight_bits != wanted.weight_bits) {
-        throw Exception(FLEXQ_INVALID_ARGUMENT, "an expert's weights must be as the experts' desc says");
+        throw Exception(FLEXQ_INVALID_ARGUMENT, std::string(up ? "gate_up" : "down") + " of an expert must be " +
+                                                    detail::text_of(wanted) + ", got " +
+                                                    detail::text_of(weight.desc()));
       }
       check(flexq_experts_prepack(&stream, &desc_, projection, expert, 1, weight.planes().data(),
                                   weight.scales().data(), packed_[projection].data(), packed_[projection].size()));
@@ -242,6 +267,7 @@ class Experts {
   template <typename X, typename Y>
   void operator()(const Stream& stream, const Routing& routing, const X* x, Y* y, const X* gate_up_bias = nullptr,
                   const X* down_bias = nullptr, int64_t ldx = 0, int64_t ldy = 0) {
+    detail::require_cpu(stream, "flexq::Experts");
     size_t bytes = 0;
     check(flexq_experts_workspace_size(&stream, &desc_, routing.m, routing.top_k, dtype_of<X>(), &bytes));
     workspace_.reserve(bytes);

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flexq import _imports
 
 if TYPE_CHECKING:
+    from flexq.checkpoint.calibrate import calibrate_checkpoint
     from flexq.checkpoint.convert import quantize_checkpoint
     from flexq.checkpoint.convert_others import convert_checkpoint
     from flexq.checkpoint.read import load_model

@@ -233,7 +233,8 @@ def is_meant(metadata: Mapping[str, Any], prefix: str, config: LayerConfig, erro
     """Whether a `state_dict`'s codes are to be read as the layer reads them, if it says how; else adds an error."""
     given = metadata.get("flexq", {})
     other = [name for name in _MEANING if name in given and given[name] != getattr(config, name)]
-    errors += [f"{prefix[:-1]} has {n} {getattr(config, n)!r}, the state_dict's has {given[n]!r}" for n in other]
+    layer = prefix[:-1] or "the layer"
+    errors += [f"{layer} has {n} {getattr(config, n)!r}, the state_dict's has {given[n]!r}" for n in other]
     return not other
 
 

@@ -154,7 +154,8 @@ class Plan:
                 "none; write a plan that names its layers"
             )
         if unused:
-            hint = "; an LM head goes by its exact name" if "head" in unused[0] else ""
+            is_head = unused[0] in patterns and unused[0].endswith(("head", "embed_out"))
+            hint = "; an LM head goes by its exact name" if is_head else ""
             raise ValueError(f"plan names {unused[0]!r}, which matches no linear layer of the model{hint}")
         return {name: self.config_for(name, wholes.get(name)) for name in names}
 

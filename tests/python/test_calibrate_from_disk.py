@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, distance
 from conftest import character_tokenizer
+from flexq.checkpoint import source
 from flexq.checkpoint.offloaded import open_offloaded
+from flexq.checkpoint.origin import why_not_source_of
 from flexq.checkpoint.source import ModelError, find_model
 from flexq.checkpoint.verify import verify
 from flexq.cli.main import main
@@ -307,21 +310,39 @@ def test_command_gives_the_same(command, tmp_path, capsys, monkeypatch):
     assert "a block in memory" not in capsys.readouterr().out
 
 
+def test_files_are_opened_once(command, tmp_path, monkeypatch):
+    """Not once a tensor: headers of many tensors take long to parse."""
+    opened, count = source.opened, Counter()
+
+    def counting(file):
+        count[file.name] += 1
+        return opened(file)
+
+    monkeypatch.setattr(source, "opened", counting)
+    flexq.quantize_checkpoint(tmp_path / "float", tmp_path / "out")
+    assert max(count.values()) <= 4
+
+
+def test_a_reference_is_known_if_all_layers_are_equalized(command, tmp_path, capsys):
+    assert command("out", "--embeddings", "8", "--skip", "*.down_proj") == 0
+    assert why_not_source_of(find_model(tmp_path / "out"), str(tmp_path / "float")) is None
+
+
 @pytest.mark.parametrize("options", [[], ["--low-memory"], None, "loaded"], ids=["memory", "disk", "plain", "loaded"])
 def test_layers_that_draft_are_copied(command, tmp_path, capsys, monkeypatch, options):
     """Tensors that the model's class ignores, as vLLM reads them; what nothing knows of is left out, and said."""
     monkeypatch.setattr(Qwen2ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
-    source = tmp_path / "float"
-    given, extra = tensors(source), torch.randn(3, 5)
-    for file in source.glob("model*"):
+    folder = tmp_path / "float"
+    given, extra = tensors(folder), torch.randn(3, 5)
+    for file in folder.glob("model*"):
         file.unlink()
     save_file(
-        given | {"mtp.fc.weight": extra, "extra.weight": extra.clone()}, source / "model.safetensors", {"format": "pt"}
+        given | {"mtp.fc.weight": extra, "extra.weight": extra.clone()}, folder / "model.safetensors", {"format": "pt"}
     )
     if options is None:
-        assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+        assert main(["quantize", str(folder), "-o", str(tmp_path / "out"), "--quiet"]) == 0
     elif options == "loaded":
-        flexq.quantize_checkpoint(source, tmp_path / "out", loaded=flexq.load_model(source))
+        flexq.quantize_checkpoint(folder, tmp_path / "out", loaded=flexq.load_model(folder))
     else:
         assert command("out", *options) == 0
     if options != "loaded":
@@ -338,6 +359,7 @@ def test_layers_that_draft_are_copied(command, tmp_path, capsys, monkeypatch, op
     (
         (["--low-memory", "--bits", "5"], "--bits measures the whole model, which --low-memory never holds"),
         (["--offload-folder", "x", "--compare"], "--compare measures the whole model"),
+        (["--low-memory", "--budget", "0"], "--budget measures the whole model"),
     ),
 )
 def test_command_lines_that_are_wrong(command, options, message, capsys):

@@ -60,6 +60,8 @@ def test_codes_that_mean_something_else_are_refused(settings, tmp_path):
     other = nn.Sequential(flexq.Linear(128, 24, config=flexq.LayerConfig(**settings)))
     before = other[0].canonical()[0].clone()
     (name, value), own = *settings.items(), flexq.LayerConfig()
+    with pytest.raises(RuntimeError, match=f"the layer has {name} "):
+        other[0].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True) and quantized.state_dict())
     with pytest.raises(RuntimeError, match=f"0 has {name} '{value}', the state_dict's has '{getattr(own, name)}'"):
         other.load_state_dict(state)
     assert torch.equal(other[0].canonical()[0], before)

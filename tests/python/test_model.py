@@ -255,6 +255,12 @@ class Rolled(torch.nn.Linear):
         return super().forward(x.roll(1, 1) if x.dim() == 3 else x)
 
 
+class Picky(torch.nn.Linear):
+    def forward(self, x):
+        assert x.is_cuda
+        return super().forward(x)
+
+
 class Asked(torch.nn.Linear):
     def forward(self, x, scale=1.0):
         return super().forward(x) * scale
@@ -262,7 +268,7 @@ class Asked(torch.nn.Linear):
 
 def test_layers_that_are_linear_where_they_are_tried():
     """Not for other values, sizes or shapes."""
-    assert not any(is_linear(kind(96, 96)) for kind in (Clamped, Wide, Rolled, Asked))
+    assert not any(is_linear(kind(96, 96)) for kind in (Clamped, Wide, Rolled, Asked, Picky))
 
 
 def test_layers_that_compute_something_else_stay():

@@ -261,6 +261,11 @@ def test_a_config_as_a_dictionary(tiny_folder):
     loaded = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=given)
     plan = loaded.config.quantization_config.plan
     assert plan.defaults.act_bits == 6 and isinstance(loaded.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    given["plan"] = flexq.Plan.named("w6a6").to_dict()
+    assert flexq.FlexQConfig.from_dict(given).plan == flexq.Plan.named("w6a6")
+    written = flexq.FlexQConfig("w6a6", include=["*proj"], skip=["*.mlp.*"]).to_dict()
+    read = flexq.FlexQConfig.from_dict(written)
+    assert (read.include, read.skip, read.to_dict()) == (["*proj"], ["*.mlp.*"], written)
     with pytest.raises(TypeError, match="unexpected keyword argument 'bits'"):
         AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=given | {"bits": 5})
     with pytest.raises(ValueError, match="quant_method must be 'flexq', got 'gptq'"):

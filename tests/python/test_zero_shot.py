@@ -38,9 +38,10 @@ def test_forms(tmp_path):
     [
         ("{", "is not JSON"),
         ("", "holds no questions"),
-        (json.dumps({"question": "?", "choices": ["a", "b"]}), "question 1: KeyError"),
+        (json.dumps({"question": "?", "choices": ["a", "b"]}), "question 1: no .answer."),
         (json.dumps({"question": "?", "choices": ["a", "b"], "answer": 2}), "answer 2 of 2 choices"),
         (json.dumps({"question": "?", "choices": ["a"], "answer": 0}), "answer 0 of 1 choices"),
+        (json.dumps({"question": "?", "choices": ["a", "b"], "answer": "BC"}), "answer 'BC' is neither a choice nor"),
     ],
 )
 def test_bad_files(tmp_path, text, message):

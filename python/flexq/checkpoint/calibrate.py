@@ -12,7 +12,13 @@ from flexq.checkpoint.convert import Conversion
 from flexq.checkpoint.folder import require_free, work_folder
 from flexq.checkpoint.offloaded import open_offloaded
 from flexq.checkpoint.placeless import Placeless
-from flexq.checkpoint.source import ModelError, ModelSource, find_model, one_line, read_tensor, require_float
+from flexq.checkpoint.source import (
+    ModelError,
+    ModelSource,
+    float_model,
+    one_line,
+    read_tensor,
+)
 from flexq.checkpoint.write import DEFAULT_SHARD_BYTES, write_model
 from flexq.execution import resolve_device
 from flexq.experts import ExpertWeights
@@ -53,7 +59,7 @@ def calibrate_checkpoint(
     states are those of every block.
 
     Args:
-        source: as for `flexq.checkpoint.source.find_model`: a folder of safetensors, or a hub id that is in the cache.
+        source: as for `flexq.checkpoint.source.find_model`: a folder of safetensors, or a hub id.
         folder: the new checkpoint, whole or not there.
         windows: as for `calibrate_model`.
         plan: likewise.
@@ -81,8 +87,7 @@ def calibrate_checkpoint(
             is left behind.
         OSError: something is in the way at `folder`, or the disk is full; nothing is left behind.
     """
-    source = source if isinstance(source, ModelSource) else find_model(source)
-    require_float(source)
+    source = float_model(source)
     require_free(folder, overwrite, source.folder)
     states = None if states is None else Path(states)
     model, offloaded = open_offloaded(source, resolve_device(device), states)
@@ -122,6 +127,7 @@ def calibrate_offloaded(
     plan's `produced_by`."""
     plan = Plan.of(plan)
     resolved, embedding = resolve_plan(model, plan, include, skip)
+    placeless = Placeless.in_source(source)  # before the long work, as it may fail
     with _finished_blocks(Path(folder), resume, group) as finished, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller says it
         with weights_where_they_are_read(model):
@@ -135,7 +141,7 @@ def calibrate_offloaded(
                 model, embedding, *quantize_embedding(embedding, model.get_submodule(embedding), weight), record
             )
         finish_quantized(model, plan, **record, source=source.name, **made)
-        sizes, placeless = None, Placeless.in_source(source)
+        sizes = None
         if group.rank == 0:
             reader = _Result(model, offloaded, finished)
             sizes = write_model(

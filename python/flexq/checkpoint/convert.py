@@ -17,12 +17,11 @@ from flexq.checkpoint.read import load_model
 from flexq.checkpoint.source import (
     ModelError,
     ModelSource,
+    Reader,
     Weights,
-    find_model,
+    float_model,
     load_config,
     load_tokenizer,
-    read_tensor,
-    require_float,
     skeleton,
 )
 from flexq.checkpoint.verify import require_loadable
@@ -87,8 +86,7 @@ def quantize_checkpoint(
     one layer's experts.
 
     Args:
-        source: as for `flexq.checkpoint.source.find_model`; GGUF files and hub ids that are not in the cache are loaded
-            whole.
+        source: as for `flexq.checkpoint.source.find_model`; GGUF files are loaded whole, hub ids downloaded.
         folder: the new checkpoint, whole or not there.
         plan: as for `quantize_model`.
         include: likewise.
@@ -118,8 +116,7 @@ def convert(
     """`quantize_checkpoint`, with all that can be said of it."""
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32, torch.float16 or torch.bfloat16, got {dtype}")
-    source = source if isinstance(source, ModelSource) else find_model(source)
-    require_float(source)
+    source = float_model(source)
     require_free(folder, overwrite, source.folder)
     if source.folder is None or loaded is not None:
         return _convert_loaded(source, folder, plan, include, skip, shard_bytes, overwrite, progress, loaded, dtype)
@@ -145,6 +142,7 @@ def convert(
         for file, name in progress(tensors) if progress else tensors:
             work.take(file, name)
         work.finish(tensors)
+        work.read.close()
         if work.vanished:
             record.produced_by["vanished_scales"] = work.vanished
         writer.finish()
@@ -185,6 +183,7 @@ class _TensorByTensor:
 
     def __init__(self, source, model, resolved, writer: ShardWriter, tensors, targets, placeless: Placeless):
         self.source, self.model, self.resolved, self.writer, self.targets = source, model, resolved, writer, targets
+        self.read = Reader()
         self.left_out = set(placeless.left_out)
         self.dtype: torch.dtype | None = None  # of the source
         self.done: set[str] = set()
@@ -208,7 +207,7 @@ class _TensorByTensor:
             if name == self.parts[target.name][0]:
                 self._take_experts(target)
             return
-        tensor = read_tensor(file, name)
+        tensor = self.read(file, name)
         self._note_dtype(tensor)
         if _is_layer(target, self.resolved):
             layer, on_disk = _layer_of(target), name.removesuffix(".weight")
@@ -231,10 +230,10 @@ class _TensorByTensor:
         """A projection's weight, or bias, of all experts at once."""
         names, layer = self.parts[target.name], self._experts_of(target)
         if target.is_part:
-            parts = [(name, functools.partial(read_tensor, self.files[name], name)) for name in names]
+            parts = [(name, functools.partial(self.read, self.files[name], name)) for name in names]
             tensor = made_of(self.model, target, parts)[target.name]
         else:
-            tensor = read_tensor(self.files[names[0]], names[0])
+            tensor = self.read(self.files[names[0]], names[0])
         self._note_dtype(tensor)
         module = self.model.get_submodule(whole_of(layer))
         expected = tuple(getattr(module, target.name.rpartition(".")[2]).shape)
@@ -275,10 +274,10 @@ class _TensorByTensor:
             embeddings = f"{name_of(self.model, input_embeddings(self.model))}.weight"
             sources = [name for name in (tied.get(f"{head}.weight"), embeddings) if name in files]
             if head not in self.done and sources:
-                self._quantize(head, head, read_tensor(*files[sources[0]]))
+                self._quantize(head, head, self.read(*files[sources[0]]))
             bias = tied.get(f"{head}.bias")
             if f"{head}.bias" not in files and bias in files:
-                self.writer.add(f"{head}.bias", read_tensor(*files[bias]))
+                self.writer.add(f"{head}.bias", self.read(*files[bias]))
             untie_lm_head(self.model)
         left = [layer for layer in self.resolved if layer not in self.done]
         if left:
@@ -302,11 +301,11 @@ def _convert_loaded(
     if dtype is None and source.gguf_file is not None:
         dtype = torch.bfloat16
     model = load_model(source) if loaded is None else shared_copy(loaded)
+    placeless = Placeless.in_source(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller says it
         quantize_model(model, plan, include, skip, progress)
     model.flexq_plan.produced_by["source"] = source.name
     tokenizer = None if source.folder is not None else load_tokenizer(source)
-    placeless = Placeless.in_source(source)
     sizes = write_model(model, folder, tokenizer, shard_bytes, overwrite, source.folder, dtype, beside=placeless.beside)
     return Conversion(model.flexq_plan, coverage(model), sizes, placeless)

@@ -15,11 +15,11 @@ from flexq.checkpoint.placeless import Placeless
 from flexq.checkpoint.source import (
     ModelError,
     ModelSource,
+    Reader,
     Weights,
     config_dict,
     find_model,
     load_config,
-    read_tensor,
     skeleton,
 )
 from flexq.checkpoint.verify import require_loadable
@@ -99,20 +99,21 @@ def convert_checkpoint(
     left_out = set(placeless.left_out)
     dtype = None
     with new_folder(folder, overwrite, source.folder) as aside:
-        writer = ShardWriter(aside, shard_bytes, record.fingerprint())
+        writer, read = ShardWriter(aside, shard_bytes, record.fingerprint()), Reader()
         for file, name in progress(tensors) if progress else tensors:
             on_disk = next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), None)
             if on_disk in quantized:
-                planes, scales = _canonical(model, quantized[on_disk], on_disk, form, files)
+                planes, scales = _canonical(model, quantized[on_disk], on_disk, form, files, read)
                 writer.add(f"{on_disk}.qweight", planes)
                 writer.add(f"{on_disk}.scales", scales)
             elif name not in own:
-                tensor = read_tensor(file, name)
+                tensor = read(file, name)
                 if name in left_out:
                     _require_unused(name, tensor, quantized)
                     continue
                 dtype = dtype or (tensor.dtype if tensor.is_floating_point() else None)
                 writer.add(name, tensor)
+        read.close()
         writer.finish()
         write_config(aside, config, record, None, dtype)
         copy_companions(source.folder, aside)
@@ -159,15 +160,15 @@ def _require_unused(name: str, tensor: torch.Tensor, quantized) -> None:
         raise ModelError(f"{name} is not zero, and the model's layer has no bias")
 
 
-def _canonical(model, layer: str, on_disk: str, form: Format, files) -> tuple[torch.Tensor, torch.Tensor]:
+def _canonical(model, layer: str, on_disk: str, form: Format, files, read: Reader) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's planes and scales."""
     module = model.get_submodule(layer)
     n, k = weight_of(module, module.weight).shape
 
-    def read(tensor: str) -> torch.Tensor | None:
+    def read_own(tensor: str) -> torch.Tensor | None:
         name = f"{on_disk}.{tensor}"
-        return read_tensor(files[name], name) if name in files else None
+        return read(files[name], name) if name in files else None
 
-    given: Layer = form.read(form, on_disk, read, n, k)
+    given: Layer = form.read(form, on_disk, read_own, n, k)
     codes = F.pad(given.codes, (0, ops.num_groups(k) * ops.GROUP_SIZE - k))
     return ops.pack_codes(codes.contiguous(), given.bits), given.scales

@@ -12,6 +12,7 @@ from flexq.checkpoint.keys import Target, compare, dtype_of, made_of, remember_c
 from flexq.checkpoint.source import (
     ModelError,
     ModelSource,
+    Reader,
     Weights,
     load_config,
     read_tensor,
@@ -107,12 +108,13 @@ class _Tensors:
         self._untie()
 
     def read(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {key: self._one(key) for key in keys}
+        with contextlib.closing(Reader()) as read:
+            return {key: self._one(key, read) for key in keys}
 
-    def _one(self, key: str) -> torch.Tensor:
+    def _one(self, key: str, read: Reader) -> torch.Tensor:
         key = self._known_as(key)
         target, names = self._parts[key]
-        reading = [(name, functools.partial(read_tensor, self._files[name], name)) for name in names]
+        reading = [(name, functools.partial(read, self._files[name], name)) for name in names]
         tensor = made_of(self._model, target, reading)[key] if target.is_part else reading[0][1]()
         return tensor.to(dtype_of(self._model, key, self._dtype)) if tensor.is_floating_point() else tensor
 
@@ -128,7 +130,7 @@ class _Tensors:
     def _untie(self) -> None:
         """A tensor that the configuration says is tied to another, while files have both and they differ."""
         for name, other in list(self._model.all_tied_weights_keys.items()):
-            if name in self._parts and other in self._parts and not torch.equal(self._one(name), self._one(other)):
+            if name in self._parts and other in self._parts and not torch.equal(*self.read([name, other]).values()):
                 parent, _, own = name.rpartition(".")
                 empty = torch.empty_like(self._state[name], device="meta")
                 setattr(self._model.get_submodule(parent), own, nn.Parameter(empty, requires_grad=False))

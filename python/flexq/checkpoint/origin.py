@@ -61,14 +61,16 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 def _other_tensor(checkpoint: ModelSource, source: ModelSource) -> str | None:
     """A tensor that a checkpoint left in floating point and its source has otherwise, by the first rows of the largest
-    matrices; None where one is the same, or there is nothing to compare. Equalizing changes some, but not all."""
-    if checkpoint.folder is None or source.folder is None or source.gguf_file is not None:
+    matrices; None where one is the same, or there is nothing to compare: equalizing changes linear layers."""
+    if checkpoint.folder is None or source.folder is None:
         return None
+    plan = read_plan(checkpoint.folder)
+    equalized = {f"{name}.weight" for name in plan.layers} if "equalized" in plan.produced_by else set()
     try:
         ours, theirs = (_matrices(s.folder) for s in (checkpoint, source))
     except ModelError:
         return None  # weights in other files
-    names = [name for name in ours if name in theirs and ours[name][1] == theirs[name][1]]
+    names = [n for n in ours if n not in equalized and n in theirs and ours[n][1] == theirs[n][1]]
     names = sorted(names, key=lambda name: -ours[name][1][0] * ours[name][1][1])[:_MATRICES]
     for name in names:
         written, read = (_rows(found[name][0], name) for found in (ours, theirs))
@@ -80,11 +82,12 @@ def _other_tensor(checkpoint: ModelSource, source: ModelSource) -> str | None:
 def _matrices(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """File and shape of each matrix in floating point."""
     found = {}
-    for file, name in Weights.of(folder).tensors():
+    for file in Weights.of(folder).files:
         with opened(file) as handle:
-            part = handle.get_slice(name)
-            if part.get_dtype() in ("F64", "F32", "F16", "BF16") and len(part.get_shape()) == 2:
-                found[name] = (file, tuple(part.get_shape()))
+            for name in handle.keys():  # noqa: SIM118
+                part = handle.get_slice(name)
+                if part.get_dtype() in ("F64", "F32", "F16", "BF16") and len(part.get_shape()) == 2:
+                    found[name] = (file, tuple(part.get_shape()))
     return found
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flexq.checkpoint.keys import Target, is_ignored, targets_of
-from flexq.checkpoint.source import ModelSource, Weights, load_config, skeleton
+from flexq.checkpoint.source import ModelError, ModelSource, Weights, load_config, skeleton
 
 
 @dataclass
@@ -36,7 +36,11 @@ class Placeless:
     @classmethod
     def in_source(cls, source: ModelSource) -> "Placeless":
         """Of a folder of safetensors; none of what is loaded otherwise."""
-        if source.folder is None or source.gguf_file is not None or not any(source.folder.glob("*.safetensors")):
+        if source.folder is None:
             return cls()
-        model, tensors = skeleton(source, load_config(source)), list(Weights.of(source.folder).tensors())
+        try:
+            tensors = list(Weights.of(source.folder).tensors())
+        except ModelError:
+            return cls()  # weights in other files
+        model = skeleton(source, load_config(source))
         return cls.of(model, tensors, targets_of(model, [name for _, name in tensors]))

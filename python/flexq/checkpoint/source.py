@@ -1,10 +1,10 @@
 """Finding models, and reading the files of their folders: configuration, tokenizer, weights' names and shapes."""
 
+import contextlib
 import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def read_json(file: Path) -> dict[str, Any]:
 # ---- Weights on disk -------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(file: Path):
     """A safetensors file, mapped. CheckpointError for one that is not whole."""
     if file.exists() and not os.access(file, os.R_OK):
@@ -229,6 +229,28 @@ class Weights:
 def read_tensor(file: Path, name: str) -> torch.Tensor:
     with opened(file) as handle:
         return handle.get_tensor(name)
+
+
+class Reader:
+    """Reads many tensors, each as `read_tensor` does. The file read last stays open: a header of thousands of tensors
+    takes milliseconds to parse."""
+
+    def __init__(self):
+        self._file: Path | None = None
+        self._open = contextlib.ExitStack()
+
+    def __call__(self, file: Path, name: str) -> torch.Tensor:
+        if file != self._file:
+            self.close()
+            self._handle, self._file = self._open.enter_context(opened(file)), file
+        try:
+            return self._handle.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file.name} is not a whole safetensors file: {one_line(error)}") from None
+
+    def close(self) -> None:
+        self._open.close()
+        self._file = None
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -315,6 +337,17 @@ def require_float(source: ModelSource) -> None:
             f"{source.name} is quantized already, by {method}; FlexQ quantizes models in floating point: give the one "
             "that it was made from, or load it with transformers, call its dequantize() and save that"
         )
+
+
+def float_model(model: str | Path | ModelSource) -> ModelSource:
+    """A model in floating point that is to be quantized: a hub id's snapshot is downloaded if need be, but not that of
+    a model for which `require_float` raises."""
+    source = model if isinstance(model, ModelSource) else find_model(model)
+    require_float(source)
+    found = snapshot_of(source)
+    if found is not source:
+        require_float(found)
+    return found
 
 
 def need_gguf(source: ModelSource) -> None:

@@ -1,5 +1,6 @@
 """Writing checkpoints (docs/reference/formats.md): safetensors, a config with the plan, what else a model has."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from flexq.checkpoint.folder import new_folder
 from flexq.checkpoint.keys import keep_quantized_whole
 from flexq.checkpoint.layers import settings_of
-from flexq.checkpoint.source import INDEX, SINGLE, ModelError, is_own, read_tensor
+from flexq.checkpoint.source import INDEX, SINGLE, ModelError, Reader, is_own
 from flexq.checkpoint.verify import PLAN_HASH, require_loadable
 from flexq.checksum import CHECKSUMS, checksum
 from flexq.plan import Plan
@@ -206,8 +207,9 @@ def write_model(
     with new_folder(folder, overwrite, companions) as aside:
         writer = ShardWriter(aside, shard_bytes, plan.fingerprint(), dtype)
         _add_tensors(model, writer, read)
-        for file, name in beside:
-            writer.add(name, read_tensor(file, name))
+        with contextlib.closing(Reader()) as read_beside:
+            for file, name in beside:
+                writer.add(name, read_beside(file, name))
         writer.finish()
         if not model.config.architectures:
             model.config.architectures = [type(model).__name__]

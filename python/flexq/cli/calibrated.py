@@ -120,6 +120,7 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
     from flexq.quantize.report import coverage
 
     tokenizer, text = load_tokenizer(source), read_text(args.calibrate or None)
+    placeless = Placeless.in_source(source)  # before the long work, as it may fail
     windows = windows_of(tokenizer, text, args.window_length, args.calibration_windows, reference)
     length = min(_PROBE_LENGTH, Limits.of(reference).positions or _PROBE_LENGTH)
     probes = windows_of(tokenizer, text, length, model=reference)
@@ -144,7 +145,7 @@ def quantize(args: argparse.Namespace, source, output: Path, plan, reference):
         _choose_activations(args, model, reference, last, lambda: calibrate(_in_scheme(plan, "group")))
     model.flexq_plan.produced_by.update({"recipe": _recipe(args), "source": source.name})
     model.flexq_plan.produced_by.update(equalized)
-    companions, placeless = source.folder, Placeless.in_source(source)
+    companions = source.folder
     sizes = write_model(
         model,
         output,

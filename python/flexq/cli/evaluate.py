@@ -75,15 +75,17 @@ def _reference(args: argparse.Namespace, named: dict[str, Any]):
     if args.reference is not None:
         return options.reference(args)
     checkpoints = [source for source in named.values() if is_quantized(source)]
-    recorded = {name: c for c in reversed(checkpoints) if (name := recorded_source(c)) is not None}
-    name = next(reversed(recorded), None)  # the first checkpoint's that says it
+    recorded = [(name, source) for source in checkpoints if (name := recorded_source(source)) is not None]
+    name, checkpoint = recorded[0] if recorded else (None, None)
+    if len({name for name, _ in recorded}) > 1:
+        note(args, f"made from different models: all are compared with {name}; --reference names another")
     floats = [name for name, source in named.items() if not is_quantized(source)]
     if name is None and args.recipes and floats:
         name = floats[0]
     if args.recipes and name is None:
         raise UsageError("--recipes quantizes an unquantized model; give one")
-    if name in recorded and (why := why_not_source_of(recorded[name], name)) is not None:
-        why = f"{name}, which {recorded[name].name} was made from, {why}"
+    if checkpoint is not None and (why := why_not_source_of(checkpoint, name)) is not None:
+        why = f"{name}, which {checkpoint.name} was made from, {why}"
         if args.recipes:
             raise UsageError(f"{why}; --recipes quantizes it: give --reference")
         note(args, f"{why}: no KL divergence; give --reference for it")

@@ -122,7 +122,8 @@ def _check(args: argparse.Namespace) -> None:
         require_own(Path(args.resume))
     args.calibration_windows = args.calibration_windows or _WINDOWS
     args.low_memory = args.low_memory or args.offload_folder is not None
-    args.measures_whole = [_flag(o) for o in (*chosen, "compare") if getattr(args, o)]
+    asked = [getattr(args, option) is not None for option in chosen] + [args.compare]
+    args.measures_whole = [_flag(o) for o, is_asked in zip((*chosen, "compare"), asked, strict=True) if is_asked]
     if args.low_memory and args.measures_whole:
         raise UsageError(f"{args.measures_whole[0]} measures the whole model, which --low-memory never holds")
     if args.weights and args.target_kl is None:
@@ -146,12 +147,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flexq.checkpoint.convert import Conversion, convert
     from flexq.checkpoint.folder import require_free
     from flexq.checkpoint.read import load_model
-    from flexq.checkpoint.source import find_model, load_tokenizer, require_float
+    from flexq.checkpoint.source import float_model, load_tokenizer
 
     begin = time.perf_counter()
     _check(args)
-    plan, source = _plan(args), find_model(args.model)
-    require_float(source)
+    plan, source = _plan(args), float_model(args.model)
     if args.compare or args.generate is not None:
         load_tokenizer(source)  # what they need, before the long work
     name = source.name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")

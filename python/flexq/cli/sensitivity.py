@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.weights and is_quantized(source):
         raise UsageError("--weights looks at a model in floating point; give the one that this was made from")
     reference_source = source
+    if args.reference is not None and not is_quantized(source):
+        raise UsageError(f"--reference is for a quantized MODEL; {source.name} is in floating point")
     if is_quantized(source):
         reference_source = options.reference(args) if args.reference is not None else _made_from(source)
     if args.weights and args.agreement:

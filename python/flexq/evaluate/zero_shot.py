@@ -1,6 +1,7 @@
 """Zero-shot multiple choice on local files: which answer the model finds likeliest, for its length."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def _question(item: Mapping[str, Any]) -> Question:
     if isinstance(answer, str) and labels is not None:
         answer = labels.index(answer)
     elif isinstance(answer, str):
+        if answer not in choices and (len(answer) != 1 or answer not in "ABCDEFGHIJ"):
+            raise ValueError(f"answer {answer!r} is neither a choice nor a letter from A to J")
         answer = choices.index(answer) if answer in choices else "ABCDEFGHIJ".index(answer)
     if len(choices) < 2 or not 0 <= int(answer) < len(choices):
         raise ValueError(f"answer {answer} of {len(choices)} choices")
@@ -115,11 +118,16 @@ def score(
         tokenizer: of all of them.
         questions: as `read_questions` reads them.
         progress: wraps the loop over models and questions.
+
+    Raises:
+        ValueError: logits that are not finite.
     """
     steps = [(name, question) for name in models for question in questions]
     right: dict[str, list[tuple[bool, ...]]] = {name: [] for name in models}
     for name, question in progress(steps) if progress else steps:
         values = log_likelihoods(models[name], tokenizer, question)
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{name} gives logits that are not finite on {question.question[:60]!r}")
         by_byte = [v / max(len(c.encode()), 1) for v, c in zip(values, question.choices, strict=True)]
         right[name].append(tuple(v.index(max(v)) == question.answer for v in (values, by_byte)))
     results = []

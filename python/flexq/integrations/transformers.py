@@ -74,8 +74,11 @@ class FlexQConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs) -> "FlexQConfig":
         """Of a checkpoint's config.json, whose plan is an object that names every layer, or of arguments by name."""
-        is_checkpoint = "format_version" in config_dict or isinstance(config_dict.get("plan"), dict)
-        config = cls(plan_of_settings(config_dict)) if is_checkpoint else cls(**config_dict)
+        settings = dict(config_dict)
+        if "format_version" in settings:
+            settings["plan"] = plan_of_settings(settings)
+            settings = {name: settings[name] for name in ("plan", "include", "skip") if name in settings}
+        config = cls(**settings)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from flexq.checkpoint.layers import plan_of_settings
-from flexq.checkpoint.source import CheckpointError, ModelError, find_model
+from flexq.checkpoint.source import QUANT_METHOD, CheckpointError, ModelError, find_model
 from flexq.checkpoint.verify import verify_files
 from flexq.embedding import CONFIG as EMBEDDING
 from flexq.integrations.vllm_compile_key import have_vllm_tell_plans_apart
@@ -38,7 +38,6 @@ from flexq.integrations.vllm_loading import have_loader_pass, prepared
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 
-QUANT_METHOD = "flexq"
 # What classes merge that do not say so in packed_modules_mapping (StableLM, GPT-J).
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _HEADS = ("lm_head", "embed_out")

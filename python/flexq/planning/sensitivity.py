@@ -30,9 +30,6 @@ from flexq.quantize.outcome import Outcome, outcome
 Layer = Linear | ExpertWeights
 
 
-NOT_FINITE = "the model's outputs on this text are not finite (NaN or infinite); there is nothing to compare"
-
-
 @dataclass
 class LayerSensitivity:
     """One layer's figures.
@@ -59,8 +56,6 @@ FILE = RankingFile("flexq-sensitivity", 1, LayerSensitivity, "sensitivity to act
 
 
 def _over_windows(name: str, layer: Layer, kl: Sequence[float]) -> LayerSensitivity:
-    if not all(map(math.isfinite, kl)):
-        raise ValueError(f"layer {name}: {NOT_FINITE}")
     """Mean and standard error of a layer's KL on each window."""
     each = torch.tensor(kl, dtype=torch.float64)
     spread = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
@@ -105,7 +100,7 @@ class Divergence:
     def of(self, found: Outcome, window: int) -> float:
         kl = self.expected[window].divergence(found)
         if not math.isfinite(kl):
-            raise ValueError(NOT_FINITE)
+            raise ValueError("the model's outputs on this text are not finite (NaN or infinite)")
         return kl
 
 
@@ -126,7 +121,7 @@ def measure(
         progress: wraps the loop over layers, e.g. `tqdm.tqdm`.
 
     Raises:
-        ValueError: no quantized layer, or no windows.
+        ValueError: no quantized layer, no windows, or outputs that are not finite.
     """
     if not windows:
         raise ValueError("sensitivity needs at least one window of text")
@@ -199,7 +194,8 @@ def estimate(
         progress: wraps the loop over windows.
 
     Raises:
-        ValueError: no quantized layer or windows, or layers that `reference` does not have.
+        ValueError: no quantized layer or windows, layers that `reference` does not have, or an estimate that is not
+            finite.
     """
     if not windows:
         raise ValueError("sensitivity needs at least one window of text")
@@ -215,6 +211,11 @@ def estimate(
         for index, window in enumerate(progress(list(windows)) if progress else windows):
             for name, value in _fisher(layers, callers, reference, window, of, seed=index).items():
                 added[name].append(value)
+    if not all(math.isfinite(value) for values in added.values() for value in values):
+        raise ValueError(
+            "the estimate is not finite: the model's outputs on this text are not finite (NaN or infinite), or its "
+            "gradients, which float32 may mend"
+        )
     results = [_over_windows(name, layer, added[name]) for name, layer in layers.items()]
     return sorted(results, key=lambda layer: -layer.density)
 

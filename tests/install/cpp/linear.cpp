@@ -32,11 +32,20 @@ int main() {
   std::printf("flexq %s: relative error %.4f\n", flexq_version(), std::sqrt(error / norm));
   if (!(error < 0.01 * norm)) return 1;
 
-  try {
-    flexq::Linear(stream, weight, /*act_bits=*/7)(stream, x.data(), m, y.data());
-  } catch (const flexq::Exception& e) {
-    std::printf("refused: %s\n", e.what());
-    return 0;
-  }
+  int refused = 0;
+  const auto refuses = [&](const auto& call) {
+    try {
+      call();
+    } catch (const flexq::Exception& e) {
+      std::printf("refused: %s\n", e.what());
+      refused += e.status() == FLEXQ_INVALID_ARGUMENT;
+    }
+  };
+  refuses([&] { flexq::Linear(stream, weight, /*act_bits=*/7)(stream, x.data(), m, y.data()); });
+  refuses([&] { flexq::Linear(flexq::Stream::cuda(0, nullptr), weight); });
+  refuses([&] { linear(flexq::Stream::cuda(0, nullptr), x.data(), m, y.data()); });
+  flexq::Experts experts(stream, {2, k, k});
+  refuses([&] { experts.set(stream, 0, weight, weight); });
+  if (refused == 4) return 0;
   return 1;
 }
