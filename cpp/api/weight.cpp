@@ -31,7 +31,7 @@ flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* planes_byt
 
 flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
                                    flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
-                                   int64_t* flushed) {
+                                   int64_t* vanished) {
   return guarded([&] {
     const Target on = target_of(stream);
     const flexq_weight_desc weight = weight_of(desc);
@@ -40,7 +40,7 @@ flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weigh
     check_canonical(weight, planes, scales);
     const int64_t count =
         weight.n == 0 ? 0 : on.backend.quantize_weight(on.stream, weight, w, dtype, ldw, planes, scales);
-    if (flushed != nullptr) *flushed = count;
+    if (vanished != nullptr) *vanished = count;
   });
 }
 

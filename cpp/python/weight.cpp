@@ -36,11 +36,11 @@ void bind_weight(nb::module_& m) {
         const Matrix matrix(w, "weight");
         if (matrix.rows != desc.n || matrix.cols != desc.k) refuse("weight must be [n, k]");
         const Canonical out(desc, planes, scales);
-        int64_t flushed = 0;
+        int64_t vanished = 0;
         const NoGil released;
         check(flexq_quantize_weight(&s.stream, &desc, matrix.data, matrix.dtype, matrix.ld, out.planes, out.scales,
-                                    &flushed));
-        return flushed;
+                                    &vanished));
+        return vanished;
       },
       nb::arg("stream"), nb::arg("desc"), nb::arg("weight"), nb::arg("planes"), nb::arg("scales"),
       "Returns how many scales vanished in float16.");

@@ -190,11 +190,11 @@ FLEXQ_API flexq_status flexq_weight_size(const flexq_weight_desc* desc, size_t* 
  * and codes 0, and so do those whose absmax / max vanishes in fp16 (with 6 bits: absmax up to 9.2e-7). FLEXQ_BAD_VALUE
  * if a weight is NaN or Inf, or a scale overflows fp16. On CUDA the same bits, in device memory; the call waits for its
  * stream, and cannot be captured.
- *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written.  flushed: gets the number of scales that
- * vanished, or is NULL. */
+ *   w: [n][k] of `dtype`, rows ldw apart.  planes, scales: canonical, written.
+ *   vanished: gets the number of scales that vanished, or is NULL. */
 FLEXQ_API flexq_status flexq_quantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc, const void* w,
                                              flexq_dtype dtype, int64_t ldw, uint8_t* planes, uint16_t* scales,
-                                             int64_t* flushed);
+                                             int64_t* vanished);
 
 /* w = code * scale with the rotation undone, rounded to `dtype`: [n][k], rows ldw apart. CPU streams. */
 FLEXQ_API flexq_status flexq_dequantize_weight(const flexq_stream* stream, const flexq_weight_desc* desc,

@@ -125,13 +125,13 @@ class Weight {
     scales_.resize(scales / sizeof(uint16_t));
   }
 
-  // w: [n][k], rows ldw elements apart (0: k). `flushed`, unless null, gets the number of scales that vanished in fp16.
+  // w: [n][k], rows ldw elements apart (0: k). `vanished`, unless null, gets the number of scales that did in fp16.
   template <typename T>
   static Weight quantize(const Stream& stream, const WeightDesc& desc, const T* w, int64_t ldw = 0,
-                         int64_t* flushed = nullptr) {
+                         int64_t* vanished = nullptr) {
     Weight weight(desc);
     check(flexq_quantize_weight(&stream, &weight.desc_, w, dtype_of<T>(), ldw == 0 ? desc.k : ldw,
-                                weight.planes_.data(), weight.scales_.data(), flushed));
+                                weight.planes_.data(), weight.scales_.data(), vanished));
     return weight;
   }
 

@@ -133,10 +133,10 @@ void test_quantize_refuses() {
       w[2 * 256 + 130] = c.value;
       flexq::Weight weight(desc);
       std::fill(weight.planes().begin(), weight.planes().end(), uint8_t{0x5a});
-      int64_t flushed = 77;
+      int64_t vanished = 77;
       CHECK(flexq_quantize_weight(&stream, &desc, w.data(), FLEXQ_F32, 256, weight.planes().data(),
-                                  weight.scales().data(), &flushed) == FLEXQ_BAD_VALUE);
-      CHECK(std::strstr(flexq_last_error(), c.message) != nullptr && flushed == 77);
+                                  weight.scales().data(), &vanished) == FLEXQ_BAD_VALUE);
+      CHECK(std::strstr(flexq_last_error(), c.message) != nullptr && vanished == 77);
       for (const uint8_t b : weight.planes()) CHECK(b == 0x5a);
       for (const uint16_t s : weight.scales()) CHECK(s == 0);
     }

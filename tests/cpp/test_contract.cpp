@@ -237,14 +237,14 @@ void test_vanishing_scales(const flexq::Stream& stream) {
       const int64_t n = 6, k = 300;
       const flexq::WeightDesc desc(n, k, scheme, rotation);
       std::vector<float> w = random_values(static_cast<size_t>(n * k), rng);
-      int64_t flushed = -1;
-      const flexq::Weight usual = flexq::Weight::quantize(stream, desc, w.data(), 0, &flushed);
-      CHECK(flushed == 0);
+      int64_t vanished = -1;
+      const flexq::Weight usual = flexq::Weight::quantize(stream, desc, w.data(), 0, &vanished);
+      CHECK(vanished == 0);
       for (int64_t i = 0; i < k; ++i) w[static_cast<size_t>(2 * k + i)] = 1e-9f;                        // a row
       for (int64_t i = 128; i < 256; ++i) w[static_cast<size_t>(4 * k + i)] = i % 2 ? 1e-9f : -1e-42f;  // a group
       for (int64_t i = 0; i < k; ++i) w[static_cast<size_t>(5 * k + i)] = 0.0f;  // zeros are not counted
-      const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data(), 0, &flushed);
-      CHECK(flushed == (scheme == FLEXQ_SCHEME_GROUP ? 3 + 1 : 1));
+      const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data(), 0, &vanished);
+      CHECK(vanished == (scheme == FLEXQ_SCHEME_GROUP ? 3 + 1 : 1));
       std::vector<float> back(w.size());
       weight.dequantize(stream, back.data());
       for (size_t i = 0; i < static_cast<size_t>(k); ++i) CHECK(back[static_cast<size_t>(2 * k) + i] == 0.0f);
@@ -257,9 +257,9 @@ void test_vanishing_scales(const flexq::Stream& stream) {
   std::vector<float> w(2 * 128, 0.0f);
   w[0] = 31 * 0x1p-25f;
   w[128] = 31 * 0x1.01p-25f;
-  int64_t flushed = 0;
-  const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data(), 0, &flushed);
-  CHECK(flushed == 1 && weight.scales()[0] == 0 && weight.scales()[1] == 1);
+  int64_t vanished = 0;
+  const flexq::Weight weight = flexq::Weight::quantize(stream, desc, w.data(), 0, &vanished);
+  CHECK(vanished == 1 && weight.scales()[0] == 0 && weight.scales()[1] == 1);
 }
 
 // Rounding to nearest against the stored scale, whichever share of absmax / the largest code it is, and the rotation

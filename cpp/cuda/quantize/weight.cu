@@ -30,8 +30,8 @@ struct WeightParams {
 // What is wrong, if anything.
 struct Findings {
   static constexpr unsigned long long kNone = ~0ull;
-  unsigned long long where;    // the smallest index of what must be refused
-  unsigned long long flushed;  // scales that vanish
+  unsigned long long where;     // the smallest index of what must be refused
+  unsigned long long vanished;  // scales that vanish
 };
 
 template <typename T>
@@ -63,7 +63,7 @@ __device__ float round_to_code(float x, float largest) {
 __device__ void look_at(const WeightParams& p, Findings* found, float largest, int64_t where) {
   const float scale = quantize::rounded<__half>(__fdiv_rn(largest, max_code_of(p.bits)));
   if (!is_finite(scale)) atomicMin(&found->where, static_cast<unsigned long long>(where));
-  if (largest > 0.0f && scale == 0.0f) atomicAdd(&found->flushed, 1ull);
+  if (largest > 0.0f && scale == 0.0f) atomicAdd(&found->vanished, 1ull);
 }
 
 // A warp has a row.
@@ -267,7 +267,7 @@ int64_t quantize_as(cudaStream_t stream, const WeightParams& params, const flexq
     refuse_weight(desc, row.data(), dtype, 0, where / groups, where % groups);
   }
   launch(stream, "quantize_weight", quantize_weight_kernel<T>, by_scale, params);
-  return static_cast<int64_t>(found.flushed);
+  return static_cast<int64_t>(found.vanished);
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ extern "C" {
     pub fn flexq_weight_size(desc: *const WeightDesc, planes: *mut usize, scales: *mut usize) -> i32;
     pub fn flexq_quantize_weight(
         stream: *const Stream, desc: *const WeightDesc, w: *const c_void, dtype: i32, ldw: i64,
-        planes: *mut u8, scales: *mut u16, flushed: *mut i64) -> i32;
+        planes: *mut u8, scales: *mut u16, vanished: *mut i64) -> i32;
     pub fn flexq_prepack_size(stream: *const Stream, desc: *const WeightDesc, bytes: *mut usize) -> i32;
     pub fn flexq_prepack(
         stream: *const Stream, desc: *const WeightDesc, planes: *const u8, scales: *const u16,

@@ -18,10 +18,10 @@ impl Linear {
         let (mut planes_bytes, mut scales_bytes, mut packed_bytes) = (0, 0, 0);
         check(unsafe { flexq::flexq_weight_size(&desc, &mut planes_bytes, &mut scales_bytes) })?;
         let (mut planes, mut scales) = (vec![0u8; planes_bytes], vec![0u16; scales_bytes / 2]);
-        let flushed = std::ptr::null_mut();
+        let vanished = std::ptr::null_mut();
         check(unsafe {
             let (planes, scales) = (planes.as_mut_ptr(), scales.as_mut_ptr());
-            flexq::flexq_quantize_weight(stream, &desc, w.as_ptr().cast(), F32, k as i64, planes, scales, flushed)
+            flexq::flexq_quantize_weight(stream, &desc, w.as_ptr().cast(), F32, k as i64, planes, scales, vanished)
         })?;
         check(unsafe { flexq::flexq_prepack_size(stream, &desc, &mut packed_bytes) })?;
         let mut packed = Buffer::new(packed_bytes);

@@ -38,7 +38,20 @@ def _quantize_activation(x, act_bits, scheme, rotation):
 def quantize_activation(
     x: torch.Tensor, act_bits: int = 8, scheme: str = "group", rotation: str = "hadamard128"
 ) -> torch.Tensor:
-    """Quantize x [..., K] to the private form (uint8 bytes) that `gemm` takes; several weights can share it."""
+    """Quantize x to the private form that `gemm` takes; several weights can share it.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K]; rows may be strided.
+        act_bits: 6 or 8.
+        scheme: "group": a scale per row and 128 inputs; "channel": one per row.
+        rotation: "hadamard128" or "none", as the weights were quantized.
+
+    Returns:
+        uint8 bytes, codes and scales, in a layout of this device and version.
+
+    Raises:
+        ValueError: another dtype or setting.
+    """
     return torch.ops.flexq.quantize_activation(x, act_bits, scheme, rotation)
 
 
@@ -199,7 +212,22 @@ def gemm(
     dtype: torch.dtype = torch.float32,
     weight_bits: int = 6,
 ) -> torch.Tensor:
-    """quantized [M, K] x packed [N, K]^T + bias [N] -> [M, N] of `dtype`."""
+    """A quantized activation times a prepacked weight.
+
+    Args:
+        quantized: uint8 bytes of `quantize_activation`, of x [M, K], with the same bits, scheme and rotation.
+        packed: uint8 bytes of `prepack`, of a weight [N, K], on the same device.
+        bias: [N] of `dtype`, or None.
+        m, n, k: rows of x, rows and inputs of the weight.
+        act_bits, scheme, rotation, weight_bits: as both were quantized.
+        dtype: of the result: float32, float16 or bfloat16.
+
+    Returns:
+        [M, N] of `dtype`.
+
+    Raises:
+        ValueError: too few bytes for such operands, another dtype, other devices.
+    """
     return torch.ops.flexq.gemm(quantized, packed, bias, m, n, k, act_bits, scheme, rotation, dtype, weight_bits)
 
 
@@ -239,7 +267,22 @@ def linear(
     rotation: str = "hadamard128",
     weight_bits: int = 6,
 ) -> torch.Tensor:
-    """x [..., K] (float32, float16, bfloat16) -> [..., N] of x's dtype, through a prepacked weight [N, K]."""
+    """x W^T + bias through a prepacked weight, x quantized on the way.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K]; rows may be strided.
+        packed: uint8 bytes of `prepack`, of W [N, K], on x's device.
+        bias: [N] of x's dtype, or None.
+        n: rows of W.
+        act_bits: 6 or 8, of x.
+        scheme, rotation, weight_bits: as W was quantized.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        ValueError: another dtype or setting, too few bytes for such a weight, other devices.
+    """
     return torch.ops.flexq.linear(x, packed, bias, n, act_bits, scheme, rotation, weight_bits)
 
 

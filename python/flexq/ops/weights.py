@@ -65,7 +65,21 @@ def dequantize_weight(
     rotation: str = "hadamard128",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The weight [N, K] that canonical planes and scales stand for, its rotation undone."""
+    """The weight that canonical planes and scales stand for, its rotation undone.
+
+    Args:
+        planes: uint8 [N, G, b, 16], of b-bit codes.
+        scales: float16 [N, G] in scheme "group", [N, 1] in "channel".
+        k: inputs of the weight, of which G groups of 128 are made.
+        scheme, rotation: as it was quantized.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        [N, K] of `dtype`, on the planes' device.
+
+    Raises:
+        ValueError: tensors of other shapes or dtypes.
+    """
     return torch.ops.flexq.dequantize_weight(planes, scales, k, scheme, rotation, dtype)
 
 
@@ -114,7 +128,20 @@ def _prepack(planes, scales, k, scheme, rotation):
 
 
 def prepack(planes: torch.Tensor, scales: torch.Tensor, k: int, scheme: str, rotation: str) -> torch.Tensor:
-    """Canonical planes and scales -> the bytes that the kernels of their device read."""
+    """Canonical planes and scales -> the bytes that the kernels of their device read.
+
+    Args:
+        planes: uint8 [N, G, b, 16], of b-bit codes.
+        scales: float16 [N, G] in scheme "group", [N, 1] in "channel", on the same device.
+        k: inputs of the weight.
+        scheme, rotation: as it was quantized.
+
+    Returns:
+        uint8 bytes, in a layout of this device and version: for `linear` and `gemm`, not to be stored.
+
+    Raises:
+        ValueError: tensors of other shapes or dtypes.
+    """
     return torch.ops.flexq.prepack(planes, scales, k, scheme, rotation)
 
 
@@ -137,7 +164,18 @@ def _unprepack(packed, n, k, scheme, rotation, weight_bits=6):
 def unprepack(
     packed: torch.Tensor, n: int, k: int, scheme: str, rotation: str, weight_bits: int = 6
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `prepack`, exact."""
+    """The inverse of `prepack`, exact.
+
+    Args:
+        packed: uint8 bytes of `prepack` on this device.
+        n, k, scheme, rotation, weight_bits: of the weight.
+
+    Returns:
+        Planes uint8 [N, G, b, 16] and scales float16 [N, G] or [N, 1], on the same device.
+
+    Raises:
+        ValueError: too few bytes for such a weight.
+    """
     return torch.ops.flexq.unprepack(packed, n, k, scheme, rotation, weight_bits)
 
 
