@@ -1,10 +1,12 @@
 """Plans and quantize_model."""
 
+import copy
 import json
 
 import flexq
 import pytest
 import torch
+from architectures import architecture
 from conftest import tiny_config
 from flexq.quantize.layers import linear_layers
 from torch import nn
@@ -89,6 +91,18 @@ def test_names_that_do_not_exist(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="an LM head goes by its exact name"):
         flexq.quantize_model(tiny_llama, flexq.Plan(layers={"*head": flexq.LayerConfig()}))
     assert len(linear_layers(tiny_llama)) == 14
+
+
+def test_a_recorded_plan_serves_again():
+    """It names routers as left, which are linear only beside others."""
+    model = architecture("qwen2_moe-CausalLM").model()
+    assert flexq.quantize_model(copy.deepcopy(model)).flexq_plan.layers["model.layers.0.mlp.shared_expert_gate"] is None
+    again = flexq.quantize_model(copy.deepcopy(model), flexq.quantize_model(copy.deepcopy(model)).flexq_plan)
+    assert again.flexq_plan.fingerprint() == flexq.quantize_model(model).flexq_plan.fingerprint()
+    with pytest.raises(ValueError, match="no_such_layer"):
+        flexq.quantize_model(
+            architecture("qwen2_moe-CausalLM").model(), flexq.Plan(layers={"model.no_such_layer": None})
+        )
 
 
 def test_include_and_skip(tiny_llama):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import flexq
 import pytest
+import torch
 from engines import assert_same, engine, greedy, random_model, shut
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -180,6 +181,39 @@ def test_layers_without_a_place_are_refused():
         config.check_all_placed()
     config.plan.layers[names[1]] = None
     config.check_all_placed()
+    config.plan.layers["lm_head"] = None
+    config.check_before_loading(torch.nn.Module(), is_whole=False)  # a drafter of one block
+    with pytest.raises(ValueError, match=r"has quantized model\.layers\.2\.mlp\.up_proj, which vLLM's class"):
+        config.check_before_loading(torch.nn.Module(), is_whole=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (".layers.1.mlp.up_proj", "layers.1.mlp.up_proj"),  # of a model without a name
+        ("model.layers.1.mlp.up_proj", "layers.1.mlp.up_proj"),  # of a class with a head
+        ("layers.1.mixer.in_proj", "layers.1.mamba.in_proj"),  # another name than the module's own
+        ("bert.layer.0.attention.output.qkv_proj", "roberta.layer.0.attention.self.qkv_proj"),
+        ("layers.2.mixer.in_proj", None),
+        ("layers.1.x.y", None),
+    ],
+)
+def test_names_that_vllm_tells(asked, name):
+    from flexq.integrations.vllm import FlexQVllmConfig
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    settings = {n: flexq.LayerConfig() for n in ("layers.1.a.y", "layers.1.b.y", *([name] if name else []))}
+    config = FlexQVllmConfig(flexq.Plan(layers=settings))
+    config.packed_modules_mapping = {}
+    method = config.get_quant_method(LinearBase.__new__(LinearBase), asked)
+    assert isinstance(method, UnquantizedLinearMethod) == (name is None)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gate", "x.block_sparse_moe.router.layer", "a.mlp.gate.wg"])
+def test_routers_stay(name):
+    from flexq.integrations.vllm import _stays_anyway
+
+    assert _stays_anyway(name) and not _stays_anyway("model.layers.0.mlp.gate_proj")
 
 
 def corrupt(folder: Path) -> None:

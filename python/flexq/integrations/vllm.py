@@ -38,11 +38,14 @@ from flexq.integrations.vllm_loading import have_loader_pass, prepared
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 
-# What classes merge that do not say so in packed_modules_mapping (StableLM, GPT-J).
-_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# What classes merge that do not say so in packed_modules_mapping (StableLM, GPT-J; BERT).
+_MERGED = {
+    "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")),
+    "gate_up_proj": (("gate_proj", "up_proj"),),
+}
 _HEADS = ("lm_head", "embed_out")
-# Layers that choose experts stay in floating point.
-_ROUTERS = ("gate", "router")
+# Layers that choose experts stay in floating point, and what is in them (Granite's, Hunyuan's).
+_ROUTERS = re.compile(r"(^|\.)(gate|[^.]*router[^.]*)(\.[^.]+)?$")
 # So do the parts beside a language model: names that are or contain one of these.
 _ENCODERS = re.compile(
     r"(^|\.)([^.]*(vision|visual|image|audio|speech|multi_modal|multimodal)[^.]*|vpm|apm|resampler|connector)(\.|$)"
@@ -135,22 +138,28 @@ class FlexQVllmConfig(QuantizationConfig):
             self._are_all_placed = True
             return
         here = {_block_of(name) for name in self._placed} - {None}
-        missing = [
-            name
-            for name, config in self.plan.layers.items()
-            if config is not None and name not in self._placed and _block_of(name) in here
-        ]
-        if missing:
-            raise ValueError(
-                f"the checkpoint has quantized {some(missing)}, which vLLM's class of this model has not: serve the "
-                "floating point model with --quantization flexq"
-            )
+        self._refuse([name for name in self._quantized() if name not in self._placed and _block_of(name) in here])
         self._are_all_placed = True
 
-    def check_before_loading(self, model: torch.nn.Module) -> None:
-        """The same before anything is loaded, of which vLLM's classes would say less; and refuses a quantized LM head
-        that the model has no place for, unless its class leaves out heads (Cohere's, which are their embeddings)."""
+    def _quantized(self) -> list[str]:
+        """The plan's quantized layers, the embedding aside."""
+        return [n for n, config in self.plan.layers.items() if config is not None and config != EMBEDDING]
+
+    def _refuse(self, missing: list[str]) -> None:
+        if missing:
+            raise ValueError(
+                f"the checkpoint has quantized {some(missing)}, which vLLM's class of this model has not, or not by "
+                "such names: quantize it without them (--skip), or serve the floating point model with --quantization "
+                "flexq"
+            )
+
+    def check_before_loading(self, model: torch.nn.Module, is_whole: bool) -> None:
+        """The same before anything is loaded, of which vLLM's classes would say less: of any block, where the model is
+        all that the checkpoint is of. Refuses a quantized LM head too that the model has no place for, unless its class
+        leaves out heads (Cohere's, which are their embeddings)."""
         self.check_all_placed()
+        if is_whole and _has_all_blocks():
+            self._refuse([n for n in self._quantized() if n not in self._placed and _block_of(n) is not None])
         heads = [n for n, c in self.plan.layers.items() if c is not None and _is_head(n) and n not in self._placed]
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         if (
@@ -195,15 +204,37 @@ class FlexQVllmConfig(QuantizationConfig):
         stem = prefix.removesuffix(name)
         if name in self.packed_modules_mapping:
             return [stem + part for part in self.packed_modules_mapping[name]]
-        parts = [stem + part for part in _MERGED.get(name, ())]
-        is_merged = self.is_checkpoint and parts and all(part in self.plan.layers for part in parts)
-        return parts if is_merged else [prefix]
+        for merged in _MERGED.get(name, ()) if self.is_checkpoint else ():
+            parts = [stem + part for part in merged]
+            if all(part in self.plan.layers for part in parts):
+                return parts
+        return [prefix]
+
+    def _own_name(self, name: str) -> str:
+        """The checkpoint's name of a layer whose class tells another than its own: BERT's queries are
+        `attention.output.query` then, Granite's Mamba is `mixer`. Of those left that end alike and have the same
+        numbers it is the one that differs in the fewest words, two at most."""
+        words = name.split(".")
+        if name in self.plan.layers or _block_of(name) is None:
+            return name
+        alike: dict[int, list[str]] = {}
+        for other in self.plan.layers.keys() - self._placed:
+            parts = other.split(".")
+            if len(parts) != len(words) or parts[-1] != words[-1]:
+                continue
+            pairs = [(a, b) for a, b in zip(parts, words, strict=True) if a != b]
+            if len(pairs) <= 2 and not any(a.isdigit() or b.isdigit() for a, b in pairs):
+                alike.setdefault(len(pairs), []).append(other)
+        nearest = alike[min(alike)] if alike else []
+        return nearest[0] if len(nearest) == 1 else name
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
         names = self._parts(prefix)
-        if self.is_checkpoint and len(names) > 1 and not any(n in self.plan.layers for n in names):
+        if self.is_checkpoint and len(names) > 1 and not any(self._own_name(n) in self.plan.layers for n in names):
             names = [prefix]  # merged in the checkpoint too
+        if self.is_checkpoint:
+            names = [self._own_name(n) for n in names]
         self._placed.update(names)
         if self.is_checkpoint:
             configs = {n: self.plan.layers.get(n) for n in names}
@@ -212,7 +243,19 @@ class FlexQVllmConfig(QuantizationConfig):
             return list(configs.values())
         return [self.plan.config_for(n) for n in names]
 
+    def _take_names_of_base(self, prefix: str) -> None:
+        """A checkpoint of a model without a head, whose names lack `model.`, which vLLM has before them."""
+        base, name = "model.", prefix.removeprefix("model.")
+        if name == prefix or any(n.startswith(base) for n in self.plan.layers):
+            return
+        if any(n in self.plan.layers for n in self._parts(name)):
+            self._of_checkpoint = {base + n: self._of_checkpoint.get(n, n) for n in self.plan.layers}
+            self.plan = replace(self.plan, layers={base + n: config for n, config in self.plan.layers.items()})
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        prefix = prefix.lstrip(".")  # ModernBERT's, GPT-2's: of a model without a name
+        if self.is_checkpoint and not self._placed:
+            self._take_names_of_base(prefix)
         add_fusion_pass()
         have_vllm_tell_plans_apart(self._hash_of_plan)
         have_loader_pass(prepared)
@@ -267,6 +310,12 @@ class FlexQVllmConfig(QuantizationConfig):
         settings = self.plan.layers.items()
         found = {name for name, config in settings if config == EMBEDDING and _block_of(name) is None}
         return found - self._placed
+
+    def layers_without_place(self) -> dict[str, LayerConfig]:
+        """By their names in the checkpoint, quantized layers beside the blocks that vLLM's class asks no method for:
+        poolers and classifiers, which it has as plain layers or leaves out; once all layers exist."""
+        names = [n for n in self._quantized() if n not in self._placed and _block_of(n) is None and not _is_head(n)]
+        return {self._of_checkpoint.get(name, name): self.plan.layers[name] for name in names}
 
     def embeddings_without_place(self) -> set[str]:
         """Names in the checkpoint of embeddings that vLLM's class asks no method for; once all layers exist."""
@@ -326,7 +375,8 @@ def _has_all_blocks() -> bool:
 
 def _stays_anyway(name: str) -> bool:
     """Whether a layer is left in floating point on the way, so that a plan that says so need not find it."""
-    return name.rpartition(".")[2] in (*_ROUTERS, "lm_head") or _ENCODERS.search(name) is not None
+    last = name.rpartition(".")[2]
+    return last == "lm_head" or _ROUTERS.search(name) is not None or _ENCODERS.search(name) is not None
 
 
 def _vocabulary() -> int | None:

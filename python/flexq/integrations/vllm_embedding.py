@@ -93,6 +93,7 @@ def add_stand_in(layer: torch.nn.Module, device: torch.device) -> None:
     """A `weight` for an embedding or an LM head: LoRA asks it for dtype and device, speculation for its width and
     whether it is equal to another."""
     nothing = torch.full((1, layer.flexq_k), float("nan"), dtype=layer.flexq_dtype, device=device)
+    layer._parameters.pop("weight", None)  # of what it is tied to
     layer.register_buffer("weight", nothing, persistent=False)
 
 

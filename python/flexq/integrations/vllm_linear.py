@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    ReplicatedLinear,
     RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
@@ -15,6 +16,7 @@ from flexq import ops
 from flexq.integrations.vllm_embedding import add_stand_in
 from flexq.integrations.vllm_weights import (
     fills_parameters_itself,
+    is_pooling,
     is_processed,
     keep_packed,
     loads_dummies,
@@ -60,6 +62,7 @@ class FlexQLinearMethod(LinearMethodBase):
         layer.flexq_k, layer.flexq_sizes, layer.flexq_dtype = k, output_partition_sizes, params_dtype
         layer.flexq_loaded = set()
         self.is_checked = not fills_parameters_itself()
+        self.may_be_missing = isinstance(layer, ParallelLMHead) and is_pooling()  # that loads no head
         if not self.is_checkpoint:
             # An LM head may be tied to what is loaded elsewhere.
             is_streamed = not isinstance(layer, ParallelLMHead) and not loads_sharded_state()
@@ -86,6 +89,8 @@ class FlexQLinearMethod(LinearMethodBase):
         layer.register_parameter(
             "scales", kind(data=scales, weight_loader=self._checked(layer, "scales", loader), **dims)
         )
+        if isinstance(layer, ReplicatedLinear):
+            add_stand_in(layer, planes.device)  # some classes ask it for its dtype (Gemma 3n's modality router)
 
     def _checked(self, layer: torch.nn.Module, tensor: str, loader: Callable) -> Callable:
         """vLLM's loader, which would cast what does not fit."""
@@ -124,6 +129,8 @@ class FlexQLinearMethod(LinearMethodBase):
             return
         begin, packed, runs = 0, [], []
         self.check()
+        if self.may_be_missing and not layer.flexq_loaded:
+            return mark_processed(layer)
         if self.uses_meta_device:
             require_read(layer, self.prefix)
         if self.is_checkpoint and self.is_checked:
@@ -154,7 +161,7 @@ class FlexQLinearMethod(LinearMethodBase):
         layer.flexq_runs = runs
         by_name = {_packed_name(index): weight for index, weight in enumerate(packed)}
         keep_packed(layer, by_name, _add_canonical if self.is_checkpoint else None)
-        if isinstance(layer, ParallelLMHead):
+        if isinstance(layer, (ParallelLMHead, ReplicatedLinear)):
             add_stand_in(layer, packed[0].device)
         mark_processed(layer)
 

@@ -1,15 +1,19 @@
 """A checkpoint's tensors on their way to vLLM's classes, by vLLM's usual loader: what FlexQ does to them in between, by
-stages. One is here: a FlexQ checkpoint's are refused where the model has no place for them, and come with their rows in
-the order that the class gives a weight's."""
+stages. One is here: a FlexQ checkpoint's are refused where the model has no place for them, dequantized where it has
+plain layers, and come with their rows in the order that the class gives a weight's."""
 
 from collections.abc import Callable, Iterator
 from functools import wraps
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from flexq import ops
 
 _OF_ROWS = ("qweight", "scales")
 Weights = Iterator[tuple[str, torch.Tensor]]
+logger = init_logger(f"vllm.plugins.{__name__}")
 
 
 def config_of(model: torch.nn.Module):
@@ -37,14 +41,38 @@ def have_loader_pass(stage: Callable[..., Weights]) -> None:
     DefaultModelLoader.get_all_weights = get_all_weights
 
 
-def prepared(weights: Weights, _, model: torch.nn.Module) -> Weights:
+def prepared(weights: Weights, model_config, model: torch.nn.Module) -> Weights:
     """A FlexQ checkpoint's tensors once it is known that they have places, in the order of their class's rows."""
     config = config_of(model)
     if config is None or not config.is_checkpoint:
         return weights
-    config.check_before_loading(model)
+    # A drafter may take a layer of the model's checkpoint (MTP).
+    is_whole = getattr(model_config, "runner_type", None) != "draft"
+    config.check_before_loading(model, is_whole)
+    if is_whole:
+        weights = _dequantized(weights, config.layers_without_place(), model_config)
     in_order = order_of_rows(model)
     return weights if in_order is None else ((name, in_order(name, tensor)) for name, tensor in weights)
+
+
+def _dequantized(weights: Weights, layers: dict, model_config) -> Weights:
+    """A checkpoint's tensors, with the weights of `layers` in floating point."""
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
+    for name, tensor in weights:
+        layer, _, kind = name.rpartition(".")
+        if layer not in parts or kind not in _OF_ROWS:
+            yield name, tensor
+            continue
+        parts[layer][kind] = tensor
+        if len(parts[layer]) == len(_OF_ROWS):
+            logger.info_once(f"vLLM's class of this model has {layer} in floating point: it is dequantized")
+            planes, scales = (parts[layer][kind] for kind in _OF_ROWS)
+            # The planes tell of groups of 128 inputs alone.
+            hidden, groups = model_config.get_hidden_size(), planes.shape[1]
+            k = hidden if ops.num_groups(hidden) == groups else groups * ops.GROUP_SIZE
+            config = layers[layer]
+            weight = ops.dequantize_weight(planes, scales, k, config.scheme, config.rotation, model_config.dtype)
+            yield f"{layer}.weight", weight
 
 
 def order_of_rows(model: torch.nn.Module) -> Callable[[str, torch.Tensor], torch.Tensor] | None:

@@ -89,6 +89,12 @@ def loads_sharded_state() -> bool:
     return "sharded" in _load_format()
 
 
+def is_pooling() -> bool:
+    """Whether the model that is being loaded gives embeddings or classes, so that vLLM leaves out its LM head."""
+    vllm_config = get_current_vllm_config_or_none()
+    return vllm_config is not None and getattr(vllm_config.model_config, "runner_type", None) == "pooling"
+
+
 def loads_dummies() -> bool:
     """Whether weights are made up. Their scales may be negative."""
     return _load_format() == "dummy"

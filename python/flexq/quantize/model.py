@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -86,7 +87,11 @@ def resolve_plan(
     chosen = linear_layers(model, include, skip, lm_head) | expert_layers(model, include, skip)
     if include is None:
         chosen |= {name: module for name, module in every.items() if not matches(names_of(name), skip)}
-    settings = plan.resolve({**every, **chosen}, wholes)
+    # A recorded plan names all that was left: routers, which are linear only beside others, and parameters.
+    known = {**every, **chosen}
+    left = {n for n, config in plan.layers.items() if config is None and n not in known and _is_part(model, n)}
+    plan = replace(plan, layers={name: config for name, config in plan.layers.items() if name not in left})
+    settings = plan.resolve(known, wholes)
     resolved = {name: config for name, config in settings.items() if name in chosen and config is not None}
     _require_both(resolved, wholes)
     require_tied_head(model, embedding, resolved)
@@ -101,6 +106,15 @@ def resolve_plan(
             "takes its dtype and device; leave the embedding as it is"
         )
     return Resolved(resolved, embedding)
+
+
+def _is_part(model: nn.Module, name: str) -> bool:
+    """Whether the model has a module of this name, or a parameter."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return name in dict(model.named_parameters())
+    return True
 
 
 def _require_both(resolved: dict[str, LayerConfig], wholes: dict[str, str]) -> None:
