@@ -194,6 +194,7 @@ def test_layers_without_a_place_are_refused():
         ("model.layers.1.mlp.up_proj", "layers.1.mlp.up_proj"),  # of a class with a head
         ("layers.1.mixer.in_proj", "layers.1.mamba.in_proj"),  # another name than the module's own
         ("bert.layer.0.attention.output.qkv_proj", "roberta.layer.0.attention.self.qkv_proj"),
+        ("layers.1.o_proj", "layers.1.self_attn.o_proj"),
         ("layers.2.mixer.in_proj", None),
         ("layers.1.x.y", None),
     ],

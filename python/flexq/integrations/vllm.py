@@ -212,20 +212,18 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def _own_name(self, name: str) -> str:
         """The checkpoint's name of a layer whose class tells another than its own: BERT's queries are
-        `attention.output.query` then, Granite's Mamba is `mixer`. Of those left that end alike and have the same
-        numbers it is the one that differs in the fewest words, two at most."""
+        `attention.output.query` then, Granite's Mamba is `mixer`, Falcon-H1's attention has no name. Of those left that
+        end alike and have the same numbers it is the one with the fewest words that only one of both has, four at most.
+        """
         words = name.split(".")
         if name in self.plan.layers or _block_of(name) is None:
             return name
         alike: dict[int, list[str]] = {}
         for other in self.plan.layers.keys() - self._placed:
             parts = other.split(".")
-            if len(parts) != len(words) or parts[-1] != words[-1]:
-                continue
-            pairs = [(a, b) for a, b in zip(parts, words, strict=True) if a != b]
-            if len(pairs) <= 2 and not any(a.isdigit() or b.isdigit() for a, b in pairs):
-                alike.setdefault(len(pairs), []).append(other)
-        nearest = alike[min(alike)] if alike else []
+            if parts[-1] == words[-1] and _numbers(parts) == _numbers(words):
+                alike.setdefault(len(set(parts) ^ set(words)), []).append(other)
+        nearest = alike[min(alike)] if alike and min(alike) <= 4 else []
         return nearest[0] if len(nearest) == 1 else name
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
@@ -395,6 +393,10 @@ def _block_of(name: str) -> str | None:
     """The block that a layer is in, as `model.layers.3`; None outside of all."""
     match = re.match(r".*?\.\d+(?=\.)", name)
     return match and match[0]
+
+
+def _numbers(words: list[str]) -> list[str]:
+    return [word for word in words if word.isdigit()]
 
 
 def _holds_experts(layer: torch.nn.Module) -> bool:
