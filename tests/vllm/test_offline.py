@@ -212,9 +212,9 @@ def test_names_that_vllm_tells(asked, name):
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.gate", "x.block_sparse_moe.router.layer", "a.mlp.gate.wg"])
 def test_routers_stay(name):
-    from flexq.integrations.vllm import _stays_anyway
+    from flexq.integrations.vllm_names import stays_anyway
 
-    assert _stays_anyway(name) and not _stays_anyway("model.layers.0.mlp.gate_proj")
+    assert stays_anyway(name) and not stays_anyway("model.layers.0.mlp.gate_proj")
 
 
 def corrupt(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import assert_same, engine, greedy, random_model, shut
 from flexq.integrations import vllm as plugin
-from flexq.integrations import vllm_loading
+from flexq.integrations import vllm_loading, vllm_names
 from flexq.integrations.vllm_loading import order_of_rows
 from plans import MIXED
 from transformers import AutoTokenizer
@@ -175,7 +175,7 @@ def test_names_that_mappers_know_by_what_is_in_them():
         orig_to_new_prefix={"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
     )
     names = ["model.language_model.layers.0.mlp.up_proj", "lm_head", "other"]
-    assert [plugin._renamed(mapper, name) for name in names] == [
+    assert [vllm_names.name_by(mapper, name) for name in names] == [
         "language_model.model.layers.0.mlp.up_proj", "language_model.lm_head", "other",
     ]  # fmt: skip
 

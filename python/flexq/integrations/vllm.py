@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -35,21 +34,10 @@ from flexq.integrations.vllm_compile_key import have_vllm_tell_plans_apart
 from flexq.integrations.vllm_embedding import EmbeddingMethod, with_embeddings_dequantized
 from flexq.integrations.vllm_linear import FlexQLinearMethod
 from flexq.integrations.vllm_loading import have_loader_pass, prepared
+from flexq.integrations.vllm_names import MERGED, block_of, is_head, name_by, nearest_name, stays_anyway
 from flexq.plan import DEFAULT_RECIPE, LayerConfig, Plan
 from flexq.quantize.layers import some
 
-# What classes merge that do not say so in packed_modules_mapping (StableLM, GPT-J; BERT).
-_MERGED = {
-    "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")),
-    "gate_up_proj": (("gate_proj", "up_proj"),),
-}
-_HEADS = ("lm_head", "embed_out")
-# Layers that choose experts stay in floating point, and what is in them (Granite's, Hunyuan's).
-_ROUTERS = re.compile(r"(^|\.)(gate|[^.]*router[^.]*)(\.[^.]+)?$")
-# So do the parts beside a language model: names that are or contain one of these.
-_ENCODERS = re.compile(
-    r"(^|\.)([^.]*(vision|visual|image|audio|speech|multi_modal|multimodal)[^.]*|vpm|apm|resampler|connector)(\.|$)"
-)
 # What vLLM calls the files of sharded states, which have no checksums; with several devices in a pipeline, the second.
 _SHARDED_STATES = ("model-rank-*", "model-pp-*")
 logger = init_logger(f"vllm.plugins.{__name__}")  # vLLM shows what its own loggers say
@@ -120,7 +108,7 @@ class FlexQVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Names of the checkpoint's layers to vLLM's, where a model renames them."""
-        renamed = {name: _renamed(hf_to_vllm_mapper, name) for name in self.plan.layers}
+        renamed = {name: name_by(hf_to_vllm_mapper, name) for name in self.plan.layers}
         layers = {renamed[name]: config for name, config in self.plan.layers.items()}
         self.plan = replace(self.plan, layers=layers)
         self._of_checkpoint = {new: self._of_checkpoint.get(name, name) for name, new in renamed.items()}
@@ -137,8 +125,8 @@ class FlexQVllmConfig(QuantizationConfig):
                 self._require_known()
             self._are_all_placed = True
             return
-        here = {_block_of(name) for name in self._placed} - {None}
-        self._refuse([name for name in self._quantized() if name not in self._placed and _block_of(name) in here])
+        here = {block_of(name) for name in self._placed} - {None}
+        self._refuse([name for name in self._quantized() if name not in self._placed and block_of(name) in here])
         self._are_all_placed = True
 
     def _quantized(self) -> list[str]:
@@ -159,8 +147,8 @@ class FlexQVllmConfig(QuantizationConfig):
         leaves out heads (Cohere's, which are their embeddings)."""
         self.check_all_placed()
         if is_whole and _has_all_blocks():
-            self._refuse([n for n in self._quantized() if n not in self._placed and _block_of(n) is not None])
-        heads = [n for n, c in self.plan.layers.items() if c is not None and _is_head(n) and n not in self._placed]
+            self._refuse([n for n in self._quantized() if n not in self._placed and block_of(n) is not None])
+        heads = [n for n, c in self.plan.layers.items() if c is not None and is_head(n) and n not in self._placed]
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         if (
             heads
@@ -185,7 +173,7 @@ class FlexQVllmConfig(QuantizationConfig):
                 Plan(layers={name: None}).resolve(names, self._experts)
             except ValueError:
                 unknown.append(name)
-        unknown = sorted(name for name in unknown if not _stays_anyway(name))
+        unknown = sorted(name for name in unknown if not stays_anyway(name))
         if unknown:
             logger.warning_once(f"FlexQ's plan leaves {some(unknown)} as it is, and vLLM asks for no such layer")
 
@@ -204,27 +192,17 @@ class FlexQVllmConfig(QuantizationConfig):
         stem = prefix.removesuffix(name)
         if name in self.packed_modules_mapping:
             return [stem + part for part in self.packed_modules_mapping[name]]
-        for merged in _MERGED.get(name, ()) if self.is_checkpoint else ():
+        for merged in MERGED.get(name, ()) if self.is_checkpoint else ():
             parts = [stem + part for part in merged]
             if all(part in self.plan.layers for part in parts):
                 return parts
         return [prefix]
 
     def _own_name(self, name: str) -> str:
-        """The checkpoint's name of a layer whose class tells another than its own: BERT's queries are
-        `attention.output.query` then, Granite's Mamba is `mixer`, Falcon-H1's attention has no name. Of those left that
-        end alike and have the same numbers it is the one with the fewest words that only one of both has, four at most.
-        """
-        words = name.split(".")
-        if name in self.plan.layers or _block_of(name) is None:
+        """The checkpoint's name of a layer, whatever its class tells."""
+        if name in self.plan.layers or block_of(name) is None:
             return name
-        alike: dict[int, list[str]] = {}
-        for other in self.plan.layers.keys() - self._placed:
-            parts = other.split(".")
-            if parts[-1] == words[-1] and _numbers(parts) == _numbers(words):
-                alike.setdefault(len(set(parts) ^ set(words)), []).append(other)
-        nearest = alike[min(alike)] if alike and min(alike) <= 4 else []
-        return nearest[0] if len(nearest) == 1 else name
+        return nearest_name(name, self.plan.layers.keys() - self._placed) or name
 
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
@@ -272,7 +250,7 @@ class FlexQVllmConfig(QuantizationConfig):
             return self._method_of_embedding(layer, prefix)
         if not isinstance(layer, LinearBase):
             return self._method_of_experts(layer, prefix) if _holds_experts(layer) else None
-        if not self.is_checkpoint and _stays_anyway(prefix) and not self._is_named(prefix):
+        if not self.is_checkpoint and stays_anyway(prefix) and not self._is_named(prefix):
             return UnquantizedLinearMethod()
         configs = self._layer_configs(prefix)
         if all(config is None for config in configs):
@@ -306,13 +284,13 @@ class FlexQVllmConfig(QuantizationConfig):
         if self.plan.embeddings is None:
             return set()
         settings = self.plan.layers.items()
-        found = {name for name, config in settings if config == EMBEDDING and _block_of(name) is None}
+        found = {name for name, config in settings if config == EMBEDDING and block_of(name) is None}
         return found - self._placed
 
     def layers_without_place(self) -> dict[str, LayerConfig]:
         """By their names in the checkpoint, quantized layers beside the blocks that vLLM's class asks no method for:
         poolers and classifiers, which it has as plain layers or leaves out; once all layers exist."""
-        names = [n for n in self._quantized() if n not in self._placed and _block_of(n) is None and not _is_head(n)]
+        names = [n for n in self._quantized() if n not in self._placed and block_of(n) is None and not is_head(n)]
         return {self._of_checkpoint.get(name, name): self.plan.layers[name] for name in names}
 
     def embeddings_without_place(self) -> set[str]:
@@ -352,29 +330,10 @@ class FlexQVllmConfig(QuantizationConfig):
         return vllm_experts.QuantizingExpertsMethod(layer.moe_config, prefix, *configs, check=self.check_all_placed)
 
 
-def _is_head(name: str) -> bool:
-    return name.rpartition(".")[2] in _HEADS
-
-
-def _renamed(mapper, name: str) -> str:
-    """vLLM's name of a layer: of itself, or, as mappers of LM heads have it, of what is in it."""
-    for suffix in ("", ".weight"):
-        new = (mapper.apply_list([name + suffix]) or [name + suffix])[0]
-        if new != name + suffix:
-            return new.removesuffix(suffix)
-    return name
-
-
 def _has_all_blocks() -> bool:
     """Whether this process has all of the model's layers, not a pipeline's part of them."""
     vllm_config = get_current_vllm_config_or_none()
     return vllm_config is None or vllm_config.parallel_config.pipeline_parallel_size == 1
-
-
-def _stays_anyway(name: str) -> bool:
-    """Whether a layer is left in floating point on the way, so that a plan that says so need not find it."""
-    last = name.rpartition(".")[2]
-    return last == "lm_head" or _ROUTERS.search(name) is not None or _ENCODERS.search(name) is not None
 
 
 def _vocabulary() -> int | None:
@@ -387,16 +346,6 @@ def _normalizes_head() -> bool:
     vllm_config = get_current_vllm_config_or_none()
     model_config = None if vllm_config is None else vllm_config.model_config
     return bool(getattr(getattr(model_config, "hf_config", None), "norm_head", False))
-
-
-def _block_of(name: str) -> str | None:
-    """The block that a layer is in, as `model.layers.3`; None outside of all."""
-    match = re.match(r".*?\.\d+(?=\.)", name)
-    return match and match[0]
-
-
-def _numbers(words: list[str]) -> list[str]:
-    return [word for word in words if word.isdigit()]
 
 
 def _holds_experts(layer: torch.nn.Module) -> bool:
