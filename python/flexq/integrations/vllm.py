@@ -141,7 +141,7 @@ class FlexQVllmConfig(QuantizationConfig):
                 "flexq"
             )
 
-    def check_before_loading(self, model: torch.nn.Module, is_whole: bool) -> None:
+    def check_before_loading(self, model: torch.nn.Module, is_whole: bool = True) -> None:
         """The same before anything is loaded, of which vLLM's classes would say less: of any block, where the model is
         all that the checkpoint is of. Refuses a quantized LM head too that the model has no place for, unless its class
         leaves out heads (Cohere's, which are their embeddings)."""
