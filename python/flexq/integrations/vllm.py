@@ -207,10 +207,10 @@ class FlexQVllmConfig(QuantizationConfig):
     def _layer_configs(self, prefix: str) -> list[LayerConfig | None]:
         """Settings of the layers that are one in vLLM."""
         names = self._parts(prefix)
-        if self.is_checkpoint and len(names) > 1 and not any(self._own_name(n) in self.plan.layers for n in names):
-            names = [prefix]  # merged in the checkpoint too
         if self.is_checkpoint:
             names = [self._own_name(n) for n in names]
+            if not any(n in self.plan.layers for n in names):
+                names = [self._own_name(prefix)]  # merged in the checkpoint too
         self._placed.update(names)
         if self.is_checkpoint:
             configs = {n: self.plan.layers.get(n) for n in names}

@@ -14,7 +14,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from flexq import ops
 from flexq.embedding import CONFIG, canonical_of, dequantized_rows, look_up, rows_of
-from flexq.integrations.vllm_loading import Weights, config_of
+from flexq.integrations.vllm_loading import Weights, config_of, with_weights
 from flexq.integrations.vllm_weights import fills_parameters_itself, keep_packed, loads_dummies, method_of
 
 _TENSORS = ("qweight", "scales")
@@ -108,17 +108,12 @@ def _add_canonical(layer: torch.nn.Module, state: dict[str, torch.Tensor], prefi
 
 def with_embeddings_dequantized(weights: Weights, model_config, model: torch.nn.Module) -> Weights:
     """A checkpoint's tensors, with the weight of an embedding that has no place as it is."""
-    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in _without_place(model)}
-    for name, tensor in weights:
-        stem, _, kind = name.rpartition(".")
-        if stem not in parts or kind not in _TENSORS:
-            yield name, tensor
-            continue
-        parts[stem][kind] = tensor
-        if len(parts[stem]) == len(_TENSORS):
-            logger.info_once(f"vLLM's class of this model takes no quantized embedding: {stem} is dequantized")
-            rows = rows_of(*(parts[stem][kind] for kind in _TENSORS), _length_of_rows(model, model_config))
-            yield f"{stem}.weight", dequantized_rows(rows, model_config.dtype)
+
+    def weight_of(name: str, planes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        logger.info_once(f"vLLM's class of this model takes no quantized embedding: {name} is dequantized")
+        return dequantized_rows(rows_of(planes, scales, _length_of_rows(model, model_config)), model_config.dtype)
+
+    return with_weights(weights, _without_place(model), weight_of)
 
 
 def _without_place(model: torch.nn.Module) -> set[str]:

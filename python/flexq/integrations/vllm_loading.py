@@ -2,7 +2,7 @@
 stages. One is here: a FlexQ checkpoint's are refused where the model has no place for them, dequantized where it has
 plain layers, and come with their rows in the order that the class gives a weight's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 
 import torch
@@ -10,9 +10,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from flexq import ops
+from flexq.plan import LayerConfig
 
 _OF_ROWS = ("qweight", "scales")
 Weights = Iterator[tuple[str, torch.Tensor]]
+WeightOf = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 logger = init_logger(f"vllm.plugins.{__name__}")
 
 
@@ -55,9 +57,9 @@ def prepared(weights: Weights, model_config, model: torch.nn.Module) -> Weights:
     return weights if in_order is None else ((name, in_order(name, tensor)) for name, tensor in weights)
 
 
-def _dequantized(weights: Weights, layers: dict, model_config) -> Weights:
-    """A checkpoint's tensors, with the weights of `layers` in floating point."""
-    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layers}
+def with_weights(weights: Weights, names: Iterable[str], weight_of: WeightOf) -> Weights:
+    """A checkpoint's tensors, with weight_of(name, planes, scales) in place of the layers `names`."""
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
     for name, tensor in weights:
         layer, _, kind = name.rpartition(".")
         if layer not in parts or kind not in _OF_ROWS:
@@ -65,14 +67,21 @@ def _dequantized(weights: Weights, layers: dict, model_config) -> Weights:
             continue
         parts[layer][kind] = tensor
         if len(parts[layer]) == len(_OF_ROWS):
-            logger.info_once(f"vLLM's class of this model has {layer} in floating point: it is dequantized")
-            planes, scales = (parts[layer][kind] for kind in _OF_ROWS)
-            # The planes tell of groups of 128 inputs alone.
-            hidden, groups = model_config.get_hidden_size(), planes.shape[1]
-            k = hidden if ops.num_groups(hidden) == groups else groups * ops.GROUP_SIZE
-            config = layers[layer]
-            weight = ops.dequantize_weight(planes, scales, k, config.scheme, config.rotation, model_config.dtype)
-            yield f"{layer}.weight", weight
+            yield f"{layer}.weight", weight_of(layer, *(parts[layer][kind] for kind in _OF_ROWS))
+
+
+def _dequantized(weights: Weights, layers: dict[str, LayerConfig], model_config) -> Weights:
+    """A checkpoint's tensors, with the weights of `layers` in floating point."""
+
+    def weight_of(layer: str, planes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        logger.info_once(f"vLLM's class of this model has {layer} in floating point: it is dequantized")
+        # The planes tell of groups of 128 inputs alone.
+        hidden, groups = model_config.get_hidden_size(), planes.shape[1]
+        k = hidden if ops.num_groups(hidden) == groups else groups * ops.GROUP_SIZE
+        config = layers[layer]
+        return ops.dequantize_weight(planes, scales, k, config.scheme, config.rotation, model_config.dtype)
+
+    return with_weights(weights, layers, weight_of)
 
 
 def order_of_rows(model: torch.nn.Module) -> Callable[[str, torch.Tensor], torch.Tensor] | None:

@@ -38,7 +38,7 @@ def _is_linear_class(kind: type) -> bool:
             return False  # its callers may say more than x
         with torch.device("cpu"), torch.no_grad():
             small = kind(8, 16) if derived else kind(16, 8)
-            return small.bias is not None and _computes_linear(small)
+            return small.bias is not None and _operations_if_linear(small) is not None
     except Exception:  # whatever a module that is no such thing provokes
         return False
 
@@ -52,16 +52,17 @@ def _is_linear_itself(module: nn.Module) -> bool:
     for name, size in (("in_features", 8), ("out_features", 16), ("nx", 8), ("nf", 16)):
         if name in vars(small):
             vars(small)[name] = size
-    return _computes_linear(small) and _operations_of(small, 8) == _operations_of(copy.copy(module), _inputs(module))
+    operations = _operations_if_linear(small)
+    return operations is not None and operations == _operations_of(copy.copy(module), _inputs(module))
 
 
 def _inputs(module: nn.Module) -> int:
     return module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
 
 
-def _computes_linear(small: nn.Module) -> bool:
-    """By what it does: a module is given a weight for 8 inputs and 16 outputs, and, if it has one, a bias. Its hooks
-    are not asked."""
+def _operations_if_linear(small: nn.Module) -> list[tuple[str, int]] | None:
+    """Whether a module is linear by what it does, given a weight for 8 inputs and 16 outputs and, if it has one, a
+    bias: `_operations_of` it then, else None. Its hooks are not asked."""
     try:
         with torch.device("cpu"), torch.no_grad():
             weight = torch.linspace(-1, 1, 128, dtype=torch.float32).view(16, 8)
@@ -72,10 +73,10 @@ def _computes_linear(small: nn.Module) -> bool:
                 x = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float32).view(shape)
                 y = type(small).forward(small, x)
                 if not torch.allclose(y, nn.functional.linear(x, weight, bias), atol=1e-5):
-                    return False
-            return _operations_of(small, 8) is not None
+                    return None
+            return _operations_of(small, 8)
     except Exception:  # whatever a module that is no such thing provokes
-        return False
+        return None
 
 
 class _Recorder(TorchDispatchMode):
